@@ -1,0 +1,1 @@
+"""Surface defect detection on patterned steel plates, in JAX."""
