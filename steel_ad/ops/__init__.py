@@ -1,0 +1,1 @@
+"""Pure functions of arrays: no configuration, no state, no input or output."""

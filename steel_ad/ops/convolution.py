@@ -1,0 +1,97 @@
+"""The autoencoder's convolutions, exact, in the form that the backend runs fast.
+
+XLA's CPU backend is slow on strided and on dilated convolutions and on their gradients. A 4x4 convolution of stride 2 is
+a 2x2 one over 2x2 blocks; its transpose is a 3x3 one to four output phases. Accelerators have kernels for the plain form.
+Kernels are always laid out `[kh, kw, in, out]` as `lax.conv_general_dilated` and `lax.conv_transpose` take them.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+
+
+def cpu_compiler_options() -> dict[str, str] | None:
+    """Options for the outermost `jax.jit`: on CPU they keep VALID convolutions off a single-threaded library path."""
+    return {"xla_cpu_experimental_ynn_fusion_type": ""} if _rewrite(None) and _knows_ynn() else None
+
+
+def _knows_ynn() -> bool:
+    global _YNN
+    if _YNN is None:
+        try:
+            options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+            jax.jit(lambda: jnp.zeros(()), compiler_options=options).lower().compile()
+            _YNN = True
+        except Exception:  # an older or newer XLA that has no such flag needs none
+            _YNN = False
+    return _YNN
+
+
+_YNN: bool | None = None
+
+
+def _rewrite(form: str | None) -> bool:
+    if form is None:
+        return jax.default_backend() == "cpu"
+    if form not in ("plain", "rewritten"):
+        raise ValueError(f"form is 'plain', 'rewritten' or None (the backend's faster one), not {form!r}")
+    return form == "rewritten"
+
+
+def same(x: Array, kernel: Array) -> Array:
+    """Stride 1, "SAME" padding: `[b, h, w, i]`, `[kh, kw, i, o]` -> `[b, h, w, o]`."""
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=_DIMENSIONS)
+
+
+def space_to_depth(x: Array) -> Array:
+    """2x2 blocks into channels: `[b, h, w, c]` -> `[b, h / 2, w / 2, 4 c]`, h and w even."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5).reshape(b, h // 2, w // 2, 4 * c)
+
+
+def depth_to_space(x: Array) -> Array:
+    """Inverse of `space_to_depth`: `[b, h, w, 4 c]` -> `[b, 2 h, 2 w, c]`."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h, w, 2, 2, c // 4).transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, c // 4)
+
+
+def halve(x: Array, kernel: Array, *, form: str | None = None) -> Array:
+    """4x4, stride 2, padding 1: `[b, h, w, i]`, `[4, 4, i, o]` -> `[b, h / 2, w / 2, o]`, h and w even.
+
+    Raises:
+      ValueError: an odd side, another kernel size, or an unknown form.
+    """
+    _check(x, kernel, even=True)
+    if not _rewrite(form):
+        return lax.conv_general_dilated(x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=_DIMENSIONS)
+    i, o = kernel.shape[2:]
+    blocks = space_to_depth(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))))
+    kernel = kernel.reshape(2, 2, 2, 2, i, o).transpose(0, 2, 1, 3, 4, 5).reshape(2, 2, 4 * i, o)
+    return lax.conv_general_dilated(blocks, kernel, (1, 1), "VALID", dimension_numbers=_DIMENSIONS)
+
+
+# Output phase p of a doubled axis sees input q + tap - 1 through the kernel's element `source`.
+_TAP, _PHASE, _SOURCE = np.array([(0, 0, 0), (1, 0, 2), (1, 1, 1), (2, 1, 3)]).T
+
+
+def double(x: Array, kernel: Array, *, form: str | None = None) -> Array:
+    """`lax.conv_transpose(x, kernel, (2, 2), "SAME")` of a 4x4 kernel: `[b, h, w, i]` -> `[b, 2 h, 2 w, o]`.
+
+    Raises:
+      ValueError: another kernel size, or an unknown form.
+    """
+    _check(x, kernel, even=False)
+    if not _rewrite(form):
+        return lax.conv_transpose(x, kernel, (2, 2), "SAME", dimension_numbers=_DIMENSIONS)
+    i, o = kernel.shape[2:]
+    phases = jnp.zeros((3, 2, 3, 2, i, o), kernel.dtype)
+    phases = phases.at[_TAP[:, None], _PHASE[:, None], _TAP, _PHASE].set(kernel[_SOURCE[:, None], _SOURCE])
+    return depth_to_space(same(x, phases.transpose(0, 2, 4, 1, 3, 5).reshape(3, 3, i, 4 * o)))
+
+
+def _check(x: Array, kernel: Array, even: bool) -> None:
+    if kernel.shape[:2] != (4, 4) or (even and (x.shape[1] % 2 or x.shape[2] % 2)):
+        raise ValueError(f"a 4x4 kernel and even sides are needed, not a kernel {kernel.shape} on {x.shape}")
