@@ -1,0 +1,1 @@
+"""Images in: folders, procedural plates, random patches."""

@@ -1,0 +1,119 @@
+"""Data sets by name or folder: good images to train on, test images with masks.
+
+A new kind of data set is one reader here and one line in `READERS`.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from steel_ad.data import folders, plates
+from steel_ad.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class TestImage:
+    """One test image: `image` uint8 `[h, w]`, `mask` bool `[h, w]`, `kind` "good" or the defect's name."""
+
+    __test__ = False  # not a test case, whatever its name
+
+    name: str
+    kind: str
+    image: np.ndarray
+    mask: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """`train`: good images, uint8 `[h_i, w_i]`, with a manifest row (path, bytes, sha256) each; `test` may be empty."""
+
+    name: str
+    train: list[np.ndarray]
+    manifest: list[dict]
+    test: list[TestImage]
+
+
+def _folder(data: str, min_size: int, train: bool) -> Dataset:
+    root = Path(data)
+    good = folders.good_images(root) if train else []
+    samples = folders.samples(root)
+    images = folders.read_images([s.image for s in samples], min_size=min_size)
+    test = []
+    for sample, image in zip(samples, images, strict=True):
+        mask = np.zeros(image.shape, bool) if sample.mask is None else folders.read_mask(sample.mask, image.shape)
+        test.append(TestImage(f"{sample.kind}/{sample.image.name}", sample.kind, image, mask))
+    return Dataset(
+        root.resolve().name, folders.read_images(good, min_size=min_size), folders.manifest(good, root), test
+    )
+
+
+_TRAIN, _GOOD, _DEFECTIVE = 300, 60, 60
+
+
+def _procedural(data: str, min_size: int, train: bool) -> Dataset:
+    """300 good plates of a line to train, 60 good and 60 defective ones to test, 256x256, always the same ones."""
+    name = data.split("/", 1)[1]
+    if name not in plates.LINES:
+        raise InputError(f"there is no line {data!r}: use one of {', '.join('procedural/' + n for n in plates.LINES)}")
+    if min_size > 256:
+        raise InputError(
+            f"procedural plates are 256x256 pixels, smaller than the patch of {min_size}: use a smaller --config.patch_size"
+        )
+    line = plates.LINES[name]
+    root = jax.random.key(20)
+
+    def draw(stream, num):
+        return np.asarray(plates.to_uint8(plates.render(jax.random.fold_in(root, stream), line, num=num)))
+
+    good = draw(0, _TRAIN) if train else np.zeros((0, 256, 256), np.uint8)
+    manifest = [
+        {"path": f"{data}/train/{i:04d}", "bytes": image.nbytes, "sha256": hashlib.sha256(image.tobytes()).hexdigest()}
+        for i, image in enumerate(good)
+    ]
+    test = [
+        TestImage(f"good/{i:03d}", "good", image, np.zeros(image.shape, bool)) for i, image in enumerate(draw(1, _GOOD))
+    ]
+    kinds = line.anomalies
+    for k, kind in enumerate(kinds):
+        num = len(range(k, _DEFECTIVE, len(kinds)))
+        images, masks = plates.render_defective(jax.random.fold_in(root, 2 + k), line, kind, num=num)
+        test += [
+            TestImage(f"{kind}/{i:03d}", kind, image, mask)
+            for i, (image, mask) in enumerate(zip(np.asarray(plates.to_uint8(images)), np.asarray(masks), strict=True))
+        ]
+    return Dataset(data.replace("/", "_"), list(good), manifest, test)
+
+
+READERS: dict[str, Callable[[str, int, bool], Dataset]] = {"procedural": _procedural}
+
+
+def load(data: str, *, min_size: int = 0, train: bool = True) -> Dataset:
+    """The data set that `data` names.
+
+    Args:
+      data: a folder in the MVTec AD layout or of good images alone, or a name in `READERS`, such as "procedural/diamond".
+      min_size: least height and width of every image, in pixels.
+      train: whether the training images are read.
+
+    Raises:
+      InputError: nothing there, or an image or mask that cannot be used.
+    """
+    reader = READERS.get(data.split("/", 1)[0]) if "/" in data and not Path(data).is_dir() else None
+    return (reader or _folder)(data, min_size, train)
+
+
+def split(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of training and of validation images, sorted, disjoint, together all; the same for the same arguments.
+
+    Raises:
+      InputError: too few images for one of each.
+    """
+    held_out = max(1, round(count * fraction))
+    if count - held_out < 1:
+        raise InputError(f"{count} good image(s) cannot be split into training and validation: give at least 2")
+    order = np.random.default_rng([seed, 0x5EED]).permutation(count)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])

@@ -1,0 +1,482 @@
+"""Images in from folders, checked so that a damaged file ends in one sentence instead of a half-grey plate."""
+
+import contextlib
+import hashlib
+import os
+import re
+import struct
+import uuid
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from steel_ad.errors import InputError
+
+IMAGE_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg")
+
+_DAMAGED = "is cut short or damaged: copy it again or leave it out"
+_UNDECODABLE = "cannot be decoded, it is damaged or of an unusual kind: copy it again or save it as a plain PNG"
+_TIFF_TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}
+_TIFF_TAGS = {256, 257, 258, 259, 262, 273, 274, 277, 279, 284, 322, 323, 324, 325, 339}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One test image: `kind` is "good" or the defect's name; `mask` is None exactly for good ones."""
+
+    image: Path
+    kind: str
+    mask: Path | None
+
+
+class _Refused(Exception):
+    """Why a file is not read: a phrase that follows its name."""
+
+
+def read_image(path: str | Path, *, max_pixels: int = 2**28) -> np.ndarray:
+    """Reads a PNG, BMP, TIFF or JPEG file, told apart by content, as grey uint8 [h, w] in 0..255.
+
+    - 16 bit is scaled by its full range, round(value / 257): 12-bit data in a 16-bit file comes out dark.
+    - Colour becomes 0.299 R + 0.587 G + 0.114 B; alpha is ignored.
+    - EXIF and TIFF orientation are not applied: rows and columns stay the sensor's own.
+
+    Before anything is decoded, the file is walked here for its number of pixels and its completeness: PNG's chunks with
+    their checksums up to IEND, JPEG's segments up to EOI, BMP's pixels, TIFF's strips or tiles and deflate's checksums.
+    Damage inside JPEG's or LZW's coded data is beyond that: it is decoded as far as it makes sense, and libjpeg says so
+    on stderr.
+
+    Raises:
+      InputError: the file is missing, empty, not one of the formats, cut short, damaged, of more than `max_pixels`,
+        of more than one page, of values other than unsigned 8 or 16 bit, or a TIFF that OpenCV would read wrongly.
+    """
+    return _grey(_load(Path(path), max_pixels))
+
+
+def read_mask(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Reads a ground-truth mask as bool [h, w]; any value above 0 in any colour is a defect, alpha is ignored.
+
+    Raises:
+      InputError: as `read_image`, or the mask's size is not `shape`, its image's (h, w).
+    """
+    raw = _load(Path(path), 2**28)
+    if raw.shape[:2] != tuple(shape):
+        raise InputError(
+            f"{path} is {_size(raw.shape)} pixels but its image is {_size(shape)}: give a mask of the image's size"
+        )
+    # The stored values, not the grey ones: a label of 1 must not round down to good.
+    return raw.reshape(*raw.shape[:2], -1)[..., :3].max(axis=-1) > 0
+
+
+def list_images(folder: str | Path, recursive: bool = False, *, root: str | Path | None = None) -> list[Path]:
+    """The folder's images by suffix (`IMAGE_SUFFIXES`, any case), in plain (not natural) order, without hidden names.
+
+    Raises:
+      InputError: the folder is missing, is not a folder, cannot be read or has no images; or a link in it leads out of
+        `root` (the folder itself by default) or, when recursive, to a folder.
+    """
+    folder = Path(folder)
+    if not os.path.isdir(folder):
+        what = "is not a folder" if os.path.exists(folder) else "does not exist"
+        raise InputError(f"{folder} {what}: name a folder of images")
+    inside = os.path.realpath(folder if root is None else root)
+    _stay_inside(folder, inside)
+
+    def unreadable(error: OSError) -> None:
+        raise InputError(f"{error.filename} cannot be read ({error.strerror}): check its permissions") from error
+
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=unreadable):
+        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+        for name in folders:
+            if Path(parent, name).is_symlink():
+                raise InputError(f"{Path(parent, name)} is a link to a folder: put the images themselves there")
+        for name in names:
+            path = Path(parent, name)
+            if not name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES:
+                if path.is_symlink():
+                    _stay_inside(path, inside)
+                found.append(path)
+    if not found:
+        suffixes = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
+        raise InputError(f"{folder} has no images ({suffixes}): name the folder that holds them or one with train/good")
+    return sorted(found)
+
+
+def good_images(data: str | Path) -> list[Path]:
+    """The defect-free images to train on: those of `data/train/good` (MVTec AD's layout), else those of `data` itself.
+
+    Raises:
+      InputError: as `list_images`.
+    """
+    data = Path(data)
+    folder = data / "train" / "good"
+    return list_images(folder if folder.is_dir() else data, root=data)
+
+
+def samples(data: str | Path) -> list[Sample]:
+    """The test images of MVTec AD's layout, sorted by kind and name; [] where `data` has no folder `test`.
+
+    Images are `test/<kind>/*`, masks `ground_truth/<kind>/<stem>_mask.png` or `<stem>.png`; good images need none.
+
+    Raises:
+      InputError: a defective image has no mask, a mask has no image or two, `test` has no folders, or as `list_images`.
+    """
+    data = Path(data)
+    if data.is_dir() and not (data / "test").exists():
+        return []
+    kinds = _folders(data / "test")
+    if not kinds:
+        raise InputError(f"{data / 'test'} has no folders in it: sort the images into test/good and test/<defect>")
+    masks = {}
+    for folder in _folders(data / "ground_truth") if (data / "ground_truth").exists() else []:
+        if folder.name != "good":
+            for path in list_images(folder, root=data):
+                if path.suffix.lower() == ".png":
+                    masks[folder.name, path.stem] = path
+
+    result = []
+    owners: dict[Path, Path] = {}
+    for folder in kinds:
+        kind = folder.name
+        for image in list_images(folder, root=data):
+            if kind == "good":
+                result.append(Sample(image, kind, None))
+                continue
+            mask = masks.get((kind, f"{image.stem}_mask"), masks.get((kind, image.stem)))
+            if mask is None:
+                wanted = data / "ground_truth" / kind / f"{image.stem}_mask.png"
+                raise InputError(f"{image} has no mask: draw {wanted} or leave the image out")
+            if mask in owners:
+                raise InputError(f"{mask} is the mask of both {owners[mask]} and {image}: rename one of them")
+            owners[mask] = image
+            result.append(Sample(image, kind, mask))
+    for (kind, _), mask in masks.items():
+        if mask not in owners:
+            raise InputError(f"{mask} is a mask without an image in {data / 'test' / kind}: add it or remove the mask")
+    return result
+
+
+def read_images(
+    paths: Iterable[str | Path],
+    *,
+    min_size: int = 0,
+    workers: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> list[np.ndarray]:
+    """Reads images as `read_image` does, in threads; a list of uint8 [h, w] in the order of `paths`, sizes may differ.
+
+    `progress`, if any, is called in the caller's thread with the number read so far, once per image.
+
+    Raises:
+      InputError: as `read_image`, or an image is smaller than `min_size` in height or width; the first such in order.
+    """
+
+    def read(path: str | Path) -> np.ndarray:
+        image = read_image(path)
+        if min(image.shape) < min_size:
+            raise InputError(
+                f"{path} is {_size(image.shape)} pixels, smaller than the patch of {min_size}: "
+                "leave it out or use a smaller --config.patch_size"
+            )
+        return image
+
+    images = []
+    with ThreadPoolExecutor(workers) as pool:
+        for image in pool.map(read, paths):  # on an error, map cancels what has not begun
+            images.append(image)
+            if progress is not None:
+                progress(len(images))
+    return images
+
+
+def write_image(path: str | Path, image: np.ndarray) -> None:
+    """Writes uint8 [h, w] (grey) or [h, w, 3] (RGB) in the format of the path's suffix; never leaves half a file.
+
+    Raises:
+      InputError: the suffix is not one of `IMAGE_SUFFIXES`, or, with status 1, the file cannot be written.
+      ValueError: the image has another dtype or shape.
+    """
+    path, image = Path(path), np.asarray(image)
+    if (
+        image.dtype != np.uint8
+        or image.ndim not in (2, 3)
+        or (image.ndim == 3 and image.shape[2] != 3)
+        or not image.size
+    ):
+        raise ValueError(f"image must be uint8 [h, w] or [h, w, 3], got {image.dtype} {list(image.shape)}")
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise InputError(f"{path} has no image suffix: end its name in .png")
+    try:
+        done, coded = cv2.imencode(path.suffix, image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    except cv2.error:
+        done = False
+    if not done:
+        raise InputError(f"{path} cannot hold an image of {_size(image.shape)} pixels: use .png or a smaller image")
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_bytes(coded.data)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}): free some space or choose another folder", status=1
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def fingerprint(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, in hex.
+
+    Raises:
+      InputError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): check its name and permissions") from error
+
+
+def manifest(paths: Sequence[str | Path], root: str | Path) -> list[dict[str, str | int]]:
+    """What was read: for each path, in order, its `path` below root (with slashes), size in `bytes` and `sha256`.
+
+    Raises:
+      InputError: a file cannot be read.
+      ValueError: a path is not below `root`.
+    """
+    return [
+        {
+            "path": Path(path).relative_to(root).as_posix(),
+            "sha256": fingerprint(path),
+            "bytes": os.path.getsize(path),
+        }
+        for path in paths
+    ]
+
+
+def _size(shape: Sequence[int]) -> str:
+    """Width x height, as image viewers show it."""
+    return f"{shape[1]}x{shape[0]}"
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted; hidden ones are left out."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read ({error.strerror}): name a folder with test/<kind> in it") from error
+
+
+def _stay_inside(path: Path, root: str) -> None:
+    """Refuses a link that leads out of the data: what is read there would not be what was recorded or copied."""
+    if not Path(os.path.realpath(path)).is_relative_to(root):
+        raise InputError(f"{path} is a link that leads out of {root}: copy the images there instead")
+
+
+def _grey(raw: np.ndarray) -> np.ndarray:
+    """uint8 or uint16 [h, w] or [h, w, 3 or 4] (BGR, BGRA) to uint8 [h, w]."""
+    if raw.ndim == 3:
+        raw = cv2.cvtColor(raw, cv2.COLOR_BGR2GRAY if raw.shape[2] == 3 else cv2.COLOR_BGRA2GRAY)
+    return raw if raw.dtype == np.uint8 else cv2.convertScaleAbs(raw, alpha=1 / 257)
+
+
+def _load(path: Path, max_pixels: int) -> np.ndarray:
+    """The values as stored: uint8 or uint16, [h, w] or [h, w, 3 or 4] (BGR, BGRA)."""
+    try:
+        return _decode(_read_bytes(path, max_pixels), max_pixels)
+    except _Refused as refused:
+        raise InputError(f"{path} {refused}") from refused
+    except (struct.error, OverflowError) as error:  # an offset or a length that points outside the file
+        raise InputError(f"{path} {_DAMAGED}") from error
+
+
+def _read_bytes(path: Path, max_pixels: int) -> np.ndarray:
+    """The file as writable uint8 [bytes]."""
+    try:
+        if not path.exists():
+            raise _Refused("does not exist: check its name")
+        if not path.is_file():  # a pipe would block for ever
+            raise _Refused("is not a file: name an image")
+        size = path.stat().st_size
+        if size == 0:
+            raise _Refused("is empty: copy it again or leave it out")
+        if size > 8 * max_pixels + 2**24:  # four channels of 16 bit, and room for what is not pixels
+            raise _Refused(f"is a file of {size} bytes, too large for {max_pixels} pixels: cut it into smaller images")
+        return np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise _Refused(f"cannot be read ({error.strerror}): check its permissions") from error
+
+
+def _decode(data: np.ndarray, max_pixels: int) -> np.ndarray:
+    for signature, check in _FORMATS:
+        if data[: len(signature)].tobytes() == signature:
+            size = check(memoryview(data), max_pixels)
+            break
+    else:
+        raise _Refused("is not a PNG, BMP, TIFF or JPEG image: convert it or leave it out")
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # the user is to see one sentence, not two
+    try:
+        raw = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:
+        raise _Refused(_UNDECODABLE) from error
+    if raw is None:
+        raise _Refused(_UNDECODABLE)
+    if raw.dtype not in (np.uint8, np.uint16):
+        raise _Refused(f"holds {raw.dtype} values: save it with unsigned 8 or 16 bit")
+    if raw.shape[:2] != size or (raw.ndim == 3 and raw.shape[2] not in (3, 4)):
+        raise _Refused(_UNDECODABLE)
+    return raw
+
+
+def _check_size(height: int, width: int, max_pixels: int) -> tuple[int, int]:
+    if height < 1 or width < 1:
+        raise _Refused(_DAMAGED)
+    if height * width > max_pixels:
+        raise _Refused(f"is {width}x{height} pixels, more than {max_pixels} in all: cut it into smaller images")
+    return height, width
+
+
+def _check_png(data: memoryview, max_pixels: int) -> tuple[int, int]:
+    """(h, w) of a PNG whose chunks are all there and agree with their checksums."""
+    if data[12:16] != b"IHDR":
+        raise _Refused(_DAMAGED)
+    width, height = struct.unpack_from(">II", data, 16)
+    size = _check_size(height, width, max_pixels)
+    kind, start = b"", 8
+    while kind != b"IEND":
+        length, kind = struct.unpack_from(">I4s", data, start)
+        end = start + 8 + length
+        if struct.unpack_from(">I", data, end)[0] != zlib.crc32(data[start + 4 : end]):
+            raise _Refused(_DAMAGED)
+        if kind == b"acTL":
+            raise _Refused("is an animation: save each picture as a file of its own")
+        start = end + 4
+    return size
+
+
+def _check_jpeg(data: memoryview, max_pixels: int) -> tuple[int, int]:
+    """(h, w) of a JPEG whose coded data run up to an end-of-image marker."""
+    size, start, kind = None, 2, 0
+    # Walking by segments up to the first scan keeps a thumbnail's end marker from passing for the image's.
+    while kind != 0xDA:
+        mark, kind = struct.unpack_from("BB", data, start)
+        if mark != 0xFF:
+            raise _Refused(_DAMAGED)
+        if kind == 0xFF:  # fill
+            start += 1
+            continue
+        (length,) = struct.unpack_from(">H", data, start + 2)
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack_from(">HH", data, start + 5)
+            size = _check_size(height, width, max_pixels)
+        start += 2 + length
+    if size is None or not re.search(b"\xff\xd9", data[start:]):
+        raise _Refused(_DAMAGED)
+    return size
+
+
+def _check_bmp(data: memoryview, max_pixels: int) -> tuple[int, int]:
+    """(h, w) of a BMP that is long enough for its pixels."""
+    offset, header = struct.unpack_from("<II", data, 10)
+    width, height, _, bits = struct.unpack_from("<HHHH" if header == 12 else "<iiHH", data, 18)
+    compression, stated = (0, 0) if header == 12 else struct.unpack_from("<II", data, 30)
+    size = _check_size(abs(height), width, max_pixels)  # a negative height means from top to bottom
+    # Run-length coded pixels (compression 1 and 2) must state their bytes.
+    length = stated if compression in (1, 2) else (width * bits + 31) // 32 * 4 * abs(height)
+    if offset + length > len(data):
+        raise _Refused(_DAMAGED)
+    return size
+
+
+def _check_tiff(data: memoryview, max_pixels: int) -> tuple[int, int]:
+    """(h, w) of a TIFF or BigTIFF of one page, of values that OpenCV reads rightly, with all its strips or tiles."""
+    order = "<" if data[:2] == b"II" else ">"
+    big = struct.unpack_from(order + "H", data, 2)[0] == 43
+    word, count_word, inline = ("Q", "Q", 8) if big else ("I", "H", 4)
+    (start,) = struct.unpack_from(order + word, data, 8 if big else 4)
+    (count,) = struct.unpack_from(order + count_word, data, start)
+    start += struct.calcsize(order + count_word)
+    step = 4 + 2 * inline
+    if start + count * step > len(data):
+        raise _Refused(_DAMAGED)
+    tags = {}
+    for entry in range(start, start + count * step, step):
+        tag, kind, items = struct.unpack_from(f"{order}HH{word}", data, entry)
+        if tag not in _TIFF_TAGS:
+            continue
+        if tag in tags or kind not in _TIFF_TYPES or items == 0:  # readers differ in what they make of these
+            raise _Refused(_DAMAGED)
+        form = f"{order}{items}{_TIFF_TYPES[kind]}"
+        at = entry + 4 + inline
+        if struct.calcsize(form) > inline:
+            (at,) = struct.unpack_from(order + word, data, at)
+        tags[tag] = struct.unpack_from(form, data, at)
+        if tag == 274:
+            struct.pack_into(form, data, at, *(1 for _ in range(items)))  # OpenCV would turn the image by this tag
+    if struct.unpack_from(order + word, data, start + count * step)[0]:
+        raise _Refused("holds more than one page: save each page as a file of its own")
+
+    def first(tag: int, default: int) -> int:
+        return tags.get(tag, (default,))[0]
+
+    size = _check_size(first(257, 0), first(256, 0), max_pixels)
+    tile = _check_size(first(323, 1), first(322, 1), max_pixels)  # a tile may be larger than its image
+    bits, channels, compression = first(258, 1), first(277, 1), first(259, 1)
+    if set(tags.get(339, (1,))) != {1} or bits not in (1, 4, 8, 16):
+        raise _Refused(f"holds signed, floating-point or {bits}-bit values: save it with unsigned 8 or 16 bit")
+    if bits == 16 and (first(262, 1) == 0 or (first(284, 1) == 2 and channels > 1)):
+        # OpenCV neither inverts the former nor joins the latter's planes, without a word.
+        raise _Refused("has 16 bit with 0 as white or with separate colour planes: save it as a plain 16-bit PNG")
+    if compression not in (1, 5, 8, 32946) or channels > 4 or first(262, 1) == 6:
+        raise _Refused("is a TIFF of an unusual kind: save it with LZW, deflate or no compression, in grey or RGB")
+    offsets, lengths = tags.get(324, tags.get(273, ())), tags.get(325, tags.get(279, ()))
+    if not offsets or len(offsets) != len(lengths):
+        raise _Refused(_DAMAGED)
+    wanted = size[0] * size[1] * bits * channels // 8
+    most = max(wanted, tile[0] * tile[1] * bits * channels // 8) + 64
+    found = 0
+    for offset, length in zip(offsets, lengths, strict=True):
+        part = data[offset : offset + length]
+        if len(part) < length:
+            raise _Refused(_DAMAGED)
+        # OpenCV fills what it cannot decompress with zeros.
+        if compression == 1:
+            found += length
+        elif compression == 5:
+            found = wanted
+            if not any(part[-3:]):  # LZW's end code is in there, and is not 0
+                raise _Refused(_DAMAGED)
+        else:
+            found += _inflated(part, most)
+    if found < wanted:
+        raise _Refused(_DAMAGED)
+    return size
+
+
+def _inflated(part: memoryview, most: int) -> int:
+    """The length of a whole zlib stream's content, of `most` bytes at most."""
+    stream = zlib.decompressobj()
+    try:
+        length = len(stream.decompress(part, most))
+    except zlib.error as error:
+        raise _Refused(_DAMAGED) from error
+    if not stream.eof:
+        raise _Refused(_DAMAGED)
+    return length
+
+
+_FORMATS: tuple[tuple[bytes, Callable[[memoryview, int], tuple[int, int]]], ...] = (
+    (b"\x89PNG\r\n\x1a\n", _check_png),
+    (b"\xff\xd8", _check_jpeg),
+    (b"BM", _check_bmp),
+    (b"II*\0", _check_tiff),
+    (b"MM\0*", _check_tiff),
+    (b"II+\0", _check_tiff),
+    (b"MM\0+", _check_tiff),
+)

@@ -1,0 +1,70 @@
+"""Random patches of a resident set of plates, drawn inside the jitted step (SPEC section 1, row 7)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import dm_pix as pix
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+
+class Plates(NamedTuple):
+    """A set of images as one array: `pixels` uint8 `[n, h, w]`, zero beyond each one's `sizes` int32 `[n, 2]`."""
+
+    pixels: Array | np.ndarray
+    sizes: Array | np.ndarray
+
+
+class Crops(NamedTuple):
+    """Places of patches: `image`, `top`, `left`, int32 `[n]` each."""
+
+    image: Array
+    top: Array
+    left: Array
+
+
+def stack(images: Sequence[np.ndarray]) -> Plates:
+    """Plates of images uint8 `[h_i, w_i]`, as numpy arrays.
+
+    Raises:
+      ValueError: no image, or one that is not uint8 `[h, w]`.
+    """
+    if not images or any(image.dtype != np.uint8 or image.ndim != 2 for image in images):
+        raise ValueError("stack takes at least one image, each uint8 [h, w]")
+    sizes = np.array([image.shape for image in images], np.int32)
+    pixels = np.zeros((len(images), *sizes.max(axis=0)), np.uint8)
+    for target, image in zip(pixels, images, strict=True):
+        target[: image.shape[0], : image.shape[1]] = image
+    return Plates(pixels, sizes)
+
+
+def random_crops(key: Array, plates: Plates, *, num: int, patch_size: int) -> Crops:
+    """`num` places, uniform over the images and over each image's own area."""
+    of_image, of_top, of_left = jax.random.split(key, 3)
+    image = jax.random.randint(of_image, (num,), 0, plates.pixels.shape[0])
+    limit = plates.sizes[image] - (patch_size - 1)
+    top = jax.random.randint(of_top, (num,), 0, limit[:, 0])
+    left = jax.random.randint(of_left, (num,), 0, limit[:, 1])
+    return Crops(image, top, left)
+
+
+def cut(plates: Plates, crops: Crops, *, patch_size: int) -> Array:
+    """The patches at those places: float32 `[b, patch_size, patch_size, 1]` in [0, 1]."""
+
+    def one(image, top, left):
+        return lax.dynamic_slice(plates.pixels, (image, top, left), (1, patch_size, patch_size))[0]
+
+    patches = jax.vmap(one)(*crops)
+    return (patches.astype(jnp.float32) / 255)[..., None]
+
+
+def random_flips(key: Array, patches: Array) -> Array:
+    """Each patch `[b, p, p, c]` turned left-right and up-down, each with probability one half."""
+
+    def one(key, patch):
+        across, along = jax.random.split(key)
+        return pix.random_flip_up_down(along, pix.random_flip_left_right(across, patch))
+
+    return jax.vmap(one)(jax.random.split(key, patches.shape[0]), patches)
