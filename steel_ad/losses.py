@@ -1,0 +1,86 @@
+"""Reconstruction losses: name -> pure function (SPEC section 4).
+
+A loss takes reconstruction and target `[b, h, w, c]`, floating, in [0, 1], and its own keyword options, and returns `[b]`, one
+number a patch. A new one is a function here and a line in `LOSSES`, or anybody's function named `module:function`.
+"""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from steel_ad.errors import InputError
+from steel_ad.ops.ssim import ssim_residual
+
+
+def l2(reconstruction: Array, target: Array) -> Array:
+    """Mean squared difference, `[b]`."""
+    return jnp.mean(jnp.square(reconstruction - target), axis=(1, 2, 3))
+
+
+def l1(reconstruction: Array, target: Array) -> Array:
+    """Mean absolute difference, `[b]`."""
+    return jnp.mean(jnp.abs(reconstruction - target), axis=(1, 2, 3))
+
+
+def ssim(reconstruction: Array, target: Array, **options) -> Array:
+    """Mean of 1 - SSIM, `[b]`; options as `ops.ssim.ssim_map`'s."""
+    residual = jax.vmap(functools.partial(ssim_residual, **options))(reconstruction, target)
+    return jnp.mean(residual, axis=(1, 2, 3))
+
+
+ssim.options = tuple(n for n, p in inspect.signature(ssim_residual).parameters.items() if p.kind is p.KEYWORD_ONLY)  # type: ignore[attr-defined]
+
+
+def ssim_l2(reconstruction: Array, target: Array, *, weight: float = 0.5, **options) -> Array:
+    """`weight` times `ssim` plus (1 - `weight`) times `l2`, `[b]`; further options as `ssim`'s."""
+    return weight * ssim(reconstruction, target, **options) + (1 - weight) * l2(reconstruction, target)
+
+
+ssim_l2.options = ("weight", *ssim.options)  # type: ignore[attr-defined]
+
+LOSSES: dict[str, Callable[..., Array]] = {"l2": l2, "l1": l1, "ssim": ssim, "ssim_l2": ssim_l2}
+
+
+def option_names(loss: Callable) -> tuple[str, ...]:
+    """Names of a loss's options: its keyword arguments after reconstruction and target, or its attribute `options`."""
+    if hasattr(loss, "options"):
+        return tuple(loss.options)
+    return tuple(list(inspect.signature(loss).parameters)[2:])
+
+
+def get(name: str, options: Mapping[str, object] | None = None) -> Callable[[Array, Array], Array]:
+    """The loss of that name with its options bound: `(reconstruction, target) -> [b]`.
+
+    Args:
+      name: a key of `LOSSES`, or `module:function` of the user's own.
+      options: keyword arguments; None values are left to the loss's default.
+
+    Raises:
+      InputError: no such loss, module or function, or an option that the loss does not take.
+    """
+    if ":" in name:
+        module, function = name.split(":", 1)
+        try:
+            loss = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise InputError(
+                f"--config.loss={name} cannot be loaded ({error}): give module:function as Python imports it"
+            ) from None
+        if not callable(loss):
+            raise InputError(f"--config.loss={name} is no function: give module:function of a loss")
+    elif name in LOSSES:
+        loss = LOSSES[name]
+    else:
+        raise InputError(f"there is no loss {name!r}: use one of {', '.join(LOSSES)}, or your own as module:function")
+    given = {k: v for k, v in (options or {}).items() if v is not None}
+    if unknown := sorted(set(given) - set(option_names(loss))):
+        takes = ", ".join(option_names(loss)) or "none"
+        raise InputError(
+            f"the loss {name} has no option {unknown[0]!r} (it takes {takes}): leave it out of --config.loss_options"
+        )
+    return functools.partial(loss, **given)

@@ -1,0 +1,1 @@
+"""Networks as flax.linen modules: pure functions of (variables, x)."""

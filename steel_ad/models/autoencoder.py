@@ -1,0 +1,48 @@
+"""Convolutional autoencoder of Bergmann et al. 2018 as the thesis uses it (SPEC section 4)."""
+
+import functools
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from steel_ad.models import layers
+
+
+class Autoencoder(nn.Module):
+    """Reconstructs a patch through a code of `latent` numbers.
+
+    `[b, p, p, 1]` in [0, 1] -> `[b, p, p, 1]` float32 in (0, 1); p a multiple of 16, the bottleneck's kernel is p / 16.
+    Leaky ReLU 0.2 after each layer, but the code is linear and the output a sigmoid. 1,048,549 parameters at p = 128 and
+    latent = 100. Parameters are float32, arithmetic is `dtype`.
+
+    Raises:
+      ValueError: a patch that is not square, or a side that is no multiple of 16.
+    """
+
+    latent: int = 100
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        if x.shape[1] != x.shape[2] or x.shape[1] % 16:
+            raise ValueError(f"patches must be square with a side that is a multiple of 16, not {x.shape[1:3]}")
+        halve = functools.partial(layers.Halve, dtype=self.dtype)
+        double = functools.partial(layers.Double, dtype=self.dtype)
+        same = functools.partial(layers.Same, dtype=self.dtype)
+        size = x.shape[1] // 16
+        for layer in (halve(32), halve(32), same(32), halve(64), same(64), halve(128), same(64), same(32)):
+            x = nn.leaky_relu(layer(x), 0.2)
+        x = layers.Collapse(self.latent, dtype=self.dtype)(x)
+        x = nn.leaky_relu(layers.Expand(32, size, dtype=self.dtype)(x), 0.2)
+        for layer in (  # type: ignore[assignment]
+            same(64),
+            same(128),
+            double(64),
+            same(64),
+            double(32),
+            same(32),
+            double(32),
+        ):
+            x = nn.leaky_relu(layer(x), 0.2)
+        return nn.sigmoid(double(1, gain=1.0)(x).astype(jnp.float32))

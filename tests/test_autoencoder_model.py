@@ -1,0 +1,124 @@
+"""The network and its convolutions against lax's plain forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from steel_ad.models import layers
+from steel_ad.models.autoencoder import Autoencoder
+from steel_ad.ops import convolution
+
+DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+
+
+def plain_halve(x, w):
+    return lax.conv_general_dilated(x, w, (2, 2), ((1, 1), (1, 1)), dimension_numbers=DIMENSIONS)
+
+
+def plain_double(x, w):
+    return lax.conv_transpose(x, w, (2, 2), "SAME", dimension_numbers=DIMENSIONS)
+
+
+@pytest.mark.parametrize("form", ["plain", "rewritten", None])
+@pytest.mark.parametrize(("ours", "plain"), [(convolution.halve, plain_halve), (convolution.double, plain_double)])
+@pytest.mark.parametrize(("h", "w", "i", "o"), [(8, 12, 3, 5), (2, 2, 1, 4), (16, 6, 4, 1)])
+def test_rewritten_convolutions(ours, plain, h, w, i, o, form):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, h, w, i)).astype(np.float32)
+    kernel = rng.standard_normal((4, 4, i, o)).astype(np.float32)
+    expected, expected_back = jax.vjp(plain, x, kernel)
+    found, found_back = jax.vjp(lambda a, b: ours(a, b, form=form), x, kernel)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    g = rng.standard_normal(expected.shape).astype(np.float32)
+    for a, b in zip(found_back(g), expected_back(g), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3)
+
+
+def test_convolutions_refuse():
+    with pytest.raises(ValueError, match="even"):
+        convolution.halve(jnp.zeros((1, 5, 4, 1)), jnp.zeros((4, 4, 1, 1)))
+    with pytest.raises(ValueError, match="4x4"):
+        convolution.double(jnp.zeros((1, 4, 4, 1)), jnp.zeros((3, 3, 1, 1)))
+    with pytest.raises(ValueError, match="form"):
+        convolution.double(jnp.zeros((1, 4, 4, 1)), jnp.zeros((4, 4, 1, 1)), form="fast")
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "plain"),
+    [
+        (
+            layers.Same(5),
+            (2, 6, 6, 3),
+            lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=DIMENSIONS),
+        ),
+        (layers.Halve(5), (2, 6, 6, 3), plain_halve),
+        (layers.Double(5), (2, 6, 6, 3), plain_double),
+        (
+            layers.Collapse(7),
+            (2, 8, 8, 3),
+            lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=DIMENSIONS),
+        ),
+        (
+            layers.Expand(5, 8),
+            (2, 1, 1, 3),
+            lambda x, w: lax.conv_transpose(x, w, (1, 1), "VALID", dimension_numbers=DIMENSIONS),
+        ),
+    ],
+)
+def test_layers_are_plain_convolutions_of_their_parameters(layer, shape, plain):
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    variables = layer.init(jax.random.key(0), x)
+    kernel = variables["params"]["kernel"]
+    bias = jnp.arange(kernel.shape[-1], dtype=jnp.float32)
+    found = layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
+    np.testing.assert_allclose(found, plain(x, kernel) + bias.reshape(1, 1, 1, -1), atol=1e-4)
+
+
+def test_parameter_count_and_output():
+    x = jnp.full((1, 128, 128, 1), 0.5)
+    variables = jax.jit(Autoencoder().init)(jax.random.key(0), x)
+    assert sum(p.size for p in jax.tree.leaves(variables)) == 1_048_549
+    y = Autoencoder().apply(variables, x)
+    assert y.shape == x.shape
+    assert y.dtype == jnp.float32
+    assert 0 < float(y.min()) <= float(y.max()) < 1
+
+
+def test_other_sizes_and_codes():
+    x = jnp.zeros((2, 48, 48, 1))
+    variables = jax.jit(Autoencoder(latent=7).init)(jax.random.key(0), x)
+    assert variables["params"]["Collapse_0"]["kernel"].shape == (3, 3, 32, 7)
+    assert Autoencoder(latent=7).apply(variables, x).shape == x.shape
+    for shape in [(1, 40, 40, 1), (1, 32, 48, 1)]:
+        with pytest.raises(ValueError, match="multiple of 16"):
+            Autoencoder().init(jax.random.key(0), jnp.zeros(shape))
+
+
+def test_the_code_is_linear_and_the_only_way_through():
+    """With the code's kernel at zero every patch has the same reconstruction; a ReLU there would break additivity."""
+    model = Autoencoder(latent=4)
+    a, b = np.random.default_rng(0).random((2, 1, 32, 32, 1)).astype(np.float32)
+    variables = model.init(jax.random.key(0), a)
+
+    def code(x):
+        _, state = model.apply(variables, x, capture_intermediates=True, mutable=["intermediates"])
+        return state["intermediates"]["Collapse_0"]["__call__"][0]
+
+    assert (code(a) < 0).any()
+    blind = jax.tree.map(lambda p: p, variables)
+    blind["params"]["Collapse_0"]["kernel"] = jnp.zeros_like(blind["params"]["Collapse_0"]["kernel"])
+    np.testing.assert_array_equal(model.apply(blind, a), model.apply(blind, b))
+    assert float(jnp.abs(model.apply(variables, a) - model.apply(variables, b)).max()) > 0
+
+
+def test_bfloat16_arithmetic_keeps_float32_parameters():
+    x = np.random.default_rng(0).random((1, 32, 32, 1)).astype(np.float32)
+    half = Autoencoder(latent=4, dtype=jnp.bfloat16)
+    variables = half.init(jax.random.key(0), x)
+    assert {p.dtype for p in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    full = Autoencoder(latent=4).apply(variables, x)
+    found = half.apply(variables, x)
+    assert found.dtype == jnp.float32
+    assert 0 < float(jnp.abs(found - full).max()) < 0.03
