@@ -1,0 +1,216 @@
+"""The autoencoder as a detector: what it cannot reconstruct is a defect (SPEC section 4)."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from steel_ad import config as configs
+from steel_ad import losses
+from steel_ad.data import patches
+from steel_ad.data.patches import Plates
+from steel_ad.errors import InputError
+from steel_ad.models.autoencoder import Autoencoder
+from steel_ad.ops import sliding
+from steel_ad.ops.ssim import CONSTANTS, ssim_residual
+from steel_ad.train import loop
+from steel_ad.train.state import TrainState, create, stream
+from steel_ad.train.step import default_steps_per_call, make_step
+
+# Contrast of a reconstruction, as a share of the target's, below which it shows nothing.
+_FLAT = 0.02
+
+OnStep = Callable[[int, dict[str, float]], None]
+
+
+def model(config: configs.Autoencoder) -> Autoencoder:
+    """The network of these settings."""
+    return Autoencoder(latent=config.latent, dtype=jnp.dtype(config.dtype))
+
+
+def optimizer(config: configs.Autoencoder) -> optax.GradientTransformation:
+    """Adam with the settings' schedule, clipping and either form of decay."""
+    if config.schedule == "cosine":
+        rate = optax.cosine_decay_schedule(config.learning_rate, max(1, config.total_steps - config.warmup_steps))
+    else:
+        rate = optax.constant_schedule(config.learning_rate)
+    if config.warmup_steps:
+        ramp = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+        rate = optax.join_schedules([ramp, rate], [config.warmup_steps])
+    if config.decay == "learning_rate" and config.weight_decay:
+        base = rate
+        rate = lambda step: base(step) / (1 + config.weight_decay * step)  # noqa: E731
+    chain = []
+    if config.clip_norm:
+        chain.append(optax.clip_by_global_norm(config.clip_norm))
+    if config.decay == "l2" and config.weight_decay:
+        chain.append(optax.add_decayed_weights(config.weight_decay))
+    return optax.chain(*chain, optax.adam(rate))
+
+
+def loss_function(config: configs.Autoencoder) -> Callable[[Array, Array], Array]:
+    """The settings' loss, `(reconstruction, target) [b, p, p, 1] -> [b]`.
+
+    Raises:
+      InputError: no such loss, or an option that it does not take.
+    """
+    options = dict(config.loss_options)
+    if config.loss in losses.LOSSES and "c1" in losses.option_names(losses.LOSSES[config.loss]):
+        options = dict(zip(("c1", "c2"), CONSTANTS[config.constants], strict=True)) | options
+    return losses.get(config.loss, options)
+
+
+def objective(config: configs.Autoencoder):
+    """The training objective of `train.step.make_step`: `data` is Plates with "fresh" crops, else (Plates, Crops)."""
+    network, loss = model(config), loss_function(config)
+
+    def sample(data, step, root) -> Array:
+        if config.crops == "fresh":
+            plates = data
+            crops = patches.random_crops(
+                stream(root, "crops", step), plates, num=config.batch_size, patch_size=config.patch_size
+            )
+        else:
+            plates, kept = data
+            epoch, batch = jnp.divmod(step, config.steps_per_epoch)
+            order = jax.random.permutation(stream(root, "order", epoch), config.num_crops)
+            size = min(config.batch_size, config.num_crops)
+            chosen = jax.lax.dynamic_slice_in_dim(order, batch * size, size)
+            crops = jax.tree.map(lambda a: a[chosen], kept)
+        x = patches.cut(plates, crops, patch_size=config.patch_size)
+        return patches.random_flips(stream(root, "flips", step), x) if config.flips else x
+
+    def run(params, extra, data, step, root):
+        x = sample(data, step, root)
+        y = jnp.asarray(network.apply(params, x))
+        # How much of the pattern the reconstruction shows: near 0 where training is dead.
+        contrast = jnp.std(y, axis=(1, 2, 3)).mean() / (jnp.std(x, axis=(1, 2, 3)).mean() + 1e-6)
+        return loss(y, x).mean(), (extra, {"contrast": contrast})
+
+    return run
+
+
+def initial_state(config: configs.Autoencoder, root: Array) -> TrainState:
+    """State before the first step, made on the device."""
+    network, rule = model(config), optimizer(config)
+    x = jnp.zeros((1, config.patch_size, config.patch_size, 1))
+
+    @jax.jit
+    def make(key):
+        return create(network.init(key, x), rule)
+
+    return make(stream(root, "init"))
+
+
+class _DeadRun:
+    """Stops a run whose reconstructions have stayed flat: a saturated sigmoid gives no gradient to recover by."""
+
+    def __init__(self, config: configs.Autoencoder):
+        self.patience = max(300, config.total_steps // 5)
+        self.flat_since: int | None = None
+
+    def __call__(self, step: int, contrast: float) -> None:
+        if contrast >= _FLAT:
+            self.flat_since = None
+            return
+        if self.flat_since is None:
+            self.flat_since = step
+        if step - self.flat_since >= self.patience:
+            raise InputError(
+                f"training is dead: since step {self.flat_since} every reconstruction is flat; "
+                "lower --config.learning_rate, set --config.clip_norm=1 and --config.warmup_steps=100, "
+                "or try another --config.seed, in a new --workdir",
+                status=1,
+            )
+
+
+def train(
+    config: configs.Autoencoder,
+    images: Plates,
+    *,
+    state: TrainState | None = None,
+    on_step: OnStep | None = None,
+    save: Callable[[int, TrainState], None] | None = None,
+) -> TrainState:
+    """Trains on good images, from `state` where one is given.
+
+    Args:
+      images: uint8 plates, each at least `patch_size` on both sides.
+      on_step: called with (step number from 1, {"loss", "gradient_norm", "contrast"}) for every step, in order.
+      save: called with (step, state) every `checkpoint_every` steps and at the end.
+
+    Raises:
+      InputError: an image smaller than the patch, a loss that is not finite, or a dead run.
+    """
+    if int(np.min(images.sizes)) < config.patch_size:
+        raise InputError(
+            f"an image of {np.min(images.sizes)} pixels is smaller than the patch of {config.patch_size}: "
+            "leave it out or use a smaller --config.patch_size"
+        )
+    root = jax.random.key(config.seed)
+    state = initial_state(config, root) if state is None else state
+    data: Any = jax.tree.map(jnp.asarray, images)
+    if config.crops == "fixed":
+        kept = patches.random_crops(
+            stream(root, "kept crops"), data, num=config.num_crops, patch_size=config.patch_size
+        )
+        data = (data, kept)
+    # Checkpoints and the end must fall on a call's last step.
+    per_call = max(
+        k
+        for k in range(1, default_steps_per_call() + 1)
+        if config.total_steps % k == 0 and config.checkpoint_every % k == 0
+    )
+    step = make_step(objective(config), optimizer(config), steps_per_call=per_call)
+    watch = _DeadRun(config)
+
+    def on_metrics(first: int, metrics: dict[str, np.ndarray]) -> None:
+        for i in range(len(metrics["loss"])):
+            row = {name: float(values[i]) for name, values in metrics.items()}
+            if on_step is not None:
+                on_step(first + i + 1, row)
+            watch(first + i + 1, row["contrast"])
+
+    return loop.run(
+        step,
+        state,
+        data,
+        root,
+        steps=config.total_steps,
+        steps_per_call=per_call,
+        on_metrics=on_metrics,
+        save=save,
+        save_every=config.checkpoint_every,
+    )
+
+
+def reconstruct(config: configs.Autoencoder, params: Any, image: Array) -> Array:
+    """Image float32 `[h, w]` in [0, 1] from its overlapping windows' reconstructions, averaged: float32 `[h, w]`."""
+    tiles = sliding.windows(image, size=config.patch_size, stride=config.stride)
+    tiles = jnp.asarray(model(config).apply(params, tiles[..., None]))[..., 0]
+    return sliding.average(tiles, shape=image.shape, stride=config.stride)
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderDetector:
+    """Residual between an image and its reconstruction: `map` "ssim" (1 - SSIM, in [0, 2]) or "l2" (absolute difference)."""
+
+    config: configs.Autoencoder
+    map: str = "ssim"
+
+    def fit(self, images: Plates) -> Any:
+        """Parameters trained on good images, in memory."""
+        return train(self.config, images).params
+
+    def residual(self, state: Any, image: Array) -> Array:
+        """Residual map `[h, w]` of an image `[h, w]`, both sides at least `patch_size`."""
+        reconstruction = reconstruct(self.config, state, image)
+        if self.map == "l2":
+            return jnp.abs(reconstruction - image)
+        c1, c2 = CONSTANTS[self.config.residual_constants]
+        return ssim_residual(reconstruction, image, window_size=self.config.window_size, c1=c1, c2=c2)

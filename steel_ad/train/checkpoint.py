@@ -1,0 +1,92 @@
+"""Checkpoints of a training state, written in the background and renamed into place when whole. The only importer of orbax."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from steel_ad.errors import InputError
+
+
+class Checkpoints:
+    """The checkpoints of one run; a context manager that waits for the last write."""
+
+    def __init__(self, directory: Path, *, keep: int = 2):
+        self.directory = directory.absolute()
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep, step_prefix="step")
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def _failed(self, error: Exception) -> InputError:
+        # tensorstore's sentence names every layer; the last part is the system's reason.
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0].rsplit(": ", 1)[-1]
+        return InputError(
+            f"the checkpoint in {self.directory} cannot be written ({reason}): free some space, then run again; "
+            "earlier checkpoints are kept",
+            status=1,
+        )
+
+    def latest(self) -> int | None:
+        """Step of the newest whole checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def restore(self, like: Any) -> tuple[Any, dict]:
+        """State and record of the newest checkpoint; `like` is a state of the same structure, arrays or shapes.
+
+        Raises:
+          InputError: the files are damaged, or hold a state of another structure.
+        """
+        template = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        step = self._manager.latest_step()
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardRestore(template), record=ocp.args.JsonRestore()),
+            )
+        except (ValueError, KeyError, TypeError, OSError, json.JSONDecodeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"the checkpoint of step {step} in {self.directory} cannot be read ({reason}): "
+                "delete that step's folder to go on from the one before, or use a new --workdir",
+                status=1,
+            ) from None
+        return restored.state, restored.record
+
+    def save(self, step: int, state: Any, record: dict) -> None:
+        """Begins to write; arrays are copied before it returns, so the state may be donated.
+
+        Raises:
+          InputError: the disk is full or not writable, now or at the write before.
+        """
+        try:
+            self._manager.save(
+                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
+            )
+        except Exception as error:  # orbax passes on whatever its writers raised
+            raise self._failed(error) from None
+
+    def wait(self) -> None:
+        """Returns when all is on disk.
+
+        Raises:
+          InputError: the last write failed.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._manager.close()

@@ -1,0 +1,46 @@
+"""The training step: pure, jitted, its state donated."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from steel_ad.ops.convolution import cpu_compiler_options
+from steel_ad.train.state import TrainState
+
+# (params, extra, data, step, root key) -> (loss [], (extra, metrics name -> []))
+Objective = Callable[[Any, Any, Any, Array, Array], tuple[Array, tuple[Any, dict[str, Array]]]]
+
+
+def default_steps_per_call() -> int:
+    """Steps in one dispatch: on CPU convolutions in a loop body lose their threads, elsewhere dispatch costs more."""
+    return 1 if jax.default_backend() == "cpu" else 20
+
+
+def make_step(objective: Objective, optimizer: optax.GradientTransformation, *, steps_per_call: int = 1) -> Callable:
+    """Jitted `(state, data, root) -> (state, metrics)`; metrics are float32 `[steps_per_call]` each.
+
+    They are "loss", "gradient_norm" (before any clipping) and whatever the objective adds.
+
+    The state is donated: the one passed in must not be used again.
+    """
+
+    def one(state: TrainState, data, root):
+        gradient = jax.value_and_grad(objective, has_aux=True)
+        (loss, (extra, metrics)), grads = gradient(state.params, state.extra, data, state.step, root)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes its float rates with int32 counts
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(grads), **metrics}
+        return TrainState(state.step + 1, params, opt_state, extra), metrics
+
+    def many(state, data, root):
+        if steps_per_call == 1:
+            state, metrics = one(state, data, root)
+            return state, jax.tree.map(lambda m: jnp.reshape(m, (1,)), metrics)
+        return lax.scan(lambda s, _: one(s, data, root), state, None, length=steps_per_call)
+
+    return jax.jit(many, donate_argnums=0, compiler_options=cpu_compiler_options())

@@ -1,0 +1,217 @@
+"""Step, loop and checkpoints: no retracing, exact resume, and runs that go wrong."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from steel_ad.config import Autoencoder
+from steel_ad.data import patches
+from steel_ad.detectors import autoencoder
+from steel_ad.errors import InputError
+from steel_ad.train import loop, state, step
+from steel_ad.train.checkpoint import Checkpoints
+
+TINY = Autoencoder(
+    patch_size=32,
+    latent=4,
+    crops="fresh",
+    flips=True,
+    batch_size=4,
+    steps=6,
+    learning_rate=1e-3,
+    stride=32,
+    checkpoint_every=2,
+)
+
+
+@pytest.fixture(scope="module")
+def plates():
+    rng = np.random.default_rng(0)
+    tile = (127 + 100 * np.sin(np.arange(48) / 3)).astype(np.uint8)
+    return patches.stack(
+        [np.minimum(tile[:, None], tile[None, :]) // 2 + rng.integers(0, 40, (48, 48), np.uint8) for _ in range(5)]
+    )
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def test_streams_are_named_and_numbered():
+    root = jax.random.key(0)
+    draw = [jax.random.bits(state.stream(root, name, s)).item() for name in ("crops", "flips") for s in (0, 1)]
+    assert len(set(draw)) == 4
+    assert draw[0] == jax.random.bits(state.stream(root, "crops", jnp.int32(0))).item()
+
+
+@pytest.mark.parametrize("crops", ["fresh", "fixed"])
+def test_a_step_never_compiles_twice(plates, crops):
+    config = dataclasses.replace(TINY, crops=crops, num_crops=12)
+    train_step = step.make_step(autoencoder.objective(config), autoencoder.optimizer(config))
+    root = jax.random.key(0)
+    now = autoencoder.initial_state(config, root)
+    data = jax.tree.map(jnp.asarray, plates)
+    if crops == "fixed":
+        data = (data, patches.random_crops(root, data, num=12, patch_size=32))
+    for _ in range(4):
+        before = now
+        now, _ = train_step(now, data, root)
+    assert train_step._cache_size() == 1
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))  # donated
+
+
+def test_many_steps_a_call_are_the_same_steps(plates):
+    """`lax.scan` over steps draws the same numbers as steps one by one."""
+    root, data = jax.random.key(0), jax.tree.map(jnp.asarray, plates)
+    ends = []
+    for per_call in (1, 3):
+        train_step = step.make_step(autoencoder.objective(TINY), autoencoder.optimizer(TINY), steps_per_call=per_call)
+        now = autoencoder.initial_state(TINY, root)
+        seen: list[float] = []
+        now = loop.run(
+            train_step,
+            now,
+            data,
+            root,
+            steps=6,
+            steps_per_call=per_call,
+            on_metrics=lambda _, m, seen=seen: seen.extend(m["loss"]),
+        )
+        ends.append((now, seen))
+    assert len(ends[0][1]) == 6
+    np.testing.assert_allclose(ends[0][1], ends[1][1], rtol=1e-4)
+    assert int(ends[1][0].step) == 6
+
+
+def test_fixed_crops_are_each_seen_once_an_epoch(plates):
+    config = dataclasses.replace(TINY, crops="fixed", num_crops=8, flips=False)
+    kept = patches.Crops(jnp.zeros(8, jnp.int32), jnp.arange(8), jnp.zeros(8, jnp.int32))
+    seen = []
+
+    def spy(y, x):
+        jax.debug.callback(lambda a: seen.extend(np.asarray(a)), x[:, 0, 0, 0])
+        return jnp.mean((y - x) ** 2, axis=(1, 2, 3))
+
+    image = np.arange(39, dtype=np.uint8)[:, None].repeat(32, 1)
+    data = (jax.tree.map(jnp.asarray, patches.stack([image])), kept)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(autoencoder.losses.LOSSES, "spy", spy)
+        objective = autoencoder.objective(dataclasses.replace(config, loss="spy"))
+        params = autoencoder.initial_state(config, jax.random.key(0)).params
+        for s in range(4):
+            jax.block_until_ready(jax.jit(objective)(params, {}, data, jnp.int32(s), jax.random.key(0)))
+    jax.effects_barrier()
+    epochs = np.rint(np.array(seen) * 255).astype(int).reshape(2, 8)
+    assert [sorted(e) for e in epochs.tolist()] == [list(range(8))] * 2
+    assert epochs[0].tolist() != epochs[1].tolist()
+
+
+def test_resumed_training_is_bit_identical(plates, tmp_path):
+    whole = autoencoder.train(TINY, plates)
+    with Checkpoints(tmp_path / "c") as kept:
+
+        def save(s, now):
+            kept.save(s, now, {"seconds": float(s)})
+            if s == 4:
+                kept.wait()
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            autoencoder.train(TINY, plates, save=save)
+    with Checkpoints(tmp_path / "c") as kept:
+        assert kept.latest() == 4
+        resumed, record = kept.restore(autoencoder.initial_state(TINY, jax.random.key(9)))
+    assert record == {"seconds": 4.0}
+    steps = []
+    same(autoencoder.train(TINY, plates, state=resumed, on_step=lambda s, _: steps.append(s)), whole)
+    assert steps == [5, 6]
+
+
+def test_the_seed_decides(plates):
+    same(autoencoder.train(TINY, plates), autoencoder.train(TINY, plates))
+    other = autoencoder.train(dataclasses.replace(TINY, seed=1), plates)
+    a, b = (jax.tree.leaves(t.params)[0] for t in (autoencoder.train(TINY, plates), other))
+    assert not np.array_equal(a, b)
+
+
+def test_loss_that_is_not_finite_stops_before_it_is_saved(plates):
+    saved = []
+    config = dataclasses.replace(TINY, learning_rate=1e30, loss="l2", steps=20)
+    with pytest.raises(InputError, match=r"not finite at step \d+") as error:
+        autoencoder.train(config, plates, save=lambda s, now: saved.append(now.params))
+    assert error.value.status == 1
+    assert all(np.isfinite(leaf).all() for params in saved for leaf in jax.tree.leaves(params))
+
+
+def test_a_dead_run_is_noticed(plates):
+    watch = autoencoder._DeadRun(TINY)
+    for s in range(1, 300):
+        watch(s, 0.001)
+    watch(300, 0.5)  # a contrast once in a while is life
+    for s in range(301, 601):
+        watch(s, 0.001)
+    with pytest.raises(InputError, match="since step 301"):
+        watch(601, 0.001)
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_both_decays_and_clipping_do_something():
+    params = {"w": jnp.ones(3)}
+    grads = {"w": jnp.array([0.0, 3.0, 4.0])}
+
+    def updates(steps=3, **settings):
+        rule = autoencoder.optimizer(dataclasses.replace(TINY, weight_decay=0.0, **settings))
+        opt = rule.init(params)
+        for _ in range(steps):
+            delta, opt = rule.update(grads, opt, params)
+        return np.asarray(delta["w"]), opt
+
+    plain, _ = updates()
+    np.testing.assert_allclose(plain, [0, -1e-3, -1e-3], rtol=1e-3)
+    l2 = autoencoder.optimizer(dataclasses.replace(TINY, weight_decay=0.5, decay="l2"))
+    delta, _ = l2.update(grads, l2.init(params), params)
+    assert float(delta["w"][0]) == pytest.approx(-1e-3, rel=1e-3)  # the decay is in the gradient, so Adam scales it
+    slower = autoencoder.optimizer(dataclasses.replace(TINY, weight_decay=1.0, decay="learning_rate"))
+    opt = slower.init(params)
+    for _ in range(3):
+        delta, opt = slower.update(grads, opt, params)
+    assert float(delta["w"][1]) == pytest.approx(-1e-3 / 3, rel=1e-2)
+    assert float(updates(steps=1, warmup_steps=10)[0][1]) == 0
+    assert float(updates(steps=7, schedule="cosine")[0][1]) == pytest.approx(0, abs=1e-9)
+    clipped = autoencoder.optimizer(dataclasses.replace(TINY, weight_decay=0.0, clip_norm=1.0))
+    _, opt = clipped.update(grads, clipped.init(params), params)
+    moments = [leaf for leaf in jax.tree.leaves(opt) if leaf.shape == (3,)]
+    np.testing.assert_allclose(moments[0], [0, 0.06, 0.08], rtol=1e-5)  # (1 - b1) times a gradient of norm 1
+
+
+def test_damaged_and_foreign_checkpoints(tmp_path, plates):
+    now = autoencoder.initial_state(TINY, jax.random.key(0))
+    with Checkpoints(tmp_path / "c") as kept:
+        kept.save(2, now, {})
+    with Checkpoints(tmp_path / "c") as kept:
+        other = autoencoder.initial_state(dataclasses.replace(TINY, latent=5), jax.random.key(0))
+        with pytest.raises(InputError, match="cannot be read") as error:
+            kept.restore(other)
+        assert "\n" not in str(error.value)
+    for file in (tmp_path / "c" / "step_2" / "state").rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with Checkpoints(tmp_path / "c") as kept, pytest.raises(InputError, match="cannot be read"):
+        kept.restore(now)
+
+
+def test_metrics_come_in_order_one_call_late():
+    calls, seen = [], []
+
+    def fake(s, data, root):
+        calls.append(int(s.step))
+        assert len(seen) == max(0, len(calls) - 2)
+        return state.TrainState(s.step + 1, {}, {}, {}), {"loss": jnp.array([float(s.step)])}
+
+    start = state.create({}, optax.identity())
+    loop.run(fake, start, None, None, steps=5, on_metrics=lambda s, m: seen.append((s, float(m["loss"][0]))))
+    assert seen == [(i, float(i)) for i in range(5)]
