@@ -1,0 +1,1 @@
+"""Binaries: flags -> settings -> one library call."""

@@ -1,0 +1,111 @@
+"""What every binary does around its library call: flags, one sentence for an error, caches, log levels."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from steel_ad import config as configs
+from steel_ad.errors import InputError
+
+T = TypeVar("T")
+
+_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "steel_ad" / "xla"),
+    "Folder in which compiled programs are kept from run to run; empty: none are.",
+)
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Parses flags and calls `main`; its return value is the exit status (None: 0).
+
+    An InputError is printed as one sentence and ends with its status; a flag that does not exist or does not parse, with 2.
+    """
+    app.run(lambda _: _guarded(main), flags_parser=_parse)
+
+
+def define_config(default: str) -> flags.FlagHolder:
+    """The flag --config, a recipe as `FILE:PRESET`, and --config.FIELD for each of its settings."""
+    try:
+        return config_flags.DEFINE_config_file("config", default, "Recipe and preset, FILE:PRESET.", lock_config=True)
+    except (AttributeError, KeyError, ValueError, TypeError, ImportError, SyntaxError, OSError) as error:
+        # An override of a setting that does not exist fails here already.
+        _fail(f"a --config setting is wrong: {error}", 2)
+        raise
+
+
+def settings(holder: flags.FlagHolder, kind: type[T]) -> T:
+    """The flag's value as the dataclass `kind`.
+
+    Raises:
+      InputError: a file that cannot be loaded, or a value that `kind` refuses.
+    """
+    try:
+        values = dict(holder.value)
+    except OSError as error:
+        raise InputError(f"--config cannot be loaded: {str(error).splitlines()[-1].strip()}") from None
+    return configs.from_mapping(kind, values)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    # What a user must know is said in one sentence; orbax would log the traceback as well.
+    logging.set_verbosity(logging.FATAL)
+    try:
+        rest = flags.FLAGS(list(argv))
+    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, ImportError, SyntaxError, OSError) as error:
+        # ml_collections passes on whatever the config file or an override raised, some of it with the traceback's text.
+        reason = str(error)
+        if "Traceback" in reason:
+            reason = reason.strip().splitlines()[-1].partition(": ")[2]
+        _fail(f"{reason}; --help lists the flags", 2)
+    if len(rest) > 1:
+        _fail(f"{rest[1]!r} is no flag: every argument has the form --name=value, --help lists them", 2)
+    return rest
+
+
+def _fail(message: str, status: int) -> None:
+    # Messages of flag libraries come quoted inside quotes.
+    text = message.replace("\\n", " ").replace("\\'", "").replace('"', "")
+    print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _guarded(main: Callable[[], int | None]) -> None:
+    use_compilation_cache(_CACHE.value)
+    sys.excepthook, sys.unraisablehook = (
+        _without_closed_loops(sys.excepthook),
+        _without_closed_loops(sys.unraisablehook),
+    )
+    try:
+        status = main()
+    except InputError as error:
+        _fail(str(error), error.status)
+    except KeyboardInterrupt:
+        _fail("interrupted: run the same command again to go on from the last checkpoint", 130)
+    sys.exit(status or 0)
+
+
+def _without_closed_loops(hook: Callable) -> Callable:
+    """Orbax's background writers go on failing after a full disk has been reported; nobody needs their tracebacks."""
+
+    def filtered(*arguments) -> None:
+        value = arguments[1] if len(arguments) > 1 else arguments[0].exc_value
+        if "Event loop is closed" not in str(value):
+            hook(*arguments)
+
+    return filtered
+
+
+def use_compilation_cache(folder: str) -> None:
+    """Keeps compiled programs in `folder` ("" for none), however quickly they compiled."""
+    import jax
+
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

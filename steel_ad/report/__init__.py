@@ -1,0 +1,1 @@
+"""What people look at: figures and tables. The only importer of matplotlib."""

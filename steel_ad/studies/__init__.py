@@ -1,0 +1,1 @@
+"""What an experiment does from data to report: fit, calibrate, score, write."""

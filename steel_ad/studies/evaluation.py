@@ -1,0 +1,208 @@
+"""Evaluation of any detector: maps, opened maps, thresholds from good images, metrics, files (SPEC sections 4 and 6)."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from steel_ad import metrics
+from steel_ad.data.datasets import TestImage
+from steel_ad.detectors import Detector
+from steel_ad.ops.convolution import cpu_compiler_options
+from steel_ad.ops.morphology import grey_opening
+from steel_ad.progress import progress
+from steel_ad.studies import files
+
+
+@dataclasses.dataclass(frozen=True)
+class Maps:
+    """Of one detector and a list of images: `raw` and `opened` residual maps, float32 `[h_i, w_i]` each."""
+
+    raw: list[np.ndarray]
+    opened: list[np.ndarray]
+
+    @property
+    def scores(self) -> np.ndarray:
+        """Image scores, the opened maps' maxima: float32 `[n]`."""
+        return np.array([m.max() for m in self.opened], np.float32)
+
+
+def residual_maps(
+    detectors: Mapping[str, Detector],
+    states: Mapping[str, Any],
+    images: Sequence[np.ndarray],
+    *,
+    radius: int,
+    batch_size: int = 4,
+    label: str = "residual maps",
+) -> dict[str, Maps]:
+    """Raw and opened residual maps of all detectors, which share one program and with it what they compute in common.
+
+    Args:
+      detectors: name -> detector.
+      states: name -> what its `fit` returned.
+      images: uint8 `[h_i, w_i]`; images of one shape are done together.
+      radius: of the opening's disk, in pixels.
+      batch_size: images in one call.
+
+    Returns:
+      name -> maps, in the images' order.
+    """
+
+    def one(states, image):
+        image = image.astype(jnp.float32) / 255
+        raw = {name: detector.residual(states[name], image) for name, detector in detectors.items()}
+        return raw, {name: grey_opening(m, radius=radius) for name, m in raw.items()}
+
+    program = jax.jit(jax.vmap(one, in_axes=(None, 0)), compiler_options=cpu_compiler_options())
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, image in enumerate(images):
+        groups.setdefault(image.shape, []).append(i)
+    found = {name: Maps([np.empty(0)] * len(images), [np.empty(0)] * len(images)) for name in detectors}
+    done = 0
+    with progress(label, len(images), "images") as update:
+        for members in groups.values():
+            for start in range(0, len(members), batch_size):
+                chosen = members[start : start + batch_size]
+                # The last batch repeats an image, so that a shape compiles once.
+                padded = chosen + [chosen[-1]] * (batch_size - len(chosen))
+                raw, opened = jax.device_get(program(states, np.stack([images[i] for i in padded])))
+                for name, maps in found.items():
+                    for k, i in enumerate(chosen):
+                        maps.raw[i], maps.opened[i] = raw[name][k], opened[name][k]
+                done += len(chosen)
+                update(done)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Thresholds:
+    """Of one map: `pixel`, a percentile of good images' raw residuals, and `image`, the same one of their scores."""
+
+    pixel: float
+    image: float
+
+
+def thresholds(good: Maps, percentile: float) -> Thresholds:
+    """Thresholds from good validation images' maps (SPEC section 4, Threshold)."""
+    raw = np.concatenate([m.ravel() for m in good.raw])
+    # In float64, so that the interpolation between two residuals is not rounded.
+    return Thresholds(
+        float(np.percentile(raw.astype(np.float64), percentile)),
+        float(np.percentile(good.scores.astype(np.float64), percentile)),
+    )
+
+
+def measure(maps: Maps, test: Sequence[TestImage], limits: Thresholds) -> dict[str, Any]:
+    """All metrics of SPEC section 6 of one detector's maps of the test images; NaN where one is not defined."""
+    return metrics.evaluate(
+        maps.raw, maps.opened, [t.mask for t in test], threshold=limits.pixel, image_threshold=limits.image
+    )
+
+
+def score_rows(
+    maps: Mapping[str, Maps], test: Sequence[TestImage], limits: Mapping[str, Thresholds]
+) -> list[dict[str, Any]]:
+    """One row an image: name, kind, whether it is defective, and of each map its score and the thesis' verdict."""
+    scores = {name: m.scores for name, m in maps.items()}
+    rows = []
+    for i, t in enumerate(test):
+        row: dict[str, Any] = {"image": t.name, "kind": t.kind, "defective": int(t.mask.any() or t.kind != "good")}
+        for name in maps:
+            row[f"score_{name}"] = float(scores[name][i])
+            row[f"defect_{name}"] = int(scores[name][i] > limits[name].pixel)
+        rows.append(row)
+    return rows
+
+
+def report(
+    workdir: Path,
+    maps: Mapping[str, Maps],
+    good: Mapping[str, Maps],
+    test: Sequence[TestImage],
+    *,
+    percentile: float,
+    record: Mapping[str, Any],
+    reconstruct: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """Calibrates on good images' maps, measures, and writes `metrics.json`, `scores.csv` and the figures.
+
+    Args:
+      maps: detector name -> maps of the test images.
+      good: detector name -> maps of good validation images.
+      record: further entries of `metrics.json`.
+      reconstruct: uint8 `[h, w]` -> float `[h, w]`, for the example figures.
+
+    Returns:
+      What `metrics.json` holds.
+    """
+    from steel_ad.report import figures
+
+    limits = {name: thresholds(m, percentile) for name, m in good.items()}
+    found = {name: measure(maps[name], test, limits[name]) for name in maps} if test else {}
+    result = {
+        "maps": found,
+        "percentile": percentile,
+        "thresholds": {name: dataclasses.asdict(t) for name, t in limits.items()},
+        **record,
+    }
+    folder = workdir / "figures"
+    if test:
+        files.write_csv(workdir / "scores.csv", score_rows(maps, test, limits))
+        series = {}
+        for name, m in maps.items():
+            title = f"{record['dataset']}, {name} map"
+            rows = _example_rows(m, test, limits[name].pixel, reconstruct)
+            figures.examples(folder / f"examples_{name}.png", rows, title=title, threshold=limits[name].pixel)
+            kinds = np.array([t.kind for t in test])
+            figures.score_histogram(
+                folder / f"scores_{name}.png",
+                m.scores[kinds == "good"],
+                {k: m.scores[kinds == k] for k in sorted(set(kinds.tolist()) - {"good"})},
+                threshold=limits[name].pixel,
+                calibrated=limits[name].image,
+                title=title,
+            )
+            if any(t.mask.any() for t in test) and not all(t.mask.all() for t in test):
+                curve = metrics.thin(metrics.curve(metrics.rank(m.raw, [t.mask for t in test])), 500)
+                series[name] = {
+                    "fpr": curve.fpr,
+                    "tpr": curve.tpr,
+                    "pro": curve.pro,
+                    "auroc": found[name]["pixel_auroc"],
+                    "aupro_30": found[name]["aupro_30"],
+                }
+        if series:
+            figures.curves(folder / "curves.png", series, title=str(record["dataset"]))
+    # Last, since its presence says that the run is complete.
+    files.write_json(workdir / "metrics.json", result)
+    return result
+
+
+def _example_rows(maps: Maps, test: Sequence[TestImage], threshold: float, reconstruct) -> list:
+    """Of each kind, the image of median score; of good ones also the worst."""
+    from steel_ad.report.figures import Example
+
+    scores, chosen = maps.scores, []
+    for kind in sorted({t.kind for t in test}, key=lambda k: (k != "good", k)):
+        members = sorted((i for i, t in enumerate(test) if t.kind == kind), key=lambda i: scores[i])
+        chosen.append(members[len(members) // 2])
+        if kind == "good" and len(members) > 1:
+            chosen.append(members[-1])
+    return [
+        Example(
+            name=test[i].name.rsplit("/", 1)[-1],
+            kind=test[i].kind,
+            image=test[i].image,
+            truth=test[i].mask,
+            reconstruction=None if reconstruct is None else reconstruct(test[i].image),
+            residual=maps.raw[i],
+            mask=maps.opened[i] > threshold,
+            score=float(scores[i]),
+        )
+        for i in chosen[:8]
+    ]

@@ -1,0 +1,302 @@
+"""The binary as a user meets it: a run, resuming, evaluating again, and everything that can be wrong."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import jax
+import numpy as np
+import pytest
+
+from steel_ad import config as configs
+from steel_ad.data import plates
+from steel_ad.detectors import autoencoder
+from steel_ad.errors import InputError
+from steel_ad.studies import autoencoder as study
+from steel_ad.studies import evaluation, files
+from steel_ad.train.checkpoint import Checkpoints
+
+ROOT = Path(__file__).parent.parent
+METRICS = {
+    *("pixel_auroc", "pixel_auroc_fpr30", "aupro_30", "aupro_05", "pixel_ap", "pixel_iou", "pixel_dice"),
+    *("image_auroc", "image_accuracy", "image_accuracy_calibrated", "image_tpr", "image_tnr", "image_f1"),
+    *("defects_found", "false_regions_per_image", "threshold", "image_threshold"),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "line"
+    good = np.asarray(plates.to_uint8(plates.render(jax.random.key(0), "teardrop1", size=64, num=8)))
+    bad, masks = plates.render_defective(jax.random.key(1), "teardrop1", "smear", size=64, num=3)
+    bad, masks = np.asarray(plates.to_uint8(bad)), np.asarray(masks)
+
+    def write(path, image):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        assert cv2.imwrite(str(path), image)
+
+    for i in range(6):
+        write(root / "train" / "good" / f"{i}.png", good[i])
+    for i in range(2):
+        write(root / "test" / "good" / f"{i}.png", good[6 + i])
+    for i in range(3):
+        write(root / "test" / "smear" / f"{i}.png", bad[i])
+        write(root / "ground_truth" / "smear" / f"{i}_mask.png", masks[i].astype(np.uint8) * 255)
+    return root
+
+
+def command(*arguments, preset="tiny"):
+    cache = f"--compilation_cache={os.environ['STEEL_AD_TEST_CACHE']}"
+    return [
+        sys.executable,
+        "-m",
+        "experiments.autoencoder",
+        f"--config=configs/autoencoder.py:{preset}",
+        cache,
+        *arguments,
+    ]
+
+
+def start(*arguments, preset="tiny", shell_limit=None):
+    line = command(*arguments, preset=preset)
+    if shell_limit:
+        line = ["bash", "-c", f'{shell_limit}; exec "$@"', "bash", *line]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "w"
+    result = start(f"--data={data}", f"--workdir={workdir}")
+    assert result.returncode == 0, result.stderr
+    return workdir, result
+
+
+def test_a_run_leaves_what_the_readme_promises(finished):
+    workdir, result = finished
+    assert "pixel_auroc" in result.stdout
+    assert "Traceback" not in result.stderr
+    assert "train: 8/8 steps" in result.stderr
+    record = json.loads((workdir / "metrics.json").read_text())
+    assert set(record["maps"]) == {"ssim", "l2"}
+    for found in record["maps"].values():
+        assert set(found) == METRICS
+        assert set(found["defects_found"]) == {"iou_0", "iou_30"}
+        assert 0 <= found["pixel_auroc"] <= 1
+    assert record["images"] == {"train": 5, "validation": 1, "test": 5}
+    rows = list(csv.DictReader((workdir / "scores.csv").read_text().splitlines()))
+    assert [r["image"] for r in rows] == ["good/0.png", "good/1.png", "smear/0.png", "smear/1.png", "smear/2.png"]
+    assert [int(r["defective"]) for r in rows] == [0, 0, 1, 1, 1]
+    steps = [int(r["step"]) for r in csv.DictReader((workdir / "train.csv").read_text().splitlines())]
+    assert steps == list(range(1, 9))
+    manifest = json.loads((workdir / "manifest.json").read_text())
+    assert sorted(r["use"] for r in manifest) == ["train"] * 5 + ["validation"]
+    pictures = {p.name for p in (workdir / "figures").iterdir()}
+    assert pictures == {
+        *("training.png", "curves.png", "examples_ssim.png", "examples_l2.png", "scores_ssim.png", "scores_l2.png")
+    }
+
+
+def test_a_finished_run_says_so_and_stays(finished, data):
+    workdir, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+    result = start(f"--data={data}", f"--workdir={workdir}")
+    assert result.returncode == 0
+    assert "finished already" in result.stdout
+    assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()} == before
+
+
+def tiny(**settings):
+    from configs.autoencoder import PRESETS
+
+    return configs.Autoencoder(**{**PRESETS["tiny"], **settings})
+
+
+def test_evaluate_only_reads_other_settings(finished, data):
+    workdir, _ = finished
+    before = json.loads((workdir / "metrics.json").read_text())
+    after = study.run(tiny(percentile=50.0, maps=("l2",)), data=str(data), workdir=workdir, evaluate_only=True)
+    assert set(after["maps"]) == {"l2"}
+    assert after["maps"]["l2"]["threshold"] < before["maps"]["l2"]["threshold"]
+    assert after["maps"]["l2"]["pixel_auroc"] == pytest.approx(before["maps"]["l2"]["pixel_auroc"])
+    assert after["train_seconds"] == before["train_seconds"]
+
+
+def test_the_threshold_is_the_percentile_of_good_residuals(finished, data):
+    workdir, _ = finished
+    config = tiny()
+    with Checkpoints(workdir / "checkpoints") as kept:
+        params = kept.restore(autoencoder.initial_state(config, jax.random.key(0)))[0].params
+    manifest = json.loads((workdir / "manifest.json").read_text())
+    (held_out,) = [r["path"] for r in manifest if r["use"] == "validation"]
+    image = cv2.imread(str(data / held_out), cv2.IMREAD_GRAYSCALE)
+    residual = autoencoder.AutoencoderDetector(config, "l2").residual(params, image.astype(np.float32) / 255)
+    maps = evaluation.residual_maps(
+        {"l2": autoencoder.AutoencoderDetector(config, "l2")}, {"l2": params}, [image], radius=config.radius
+    )["l2"]
+    np.testing.assert_allclose(maps.raw[0], residual, atol=1e-5)
+    found = evaluation.thresholds(maps, 98)
+    assert found.pixel == pytest.approx(np.percentile(np.float64(maps.raw[0]), 98))
+    assert found.image == pytest.approx(maps.opened[0].max())
+    said = study.run(config, data=str(data), workdir=workdir, evaluate_only=True)["thresholds"]["l2"]
+    assert said == pytest.approx({"pixel": found.pixel, "image": found.image}, rel=1e-4)
+
+
+def test_maps_of_one_network_share_its_work(data):
+    """Both maps in one program reconstruct once: as many convolutions as for one map."""
+    config = tiny()
+    params = autoencoder.initial_state(config, jax.random.key(0)).params
+
+    def convolutions(*names):
+        detectors = [autoencoder.AutoencoderDetector(config, n) for n in names]
+        program = jax.jit(lambda p, x: [d.residual(p, x) for d in detectors])
+        text = program.lower(params, np.zeros((64, 64), np.float32)).compile().as_text()
+        return text.count(" convolution(")
+
+    assert convolutions("ssim", "l2") == convolutions("ssim") > 0
+
+
+def test_killed_runs_end_where_undisturbed_ones_do(data, tmp_path):
+    """SIGKILL in mid-run, twice; the final parameters and the training record are bit-identical."""
+    settings = (f"--data={data}", "--config.steps=60", "--config.checkpoint_every=4")
+    assert start(*settings, f"--workdir={tmp_path / 'a'}").returncode == 0
+    for wanted in (8, 28):
+        process = subprocess.Popen(
+            command(*settings, f"--workdir={tmp_path / 'b'}"),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "b" / "checkpoints" / f"step_{wanted}").exists() and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert not (tmp_path / "b" / "metrics.json").exists()
+    resumed = start(*settings, f"--workdir={tmp_path / 'b'}")
+    assert resumed.returncode == 0, resumed.stderr
+    ends = []
+    for name in ("a", "b"):
+        with Checkpoints(tmp_path / name / "checkpoints") as kept:
+            assert kept.latest() == 60
+            ends.append(kept.restore(autoencoder.initial_state(tiny(), jax.random.key(0)))[0])
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+    assert (tmp_path / "a" / "train.csv").read_text() == (tmp_path / "b" / "train.csv").read_text()
+    a, b = (json.loads((tmp_path / n / "metrics.json").read_text())["maps"] for n in ("a", "b"))
+    assert a == b
+
+
+def test_no_workdir_is_half_claimed_by_a_wrong_loss(data, tmp_path):
+    with pytest.raises(InputError, match="no loss 'l3'"):
+        study.run(tiny(loss="l3"), data=str(data), workdir=tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+def sentence(result, *said, status=2):
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == status, result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(lines) == 1, result.stderr
+    assert all(s in lines[0] for s in said), lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--wrokdir=x"], ["wrokdir"]),
+        (["--config.lss=l2"], ["lss"]),
+        (["--config.latent=many"], ["latent"]),
+        (["--config.latent=0"], ["latent=0", "at least 1"]),
+        (["--config=configs/nothing.py"], ["nothing.py"]),
+        (["--config=configs/autoencoder.py:fast"], ["no preset", "quick"]),
+        (["positional"], ["positional"]),
+        ([], ["--workdir is missing"]),
+    ],
+)
+def test_wrong_flags(arguments, said):
+    sentence(start(*arguments), *said)
+
+
+def test_a_full_disk_loses_nothing(finished, data, tmp_path):
+    """A limit on file size stands in for a full disk: the parameters do not fit, what is there stays whole."""
+    result = start(f"--data={data}", f"--workdir={tmp_path / 'w'}", "--compilation_cache=", shell_limit="ulimit -f 40")
+    sentence(result, "cannot be written", status=1)
+    assert not (tmp_path / "w" / "metrics.json").exists()
+    again = start(f"--data={data}", f"--workdir={tmp_path / 'w'}")
+    assert again.returncode == 0, again.stderr
+    a, b = (json.loads((w / "metrics.json").read_text())["images"] for w in (finished[0], tmp_path / "w"))
+    assert a == b
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (lambda d: None, "missing"),
+        (lambda d: d.mkdir(), "no images"),
+        (lambda d: (d.mkdir(), (d / "a.png").write_bytes(b"no picture")), "a.png"),
+        (lambda d: (d.mkdir(), cv2.imwrite(str(d / "a.png"), np.zeros((16, 40), np.uint8))), "smaller than the patch"),
+        (lambda d: (d.mkdir(), cv2.imwrite(str(d / "a.png"), np.zeros((40, 40), np.uint8))), "at least 2"),
+    ],
+)
+def test_data_that_cannot_be_used(break_it, said, tmp_path):
+    break_it(tmp_path / "data")
+    with pytest.raises(InputError) as error:
+        study.run(tiny(), data=str(tmp_path / "data"), workdir=tmp_path / "w")
+    assert said in str(error.value) or "does not exist" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert error.value.status == 2
+
+
+def test_a_mask_of_another_size(data, tmp_path):
+    import shutil
+
+    shutil.copytree(data, tmp_path / "data")
+    cv2.imwrite(str(tmp_path / "data" / "ground_truth" / "smear" / "1_mask.png"), np.zeros((32, 64), np.uint8))
+    with pytest.raises(InputError, match=r"1_mask\.png"):
+        study.run(tiny(), data=str(tmp_path / "data"), workdir=tmp_path / "w")
+
+
+def test_a_workdir_of_another_run(finished, data, tmp_path):
+    workdir, _ = finished
+    with pytest.raises(InputError, match=r"another config.*latent"):
+        study.run(tiny(latent=9), data=str(data), workdir=workdir)
+    with pytest.raises(InputError, match=r"another config.*data"):
+        study.run(tiny(), data="procedural/diamond", workdir=workdir)
+    with pytest.raises(InputError, match="no run in"):
+        study.run(tiny(), data=str(data), workdir=tmp_path / "none", evaluate_only=True)
+    assert not (tmp_path / "none").exists()
+
+
+def test_images_that_changed_under_a_run(data, tmp_path):
+    import shutil
+
+    shutil.copytree(data, tmp_path / "data")
+    study.run(tiny(), data=str(tmp_path / "data"), workdir=tmp_path / "w")
+    (tmp_path / "w" / "metrics.json").unlink()
+    (tmp_path / "data" / "train" / "good" / "0.png").unlink()
+    with pytest.raises(InputError, match="not those that the run"):
+        study.run(tiny(), data=str(tmp_path / "data"), workdir=tmp_path / "w")
+
+
+def test_a_folder_of_good_images_alone(data, tmp_path):
+    result = study.run(tiny(), data=str(data / "train" / "good"), workdir=tmp_path / "w")
+    assert result["maps"] == {}
+    assert result["thresholds"]["ssim"]["pixel"] > 0
+
+
+def test_json_has_no_nan(tmp_path):
+    files.write_json(tmp_path / "a.json", {"x": float("nan"), "y": [float("inf"), 1.0]})
+    assert files.read_json(tmp_path / "a.json") == {"x": None, "y": [None, 1.0]}
+    with pytest.raises(InputError, match="cannot be read"):
+        files.read_json(tmp_path / "b.json")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written") as error:
+        files.write_text(tmp_path / "file" / "c.json", "x")
+    assert error.value.status == 1

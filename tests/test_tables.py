@@ -1,0 +1,64 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from steel_ad.report import tables
+
+ROWS = [
+    {"method": "L2", "auroc": np.float32(0.9), "epochs": 200, "time": 1234567.0},
+    {"method": "SSIM | full", "auroc": float("nan"), "epochs": 5},
+]
+
+
+def test_columns_are_aligned_numbers_to_the_right():
+    assert tables.table(ROWS, ["method", "auroc", "epochs"]).splitlines() == [
+        "method        auroc  epochs",
+        "-----------  ------  ------",
+        "L2           0.9000     200",
+        "SSIM | full       -       5",
+    ]
+
+
+def test_markdown_escapes_the_bar():
+    assert tables.markdown(ROWS, ["method", "auroc"]).splitlines() == [
+        "| method | auroc |",
+        "| :-- | --: |",
+        "| L2 | 0.9000 |",
+        "| SSIM \\| full | - |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"),
+        (np.float64("nan"), "-"),
+        (0.0, "0.000"),
+        (1234.4, "1234"),
+        (1234567.0, "1.235e+06"),
+        (2e-4, "0.0002000"),
+        (float("inf"), "inf"),
+        (1_122_881, "1122881"),
+        (np.int64(7), "7"),
+        (np.bool_(True), "yes"),
+        ("two\nlines", "two lines"),
+    ],
+)
+def test_a_cell_of(value, text):
+    assert tables.table([{"a": value}], ["a"]).splitlines()[-1].strip() == text
+
+
+def test_a_table_without_rows_is_its_header():
+    assert tables.table([], ["a", "bc"]) == "a  bc\n-  --"
+    assert tables.markdown([], ["a"]) == "| a |\n| :-- |"
+
+
+def test_only_the_columns_asked_for_in_their_order():
+    assert tables.table(ROWS, ["epochs", "method"]).splitlines()[0] == "epochs  method"
+
+
+def test_tables_do_without_matplotlib():
+    code = "import sys, steel_ad.report.tables; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
