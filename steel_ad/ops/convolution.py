@@ -85,11 +85,58 @@ def double(x: Array, kernel: Array, *, form: str | None = None) -> Array:
     """
     _check(x, kernel, even=False)
     if not _rewrite(form):
-        return lax.conv_transpose(x, kernel, (2, 2), "SAME", dimension_numbers=_DIMENSIONS)
+        return _plain_double(x, kernel)
+    return _double_on_cpu(x, kernel)
+
+
+def _plain_double(x: Array, kernel: Array) -> Array:
+    return lax.conv_transpose(x, kernel, (2, 2), "SAME", dimension_numbers=_DIMENSIONS)
+
+
+@jax.custom_vjp
+def _double_on_cpu(x: Array, kernel: Array) -> Array:
+    return _linear_form(kernel)(x, kernel)
+
+
+def _double_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _double_on_cpu(x, kernel), (x, kernel)
+
+
+def _double_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    # The gradient of the input is a strided convolution, which is fast as it is; that of the kernel is not.
+    x, kernel = saved
+    (of_x,) = jax.vjp(lambda x: _plain_double(x, kernel), x)[1](g)
+    (of_kernel,) = jax.vjp(lambda kernel: _linear_form(kernel)(x, kernel), kernel)[1](g)
+    return of_x, of_kernel
+
+
+_double_on_cpu.defvjp(_double_forward, _double_backward)
+
+
+def _linear_form(kernel: Array):
+    return _overlap_add if kernel.shape[3] == 1 else _four_phases
+
+
+def _four_phases(x: Array, kernel: Array) -> Array:
+    """`double` as a 3x3 convolution to four output phases."""
     i, o = kernel.shape[2:]
     phases = jnp.zeros((3, 2, 3, 2, i, o), kernel.dtype)
     phases = phases.at[_TAP[:, None], _PHASE[:, None], _TAP, _PHASE].set(kernel[_SOURCE[:, None], _SOURCE])
     return depth_to_space(same(x, phases.transpose(0, 2, 4, 1, 3, 5).reshape(3, 3, i, 4 * o)))
+
+
+def _overlap_add(x: Array, kernel: Array) -> Array:
+    """`double` as one matrix product to 4x4 output pixels an input pixel, added where they overlap: for few channels."""
+    b, h, w, i = x.shape
+    o = kernel.shape[3]
+    # Blocks of 2x2 output pixels, by their row and column among the four blocks that an input pixel touches.
+    matrix = kernel[::-1, ::-1].reshape(2, 2, 2, 2, i, o).transpose(4, 0, 2, 1, 3, 5).reshape(i, 16 * o)
+    blocks = (x.reshape(-1, i) @ matrix).reshape(b, h, w, 2, 2, 4 * o)
+    total = jnp.zeros((b, h + 1, w + 1, 4 * o), blocks.dtype)
+    for row in range(2):
+        for column in range(2):
+            total += jnp.pad(blocks[:, :, :, row, column], ((0, 0), (row, 1 - row), (column, 1 - column), (0, 0)))
+    return depth_to_space(total)[:, 1:-1, 1:-1]
 
 
 def _check(x: Array, kernel: Array, even: bool) -> None:
