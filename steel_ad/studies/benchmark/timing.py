@@ -1,0 +1,146 @@
+"""Timing of several implementations of one work, interleaved, so that ratios hold on a shared and noisy machine."""
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+LEAST_REPEATS = 3
+
+
+class Unavailable(Exception):
+    """An implementation that cannot run here; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """One implementation, compiled and with its inputs in place.
+
+    Attributes:
+      call: does the work and returns what `wait` can wait for.
+      wait: returns when that is done.
+      works: how often one call does the work (steps in one dispatch).
+      compile_s: seconds from tracing to a loaded program, None where nothing is compiled.
+      counted: XLA's "flops" and "bytes accessed" of the work done once, None where it was not XLA.
+      precision: of the arithmetic.
+    """
+
+    call: Callable[[], Any]
+    wait: Callable[[Any], Any] = jax.block_until_ready
+    works: int = 1
+    compile_s: float | None = None
+    counted: Mapping[str, float] | None = None
+    precision: str = "float32"
+
+
+# Returns the Program, or raises Unavailable or ImportError.
+Maker = Callable[[], Program]
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Something to be done, the FLOPs it takes, the least bytes it must move, and implementation -> its maker."""
+
+    name: str
+    flops: float
+    bytes: float
+    makers: Mapping[str, Maker]
+
+
+def compiled(function: Any, *args: Any) -> tuple[Any, float, dict[str, float]]:
+    """A jitted function compiled for these arguments, the seconds that took, and what XLA counts in it."""
+    start = time.perf_counter()
+    program = function.lower(*args).compile()
+    seconds = time.perf_counter() - start
+    return program, seconds, dict(program.cost_analysis() or {})
+
+
+def seconds(program: Program, calls: int = 1) -> float:
+    """Wall time of so many calls, the last one done."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        result = program.call()
+    program.wait(result)
+    return time.perf_counter() - start
+
+
+def blocks(
+    programs: Mapping[str, Program], *, repeats: int, budget_s: float, block_s: float
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """First call and steady state, in turns A B C A B C.
+
+    Args:
+      programs: implementation -> program.
+      repeats: blocks of each.
+      budget_s: an implementation that has used so much gets no further block, beyond the least number of repeats.
+      block_s: least length of a block; a short work is called often enough to fill it.
+
+    Returns:
+      Seconds of the very first call, and of one work in each block in order, both by implementation.
+    """
+    first = {name: seconds(p) for name, p in programs.items()}
+    # A call that is slow even with its start-up fills a block; of a quick one the second call tells.
+    calls = {
+        name: 1 if first[name] > 20 * block_s else max(1, math.ceil(block_s / seconds(p)))
+        for name, p in programs.items()
+    }
+    spent = dict.fromkeys(programs, 0.0)
+    found: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(repeats):
+        for name, program in programs.items():
+            done = len(found[name])
+            if done >= LEAST_REPEATS and spent[name] * (done + 1) / done > budget_s:
+                continue
+            elapsed = seconds(program, calls[name])
+            spent[name] += elapsed
+            found[name].append(elapsed / calls[name] / program.works)
+    return first, found
+
+
+def measure(
+    work: Work, *, ours: str, repeats: int, budget_s: float, block_s: float = 0.05
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Times all implementations of a work that can run here.
+
+    Args:
+      ours: the implementation that `ratio` is relative to: the median over rounds of (its time / ours in that round).
+      repeats, budget_s, block_s: as `blocks`'.
+
+    Returns:
+      One row an implementation, times in ms; and of those that cannot run, why.
+    """
+    programs, left_out = {}, {}
+    for name, make in work.makers.items():
+        try:
+            programs[name] = make()
+        except (Unavailable, ImportError) as error:
+            left_out[name] = " ".join(str(error).split())
+    first, found = blocks(programs, repeats=repeats, budget_s=budget_s, block_s=block_s)
+    rows = []
+    for name, program in programs.items():
+        times = found[name]
+        counted = program.counted or {}
+        ratios = [theirs / mine for theirs, mine in zip(times, found.get(ours, ()), strict=False)]
+        rows.append(
+            {
+                "work": work.name,
+                "impl": name,
+                "median_ms": 1e3 * statistics.median(times),
+                "min_ms": 1e3 * min(times),
+                "max_ms": 1e3 * max(times),
+                "repeats": len(times),
+                "compile_s": program.compile_s,
+                "first_ms": 1e3 * first[name],
+                "ratio": statistics.median(ratios) if ratios else None,
+                "precision": program.precision,
+                "flops": work.flops,
+                "bytes": work.bytes,
+                "flops_counted": counted.get("flops"),
+                "bytes_counted": counted.get("bytes accessed"),
+            }
+        )
+    return rows, left_out

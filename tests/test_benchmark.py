@@ -1,0 +1,229 @@
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import matplotlib.image
+import pytest
+from matplotlib.text import Text
+
+from steel_ad import config as configs
+from steel_ad.data.patches import Plates
+from steel_ad.detectors import autoencoder
+from steel_ad.errors import InputError
+from steel_ad.ops import convolution
+from steel_ad.report import roofline
+from steel_ad.studies import benchmark
+from steel_ad.studies.benchmark import ssim, timing, train
+from steel_ad.train.step import make_step
+
+OLD = {
+    "device": "an older machine",
+    "rows": [
+        {"work": "ssim_forward_2x32", "impl": "steel_ad", "median_ms": 0.5},
+        {"work": "ssim_forward_2x32", "impl": "forgotten", "median_ms": 2.0},
+    ],
+}
+
+
+def start(*flags):
+    command = [sys.executable, "-m", "experiments.benchmark", *flags]
+    # Unoptimised programs compile sooner.
+    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmark")
+    (folder / "old.json").write_text(json.dumps(OLD))
+    done = start(
+        "--tiny", "--only=ssim,train_ssim_b4", "--repeats=3", f"--out={folder}/new.json", f"--compare={folder}/old.json"
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads((folder / "new.json").read_text()), done.stdout
+
+
+def test_the_binary_writes_every_work_and_implementation(tiny):
+    _, result, _ = tiny
+    assert set(result) == {"device", "versions", "precision", "flags", "ceilings", "rows"}
+    assert result["flags"]["tiny"] is True
+    assert result["flags"]["only"] == ["ssim", "train_ssim_b4"]
+    assert "jax" in result["versions"]
+    assert result["ceilings"]["matmul_tflops"] > 0
+    assert result["ceilings"]["copy_gbs"] > 0
+    done = {(row["work"], row["impl"]) for row in result["rows"]}
+    works = ("ssim_forward_2x32", "ssim_gradient_2x32")
+    assert done >= set(itertools.product(works, ("steel_ad", "steel_ad_gaussian", "dm_pix")))
+    assert done >= {("train_ssim_b4", "steel_ad"), ("train_ssim_b4", "linen_naive")}
+    assert len(done) == len(result["rows"])
+
+
+def test_a_row_has_its_times_in_order_and_what_they_are_measured_by(tiny):
+    for row in tiny[1]["rows"]:
+        assert 0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"]
+        assert row["repeats"] == 3
+        assert row["first_ms"] > 0
+        assert row["flops"] > 0
+        assert row["bytes"] > 0
+        assert row["roof_share"] > 0
+        if row["impl"] in ("steel_ad", "linen_naive"):
+            assert row["compile_s"] > 0
+            assert row["flops_counted"] > 0
+        if row["impl"] == "steel_ad":
+            assert row["ratio"] == 1
+
+
+def test_the_picture_lies_beside_the_numbers_and_nothing_else_does(tiny):
+    folder = tiny[0]
+    assert {p.name for p in folder.iterdir()} == {"old.json", "new.json", "new.png"}
+    assert matplotlib.image.imread(folder / "new.png").shape[1] > 900
+
+
+def test_compare_prints_what_has_changed(tiny):
+    _, result, printed = tiny
+    table = printed.split("an older machine")[1]
+    new = next(r["median_ms"] for r in result["rows"] if (r["work"], r["impl"]) == ("ssim_forward_2x32", "steel_ad"))
+    rows = {(r["work"], r["impl"]): r for r in benchmark.comparison(OLD, result)}
+    assert rows["ssim_forward_2x32", "steel_ad"]["new/old"] == pytest.approx(new / 0.5)
+    assert rows["ssim_forward_2x32", "forgotten"]["new_ms"] is None
+    assert rows["train_ssim_b4", "steel_ad"]["old_ms"] is None
+    assert len(rows) == len(result["rows"]) + 1
+    lines = [line.split() for line in table.splitlines()]
+    assert ["ssim_forward_2x32", "forgotten", "2.000", "-", "-"] in lines
+
+
+def test_an_unknown_group_ends_with_one_sentence_and_status_2():
+    done = start("--only=ssim,sime")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "error: there is no group or work 'sime': --only takes some of ssim, ssim_forward_32x128, ssim_gradient_32x128, "
+        "ssim_forward_8x2048, ssim_gradient_8x2048, train, train_ssim_b32, train_ssim_b128, train_l2_b32, train_l2_b128\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"out": "x.png"}, "must end in .json"),
+        ({"repeats": 2}, "at least 3"),
+        ({"budget_s": 0.0}, "positive"),
+        ({"compare": "none.json"}, "no earlier run"),
+        ({"compare": "list.json"}, "no benchmark's JSON"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_timed(tmp_path, change, message):
+    (tmp_path / "list.json").write_text("[]")
+    options = {"only": [], "out": "x.json", "repeats": 3, "budget_s": 1.0, "tiny": True, "compare": None} | change
+    for name in ("out", "compare"):
+        options[name] = options[name] and tmp_path / options[name]
+    with pytest.raises(InputError, match=message):
+        benchmark.run(**options)
+    assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize("loss", ["ssim", "l2"])
+def test_flops_of_a_training_step_are_what_xla_counts_in_the_plain_form(monkeypatch, loss):
+    # The rewritten form pays for the zeros of its kernels; XLA leaves out the taps beyond the border.
+    monkeypatch.setattr(convolution, "_rewrite", lambda form: False)
+    config = configs.Autoencoder(crops="fresh", batch_size=4, loss=loss)
+    state = jax.eval_shape(lambda: autoencoder.initial_state(config, jax.random.key(0)))
+    plates = Plates(jnp.zeros((2, 256, 256), jnp.uint8), jnp.full((2, 2), 256))
+    step = make_step(autoencoder.objective(config), autoencoder.optimizer(config))
+    counted = step.lower(state, plates, jax.random.key(0)).cost_analysis()["flops"]
+    assert train.cost(config)[0] == pytest.approx(counted, rel=0.1)
+
+
+def test_bytes_of_a_training_step_are_parameters_moments_activations_and_patches():
+    config = configs.Autoencoder(batch_size=2)
+    activations = 64**2 * 32 + 2 * 32**2 * 32 + 2 * 16**2 * 64 + 8**2 * (128 + 64 + 32) + 100
+    activations += 8**2 * (32 + 64 + 128) + 2 * 16**2 * 64 + 2 * 32**2 * 32 + 64**2 * 32 + 128**2
+    assert train.cost(config)[1] == 24 * 1_048_549 + 2 * (8 * activations + 128**2)
+
+
+@pytest.mark.parametrize(("gradient", "tolerance"), [(False, 0.15), (True, 0.5)])
+def test_flops_of_ssim_are_near_what_xla_counts(gradient, tolerance):
+    x = jnp.zeros((1, 256, 256))
+    maps = jax.vmap(ssim.ssim_map)
+    function = jax.grad(lambda x, y: maps(x, y).mean()) if gradient else maps
+    counted = jax.jit(function).lower(x, x).cost_analysis()["flops"]
+    # Constants are computed in the unoptimised program too, and fused code computes some values twice.
+    assert ssim.flops(x.size, gradient=gradient) == pytest.approx(counted, rel=tolerance)
+
+
+def recorder(calls, name):
+    return timing.Program(call=lambda: calls.append(name), wait=lambda _: None)
+
+
+def test_implementations_take_turns():
+    calls = []
+    first, blocks = timing.blocks({n: recorder(calls, n) for n in "ABC"}, repeats=4, budget_s=1e9, block_s=0.0)
+    # The first call and four rounds.
+    assert "".join(calls) == "ABC" * 5
+    assert set(first) == set("ABC")
+    assert {len(times) for times in blocks.values()} == {4}
+
+
+def test_a_slow_implementation_gets_three_blocks_and_the_others_all(monkeypatch):
+    now = 0.0
+
+    def take(seconds):
+        def call():
+            nonlocal now
+            now += seconds
+
+        return timing.Program(call=call, wait=lambda _: None, works=2)
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    makers = {"steel_ad": lambda: take(1.0), "slow": lambda: take(20.0), "quick": lambda: take(0.01)}
+    work = timing.Work("work", 1e9, 1e9, makers)
+    rows, left_out = timing.measure(work, ours="steel_ad", repeats=10, budget_s=30.0, block_s=0.1)
+    assert [row["repeats"] for row in rows] == [10, 3, 10]
+    assert [row["median_ms"] for row in rows] == pytest.approx([500, 10_000, 5])
+    assert [row["first_ms"] for row in rows] == pytest.approx([1000, 20_000, 10])
+    assert [row["ratio"] for row in rows] == pytest.approx([1, 20, 0.01])
+    assert left_out == {}
+
+
+def test_what_cannot_run_here_is_left_out_with_its_reason():
+    def without():
+        raise timing.Unavailable("no\ncompiler")
+
+    def missing():
+        import no_such_package  # noqa: F401
+
+    work = timing.Work("work", 1, 1, {"steel_ad": lambda: recorder([], ""), "a": without, "b": missing})
+    rows, left_out = timing.measure(work, ours="steel_ad", repeats=3, budget_s=1.0, block_s=0.0)
+    assert [row["impl"] for row in rows] == ["steel_ad"]
+    assert left_out == {"a": "no compiler", "b": "No module named 'no_such_package'"}
+
+
+def test_the_roof_is_the_lower_of_both_ceilings():
+    ceilings = {"matmul_tflops": 0.1, "matmul_bf16_tflops": 0.2, "copy_gbs": 10.0}
+    row = {"precision": "float32", "flops": 1e9, "bytes": 1e6, "median_ms": 20.0}
+    assert benchmark.roof_share(row, ceilings) == pytest.approx(0.5)
+    assert benchmark.roof_share(row | {"precision": "bfloat16"}, ceilings) == pytest.approx(0.25)
+    assert benchmark.roof_share(row | {"bytes": 1e8}, ceilings) == pytest.approx(0.5)
+    assert benchmark.roof_share(row | {"bytes": 2e8}, ceilings) == pytest.approx(1.0)
+
+
+def test_names_in_the_roofline_do_not_overlap():
+    rows = [
+        {"work": f"work_{i}", "impl": impl, "flops": 1e9, "bytes": 1e8 / (1 + i % 3), "median_ms": ms}
+        for i in range(14)
+        for impl, ms in (("steel_ad", 10 + 0.01 * i), ("peer", 1e3))
+    ]
+    ceilings = {"matmul_tflops": 0.2, "copy_gbs": 30.0}
+    figure = roofline._roofline(rows, ceilings, title="Roofline", ours="steel_ad")
+    figure.draw_without_rendering()
+    names = [text for text in figure.axes[0].texts if text.get_text().startswith("work_")]
+    assert len(names) == 14
+    # An annotation's own extent includes its line.
+    boxes = sorted((Text.get_window_extent(text) for text in names), key=lambda box: box.y0)
+    assert all(below.y1 <= above.y0 for below, above in itertools.pairwise(boxes))
+    panel = figure.axes[0].get_window_extent()
+    assert all(box.x0 > panel.x1 and box.y1 < figure.bbox.y1 for box in boxes)
