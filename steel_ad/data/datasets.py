@@ -35,6 +35,7 @@ class Dataset:
     train: list[np.ndarray]
     manifest: list[dict]
     test: list[TestImage]
+    labelled: list[TestImage] = dataclasses.field(default_factory=list)  # defective training images
 
 
 def _folder(data: str, min_size: int, train: bool) -> Dataset:
@@ -48,6 +49,54 @@ def _folder(data: str, min_size: int, train: bool) -> Dataset:
         test.append(TestImage(f"{sample.kind}/{sample.image.name}", sample.kind, image, mask))
     return Dataset(
         root.resolve().name, folders.read_images(good, min_size=min_size), folders.manifest(good, root), test
+    )
+
+
+def _is_dagm(data: str) -> bool:
+    parts = [Path(data) / part for part in ("Train", "Test")]
+    return all(p.is_dir() for p in parts) and any((p / "Label").is_dir() for p in parts)
+
+
+def _dagm(data: str, min_size: int, train: bool) -> Dataset:
+    """One class of DAGM 2007: `Train` and `Test` with images, `Label/<stem>_label.PNG` in each for defective ones."""
+    root = Path(data)
+
+    def part(name: str) -> tuple[list[Path], list[TestImage]]:
+        """The good images' paths, and the defective images."""
+        labels = {}
+        if (root / name / "Label").is_dir():
+            # What an archive program or a person left there beside the labels is none.
+            paths = folders.list_images(root / name / "Label", root=root)
+            labels = {p.stem.lower().removesuffix("_label"): p for p in paths if p.stem.lower().endswith("_label")}
+        images = folders.list_images(root / name, root=root)
+        if alone := sorted(set(labels) - {p.stem.lower() for p in images}):
+            raise InputError(
+                f"{labels[alone[0]]} is a label without an image in {root / name}: add it or remove the label"
+            )
+        defective = [p for p in images if p.stem.lower() in labels]
+        found = []
+        for path, image in zip(defective, folders.read_images(defective, min_size=min_size), strict=True):
+            label = labels[path.stem.lower()]
+            mask = folders.read_mask(label, image.shape)
+            if not mask.any():
+                raise InputError(f"{label} labels no pixel of its image: remove it if the image is good")
+            found.append(TestImage(f"defect/{path.name}", "defect", image, mask))
+        return [p for p in images if p.stem.lower() not in labels], found
+
+    good, labelled = part("Train") if train else ([], [])
+    if train and not good:
+        raise InputError(f"{root / 'Train'} has no good images: add some without a label")
+    good_test, test = part("Test")
+    test = [
+        TestImage(f"good/{path.name}", "good", image, np.zeros(image.shape, bool))
+        for path, image in zip(good_test, folders.read_images(good_test, min_size=min_size), strict=True)
+    ] + test
+    return Dataset(
+        root.resolve().name,
+        folders.read_images(good, min_size=min_size),
+        folders.manifest(good, root),
+        test,
+        labelled,
     )
 
 
@@ -95,7 +144,8 @@ def load(data: str, *, min_size: int = 0, train: bool = True) -> Dataset:
     """The data set that `data` names.
 
     Args:
-      data: a folder in the MVTec AD layout or of good images alone, or a name in `READERS`, such as "procedural/diamond".
+      data: a folder in the MVTec AD layout, of one class of DAGM 2007 or of good images alone, or a name in `READERS`,
+        such as "procedural/diamond".
       min_size: least height and width of every image, in pixels.
       train: whether the training images are read.
 
@@ -103,7 +153,7 @@ def load(data: str, *, min_size: int = 0, train: bool = True) -> Dataset:
       InputError: nothing there, or an image or mask that cannot be used.
     """
     reader = READERS.get(data.split("/", 1)[0]) if "/" in data and not Path(data).is_dir() else None
-    return (reader or _folder)(data, min_size, train)
+    return (reader or (_dagm if _is_dagm(data) else _folder))(data, min_size, train)
 
 
 def split(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
