@@ -20,31 +20,20 @@ _EVALUATE_ONLY = flags.DEFINE_bool(
     "evaluate_only", False, "Evaluate the last checkpoint in --workdir, without training."
 )
 
-_COLUMNS = (
-    *("map", "pixel_auroc", "aupro_30", "pixel_ap", "image_auroc", "image_accuracy", "image_accuracy_calibrated"),
-    *("found", "false_regions_per_image"),
-)
-
 
 def main() -> None:
     from steel_ad import config as configs
-    from steel_ad.errors import InputError
     from steel_ad.report import tables
     from steel_ad.studies import autoencoder
 
     config = cli.settings(_CONFIG, configs.Autoencoder)
-    if not _WORKDIR.value:
-        raise InputError("--workdir is missing: say where the run's files go")
-    workdir = Path(_WORKDIR.value)
+    workdir = Path(cli.required(_WORKDIR))
     finished = (workdir / "metrics.json").exists() and not _EVALUATE_ONLY.value
     result = autoencoder.run(config, data=_DATA.value, workdir=workdir, evaluate_only=_EVALUATE_ONLY.value)
     if finished:
         print(f"The run in {workdir} was finished already.")
     if result["maps"]:
-        rows = [
-            {"map": name, **found, "found": found["defects_found"]["iou_0"]} for name, found in result["maps"].items()
-        ]
-        print(tables.table(rows, _COLUMNS))
+        print(tables.metrics(result["maps"]))
         print(f"Pictures: {workdir / 'figures'}; every number: {workdir / 'metrics.json'}")
     else:
         print(f"No test images in {_DATA.value}: thresholds only, in {workdir / 'metrics.json'}")

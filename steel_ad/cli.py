@@ -1,5 +1,6 @@
 """What every binary does around its library call: flags, one sentence for an error, caches, log levels."""
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,12 +22,18 @@ _CACHE = flags.DEFINE_string(
 )
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run(main: Callable[..., int | None], commands: Sequence[str] = ()) -> None:
     """Parses flags and calls `main`; its return value is the exit status (None: 0).
 
-    An InputError is printed as one sentence and ends with its status; a flag that does not exist or does not parse, with 2.
+    With `commands`, exactly one of them is given beside the flags, and `main` is called with it.
+
+    An InputError is printed as one sentence and ends with its status; a flag that does not exist or does not parse, and a
+    command that is missing or none of `commands`, with 2.
     """
-    app.run(lambda _: _guarded(main), flags_parser=_parse)
+    app.run(
+        lambda rest: _guarded(functools.partial(main, *rest[1:])),
+        flags_parser=functools.partial(_parse, commands=commands),
+    )
 
 
 def define_config(default: str) -> flags.FlagHolder:
@@ -52,7 +59,18 @@ def settings(holder: flags.FlagHolder, kind: type[T]) -> T:
     return configs.from_mapping(kind, values)
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def required(holder: flags.FlagHolder) -> str:
+    """The value of a flag that a run needs.
+
+    Raises:
+      InputError: it was not given.
+    """
+    if not holder.value:
+        raise InputError(f"--{holder.name} is missing: --help says what it is")
+    return holder.value
+
+
+def _parse(argv: Sequence[str], commands: Sequence[str] = ()) -> list[str]:
     # What a user must know is said in one sentence; orbax would log the traceback as well.
     logging.set_verbosity(logging.FATAL)
     try:
@@ -63,7 +81,12 @@ def _parse(argv: Sequence[str]) -> list[str]:
         if "Traceback" in reason:
             reason = reason.strip().splitlines()[-1].partition(": ")[2]
         _fail(f"{reason}; --help lists the flags", 2)
-    if len(rest) > 1:
+    if commands:
+        given = " ".join(rest[1:])
+        if given not in commands:
+            names = ", ".join(commands)
+            _fail(f"{given!r} is not a command: give one of {names}" if given else f"give a command: one of {names}", 2)
+    elif len(rest) > 1:
         _fail(f"{rest[1]!r} is no flag: every argument has the form --name=value, --help lists them", 2)
     return rest
 

@@ -84,6 +84,116 @@ class Autoencoder:
         return self.steps or self.epochs * self.steps_per_epoch
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Segmentation:
+    """Settings of the supervised experiments; the defaults are SPEC section 2's."""
+
+    seed: int = 0
+    # Model.
+    model: str = "unet"  # or "compact_cnn"
+    width: int = 64  # of the U-Net's first block
+    upsampling: str = "learned"  # of the U-Net: or "nearest"
+    dtype: str = "float32"  # of the arithmetic: "float32" or "bfloat16"; parameters are float32
+    # Samples.
+    patch_size: int = 256  # pixels, a multiple of 16
+    flips: bool = False  # of plates, before anything is inserted
+    ratio: str = "1:1"  # defective : defect-free samples of the segmentation stage
+    classifier_ratio: str = "1:1"  # the same of the classification stage
+    samples: int = 2000  # in an epoch
+    validation_fraction: float = 0.2  # of the good images, for the threshold
+    blend: str = "paste"  # of an inserted defect: or "difference"
+    augment: str = "thesis"  # of an inserted defect: or "strong"
+    max_defects: int = 1  # in one defective sample
+    defect_size: int = 208  # pixels: the largest defect that is cut out, with its margin
+    new_line: float = 0.5  # transfer: share of the new line's good samples while adapting
+    # Losses.
+    loss: str = "mse"  # a name in steel_ad.losses.SEGMENTATION_LOSSES, or module:function
+    loss_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # Optimiser.
+    optimizer: str = "adadelta"  # or "adam"
+    adadelta: str = "tf_keras"  # whose default settings: "tf_keras", "old_keras" or "pytorch"
+    learning_rate: float = 1e-3  # of Adam, as are the next three
+    warmup_steps: int = 0
+    schedule: str = "constant"  # or "cosine"
+    clip_norm: float = 0.0
+    batch_size: int = 8
+    epochs: int = 25  # of the segmentation stage; with steps > 0 not used
+    steps: int = 0
+    classifier_epochs: int = 10  # of the classification stage; with classifier_steps > 0 not used
+    classifier_steps: int = 0
+    adapt_epochs: int = 5  # transfer: on the mixture; with adapt_steps > 0 not used
+    adapt_steps: int = 0
+    # Evaluation.
+    threshold: float = 0.5  # of the map
+    percentile: float = 98.0  # of good images' scores, for the calibrated accuracy
+    radius: int = 0  # pixels, of the opening's disk
+    # Cadence, in steps.
+    checkpoint_every: int = 100
+
+    def __post_init__(self):
+        _choice(self, "model", "unet", "compact_cnn")
+        _choice(self, "upsampling", "learned", "nearest")
+        _choice(self, "dtype", "float32", "bfloat16")
+        _choice(self, "blend", "paste", "difference")
+        _choice(self, "augment", "thesis", "strong")
+        _choice(self, "optimizer", "adadelta", "adam")
+        _choice(self, "adadelta", "tf_keras", "old_keras", "pytorch")
+        _choice(self, "schedule", "constant", "cosine")
+        _least(self, 1, "width", "samples", "max_defects", "batch_size", "checkpoint_every")
+        _least(self, 0, "epochs", "steps", "classifier_epochs", "classifier_steps", "adapt_epochs", "adapt_steps")
+        _least(self, 0, "warmup_steps", "clip_norm", "radius")
+        _least(self, 64, "defect_size")
+        if self.patch_size < 16 or self.patch_size % 16:
+            raise InputError(f"--config.patch_size={self.patch_size} must be a multiple of 16")
+        if not self.learning_rate > 0:
+            raise InputError(f"--config.learning_rate={self.learning_rate} must be positive")
+        if not 0 < self.validation_fraction < 1 or not 0 < self.new_line < 1:
+            raise InputError("--config.validation_fraction and --config.new_line must lie between 0 and 1")
+        if not 0 <= self.percentile <= 100:
+            raise InputError(f"--config.percentile={self.percentile} must lie in 0..100")
+        if self.total_steps < 1 or self.total_classifier_steps < 1:
+            raise InputError(
+                "no step is asked for: set --config.steps or epochs, and classifier_steps or classifier_epochs"
+            )
+        for name in ("ratio", "classifier_ratio"):
+            defective_share(getattr(self, name), name)
+        if defective_share(self.classifier_ratio, "classifier_ratio") == 1:
+            raise InputError("--config.classifier_ratio=1:0 shows no good sample: use 1:1 or 1:3")
+
+    def _steps(self, epochs: int) -> int:
+        return epochs * max(1, self.samples // self.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        """Training steps of the segmentation stage."""
+        return self.steps or self._steps(self.epochs)
+
+    @property
+    def total_classifier_steps(self) -> int:
+        """Training steps of the classification stage."""
+        return self.classifier_steps or self._steps(self.classifier_epochs)
+
+    @property
+    def total_adapt_steps(self) -> int:
+        """Steps of adaptation in the transfer experiment."""
+        return self.adapt_steps or self._steps(self.adapt_epochs)
+
+
+def defective_share(ratio: str, name: str = "ratio") -> float:
+    """Share of defective samples in a ratio such as "1:3": 0.25.
+
+    Raises:
+      InputError: no such ratio, or one without defective samples.
+    """
+    try:
+        defective, good = (float(part) for part in ratio.split(":"))
+    except ValueError:
+        defective, good = -1.0, 0.0
+    if not (defective > 0 and good >= 0):
+        raise InputError(f"--config.{name}={ratio} must be defective:good, such as 1:0, 1:1 or 1:3")
+    return defective / (defective + good)
+
+
 def from_mapping(kind: type[T], values: Mapping[str, Any]) -> T:
     """The dataclass `kind` of a ConfigDict or of a dict read from JSON.
 

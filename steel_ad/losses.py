@@ -46,6 +46,63 @@ ssim_l2.options = ("weight", *ssim.options)  # type: ignore[attr-defined]
 LOSSES: dict[str, Callable[..., Array]] = {"l2": l2, "l1": l1, "ssim": ssim, "ssim_l2": ssim_l2}
 
 
+def _flat(x: Array) -> Array:
+    return x.reshape(x.shape[0], -1)
+
+
+def mse(logits: Array, target: Array) -> Array:
+    """Mean squared difference of tanh(logits) and the mask, `[b]` (SPEC section 2)."""
+    return l2(jnp.tanh(logits), target)
+
+
+def bce(logits: Array, target: Array) -> Array:
+    """Binary cross-entropy, `[b]`; without SPEC's misprint, which leaves out the minus sign."""
+    return jnp.mean(_flat(jax.nn.softplus(logits) - logits * target), axis=1)
+
+
+def focal(logits: Array, target: Array, *, gamma: float = 2.0, alpha: float = 0.5) -> Array:
+    """Focal loss (Lin et al. 2017), `[b]`: cross-entropy weighted by (1 - p of the truth)^gamma; alpha is a defect's share."""
+    p = jax.nn.sigmoid(logits)
+    miss = target * (1 - p) + (1 - target) * p
+    weight = 2 * (alpha * target + (1 - alpha) * (1 - target))
+    # The offset keeps the power's gradient finite at miss = 0.
+    return jnp.mean(_flat(weight * (miss + 1e-7) ** gamma * (jax.nn.softplus(logits) - logits * target)), axis=1)
+
+
+def dice(logits: Array, target: Array, *, smooth: float = 1.0) -> Array:
+    """1 - Dice coefficient of the probabilities (Milletari et al. 2016), `[b]`; `smooth` px keep an empty mask defined."""
+    p, t = _flat(jax.nn.sigmoid(logits)), _flat(target)
+    return 1 - (2 * jnp.sum(p * t, axis=1) + smooth) / (jnp.sum(p, axis=1) + jnp.sum(t, axis=1) + smooth)
+
+
+def bce_dice(logits: Array, target: Array, *, weight: float = 0.5) -> Array:
+    """`weight` times `dice` plus (1 - `weight`) times `bce`, `[b]`."""
+    return weight * dice(logits, target) + (1 - weight) * bce(logits, target)
+
+
+def mask_ssim(logits: Array, target: Array, **options) -> Array:
+    """Mean of 1 - SSIM between the probabilities and the mask, `[b]`; options as `ssim`'s."""
+    return ssim(jax.nn.sigmoid(logits), target, **options)
+
+
+mask_ssim.options = ssim.options  # type: ignore[attr-defined]
+
+# Of a segmentation: logits and mask `[b, h, w, 1]`, the mask in [0, 1] -> `[b]`.
+SEGMENTATION_LOSSES: dict[str, Callable[..., Array]] = {
+    "mse": mse,
+    "bce": bce,
+    "focal": focal,
+    "dice": dice,
+    "bce_dice": bce_dice,
+    "ssim": mask_ssim,
+}
+
+
+def activation(segmentation_loss: str) -> Callable[[Array], Array]:
+    """What makes the map of the logits: tanh for SPEC's "mse", else sigmoid."""
+    return jnp.tanh if segmentation_loss == "mse" else jax.nn.sigmoid
+
+
 def option_names(loss: Callable) -> tuple[str, ...]:
     """Names of a loss's options: its keyword arguments after reconstruction and target, or its attribute `options`."""
     if hasattr(loss, "options"):
@@ -53,12 +110,15 @@ def option_names(loss: Callable) -> tuple[str, ...]:
     return tuple(list(inspect.signature(loss).parameters)[2:])
 
 
-def get(name: str, options: Mapping[str, object] | None = None) -> Callable[[Array, Array], Array]:
-    """The loss of that name with its options bound: `(reconstruction, target) -> [b]`.
+def get(
+    name: str, options: Mapping[str, object] | None = None, registry: Mapping[str, Callable[..., Array]] = LOSSES
+) -> Callable[[Array, Array], Array]:
+    """The loss of that name with its options bound: `(reconstruction or logits, target) -> [b]`.
 
     Args:
-      name: a key of `LOSSES`, or `module:function` of the user's own.
+      name: a key of `registry`, or `module:function` of the user's own.
       options: keyword arguments; None values are left to the loss's default.
+      registry: `LOSSES` or `SEGMENTATION_LOSSES`.
 
     Raises:
       InputError: no such loss, module or function, or an option that the loss does not take.
@@ -73,10 +133,10 @@ def get(name: str, options: Mapping[str, object] | None = None) -> Callable[[Arr
             ) from None
         if not callable(loss):
             raise InputError(f"--config.loss={name} is no function: give module:function of a loss")
-    elif name in LOSSES:
-        loss = LOSSES[name]
+    elif name in registry:
+        loss = registry[name]
     else:
-        raise InputError(f"there is no loss {name!r}: use one of {', '.join(LOSSES)}, or your own as module:function")
+        raise InputError(f"there is no loss {name!r}: use one of {', '.join(registry)}, or your own as module:function")
     given = {k: v for k, v in (options or {}).items() if v is not None}
     if unknown := sorted(set(given) - set(option_names(loss))):
         takes = ", ".join(option_names(loss)) or "none"

@@ -6,15 +6,18 @@ import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is most of the suite's time, and its arrays are small; binaries that a test starts inherit it.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 
-_cache = tempfile.mkdtemp(prefix="steel_ad_tests_")
-atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+# The suite's workers and the binaries that tests start share one cache of compiled programs.
+if "STEEL_AD_TEST_CACHE" not in os.environ:
+    os.environ["STEEL_AD_TEST_CACHE"] = tempfile.mkdtemp(prefix="steel_ad_tests_")
+    atexit.register(shutil.rmtree, os.environ["STEEL_AD_TEST_CACHE"], ignore_errors=True)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_compilation_cache_dir", _cache)
+jax.config.update("jax_compilation_cache_dir", os.environ["STEEL_AD_TEST_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-os.environ["STEEL_AD_TEST_CACHE"] = _cache  # binaries started by a test share it

@@ -18,9 +18,9 @@ from steel_ad.errors import InputError
 from steel_ad.models.autoencoder import Autoencoder
 from steel_ad.ops import sliding
 from steel_ad.ops.ssim import CONSTANTS, ssim_residual
-from steel_ad.train import loop
+from steel_ad.train import loop, optimizers
 from steel_ad.train.state import TrainState, create, stream
-from steel_ad.train.step import default_steps_per_call, make_step
+from steel_ad.train.step import make_step, steps_per_call
 
 # Contrast of a reconstruction, as a share of the target's, below which it shows nothing.
 _FLAT = 0.02
@@ -35,22 +35,11 @@ def model(config: configs.Autoencoder) -> Autoencoder:
 
 def optimizer(config: configs.Autoencoder) -> optax.GradientTransformation:
     """Adam with the settings' schedule, clipping and either form of decay."""
-    if config.schedule == "cosine":
-        rate = optax.cosine_decay_schedule(config.learning_rate, max(1, config.total_steps - config.warmup_steps))
-    else:
-        rate = optax.constant_schedule(config.learning_rate)
-    if config.warmup_steps:
-        ramp = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
-        rate = optax.join_schedules([ramp, rate], [config.warmup_steps])
-    if config.decay == "learning_rate" and config.weight_decay:
-        base = rate
-        rate = lambda step: base(step) / (1 + config.weight_decay * step)  # noqa: E731
-    chain = []
-    if config.clip_norm:
-        chain.append(optax.clip_by_global_norm(config.clip_norm))
-    if config.decay == "l2" and config.weight_decay:
-        chain.append(optax.add_decayed_weights(config.weight_decay))
-    return optax.chain(*chain, optax.adam(rate))
+    rate = optimizers.schedule(config, config.total_steps)
+    if config.decay == "learning_rate":
+        return optimizers.clipped(optax.adam(lambda step: rate(step) / (1 + config.weight_decay * step)), config)
+    decay = optax.add_decayed_weights(config.weight_decay) if config.weight_decay else optax.identity()
+    return optimizers.clipped(optax.chain(decay, optax.adam(rate)), config)
 
 
 def loss_function(config: configs.Autoencoder) -> Callable[[Array, Array], Array]:
@@ -160,12 +149,7 @@ def train(
             stream(root, "kept crops"), data, num=config.num_crops, patch_size=config.patch_size
         )
         data = (data, kept)
-    # Checkpoints and the end must fall on a call's last step.
-    per_call = max(
-        k
-        for k in range(1, default_steps_per_call() + 1)
-        if config.total_steps % k == 0 and config.checkpoint_every % k == 0
-    )
+    per_call = steps_per_call(config.total_steps, config.checkpoint_every)
     step = make_step(objective(config), optimizer(config), steps_per_call=per_call)
     watch = _DeadRun(config)
 

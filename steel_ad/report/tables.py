@@ -33,6 +33,18 @@ def markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [escaped[0], rule, *escaped[1:]])
 
 
+_METRICS = (
+    *("map", "pixel_auroc", "aupro_30", "pixel_ap", "image_auroc", "image_accuracy", "image_accuracy_calibrated"),
+    *("found", "false_regions_per_image"),
+)
+
+
+def metrics(maps: Mapping[str, Mapping[str, Any]]) -> str:
+    """`table` of the chief metrics, one row a map; `maps` as in `metrics.json`, "found" is `defects_found` at IoU > 0."""
+    rows = [{"map": name, **m, "found": m.get("defects_found", {}).get("iou_0")} for name, m in maps.items()]
+    return table(rows, _METRICS)
+
+
 def _cells(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[list[str]]:
     return [[_text(_scalar(row.get(column))) for column in columns] for row in rows]
 

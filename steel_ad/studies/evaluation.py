@@ -105,9 +105,12 @@ def measure(maps: Maps, test: Sequence[TestImage], limits: Thresholds) -> dict[s
 
 
 def score_rows(
-    maps: Mapping[str, Maps], test: Sequence[TestImage], limits: Mapping[str, Thresholds]
+    maps: Mapping[str, Maps],
+    test: Sequence[TestImage],
+    limits: Mapping[str, Thresholds],
+    extra_scores: Mapping[str, np.ndarray],
 ) -> list[dict[str, Any]]:
-    """One row an image: name, kind, whether it is defective, and of each map its score and the thesis' verdict."""
+    """One row an image: name, kind, whether it is defective, of each map its score and the thesis' verdict, further scores."""
     scores = {name: m.scores for name, m in maps.items()}
     rows = []
     for i, t in enumerate(test):
@@ -115,6 +118,8 @@ def score_rows(
         for name in maps:
             row[f"score_{name}"] = float(scores[name][i])
             row[f"defect_{name}"] = int(scores[name][i] > limits[name].pixel)
+        for name, values in extra_scores.items():
+            row[f"score_{name}"] = float(values[i])
         rows.append(row)
     return rows
 
@@ -122,19 +127,22 @@ def score_rows(
 def report(
     workdir: Path,
     maps: Mapping[str, Maps],
-    good: Mapping[str, Maps],
     test: Sequence[TestImage],
+    limits: Mapping[str, Thresholds],
     *,
-    percentile: float,
     record: Mapping[str, Any],
+    extra_maps: Mapping[str, Mapping[str, Any]] | None = None,
+    extra_scores: Mapping[str, np.ndarray] | None = None,
     reconstruct: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> dict[str, Any]:
-    """Calibrates on good images' maps, measures, and writes `metrics.json`, `scores.csv` and the figures.
+    """Measures, and writes `metrics.json`, `scores.csv` and the figures.
 
     Args:
-      maps: detector name -> maps of the test images.
-      good: detector name -> maps of good validation images.
+      maps: detector name -> maps of the test images, which may be none.
+      limits: detector name -> its thresholds.
       record: further entries of `metrics.json`.
+      extra_maps: name -> metrics of what has no map.
+      extra_scores: name -> image scores `[n]` of what has no map.
       reconstruct: uint8 `[h, w]` -> float `[h, w]`, for the example figures.
 
     Returns:
@@ -142,17 +150,15 @@ def report(
     """
     from steel_ad.report import figures
 
-    limits = {name: thresholds(m, percentile) for name, m in good.items()}
     found = {name: measure(maps[name], test, limits[name]) for name in maps} if test else {}
     result = {
-        "maps": found,
-        "percentile": percentile,
+        "maps": {**found, **(extra_maps or {})},
         "thresholds": {name: dataclasses.asdict(t) for name, t in limits.items()},
         **record,
     }
     folder = workdir / "figures"
     if test:
-        files.write_csv(workdir / "scores.csv", score_rows(maps, test, limits))
+        files.write_csv(workdir / "scores.csv", score_rows(maps, test, limits, extra_scores or {}))
         series = {}
         for name, m in maps.items():
             title = f"{record['dataset']}, {name} map"

@@ -15,9 +15,13 @@ from steel_ad.train.state import TrainState
 Objective = Callable[[Any, Any, Any, Array, Array], tuple[Array, tuple[Any, dict[str, Array]]]]
 
 
-def default_steps_per_call() -> int:
-    """Steps in one dispatch: on CPU convolutions in a loop body lose their threads, elsewhere dispatch costs more."""
-    return 1 if jax.default_backend() == "cpu" else 20
+def steps_per_call(*cadences: int) -> int:
+    """Steps in one dispatch, a divisor of every cadence: on accelerators up to 20, since dispatch costs more than a step.
+
+    On CPU it is 1: convolutions in a loop body lose their threads.
+    """
+    most = 1 if jax.default_backend() == "cpu" else 20
+    return max(k for k in range(1, most + 1) if all(cadence % k == 0 for cadence in cadences))
 
 
 def make_step(objective: Objective, optimizer: optax.GradientTransformation, *, steps_per_call: int = 1) -> Callable:

@@ -1,0 +1,45 @@
+"""Trains CompactCNN or U-Net and its classification stage on a line's good plates with inserted defects, and tests both.
+
+python -m experiments.segmentation --config=configs/segmentation.py:quick --data=DIR --defects=DIR --workdir=DIR
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from steel_ad import cli
+
+_CONFIG = cli.define_config("configs/segmentation.py:quick")
+_DATA = flags.DEFINE_string(
+    "data", "procedural/teardrop1", "Folder in the MVTec AD or DAGM layout, or procedural/LINE."
+)
+_DEFECTS = flags.DEFINE_string(
+    "defects", "procedural", "Folder of defects on plain steel with masks, procedural, or empty for labelled data."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run: checkpoints, metrics, figures. Run again to resume."
+)
+_EVALUATE_ONLY = flags.DEFINE_bool(
+    "evaluate_only", False, "Evaluate the last checkpoints in --workdir, without training."
+)
+
+
+def main() -> None:
+    from steel_ad import config as configs
+    from steel_ad.report import tables
+    from steel_ad.studies import segmentation
+
+    config = cli.settings(_CONFIG, configs.Segmentation)
+    workdir = Path(cli.required(_WORKDIR))
+    finished = (workdir / "metrics.json").exists() and not _EVALUATE_ONLY.value
+    result = segmentation.run(
+        config, data=_DATA.value, defects_from=_DEFECTS.value, workdir=workdir, evaluate_only=_EVALUATE_ONLY.value
+    )
+    if finished:
+        print(f"The run in {workdir} was finished already.")
+    print(tables.metrics(result["maps"]) if result["maps"] else f"No test images in {_DATA.value}.")
+    print(f"Pictures: {workdir / 'figures'}; every number: {workdir / 'metrics.json'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

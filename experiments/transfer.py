@@ -1,0 +1,54 @@
+"""Pretrains on one line with defects, adapts to a line with good images only, and tests both on both (SPEC section 3).
+
+python -m experiments.transfer --config=configs/segmentation.py:quick --source=DIR --target=DIR --defects=DIR --workdir=DIR
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from steel_ad import cli
+
+_CONFIG = cli.define_config("configs/segmentation.py:quick")
+_SOURCE = flags.DEFINE_string("source", "procedural/teardrop2", "Line to pretrain on: folder or procedural/LINE.")
+_TARGET = flags.DEFINE_string(
+    "target", "procedural/teardrop1", "Line with good images only: folder or procedural/LINE."
+)
+_DEFECTS = flags.DEFINE_string(
+    "defects", "procedural", "Folder of defects on plain steel with masks, procedural, or empty for labelled data."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run: checkpoints, metrics, figures. Run again to resume."
+)
+_EVALUATE_ONLY = flags.DEFINE_bool(
+    "evaluate_only", False, "Evaluate the last checkpoints in --workdir, without training."
+)
+
+
+def main() -> None:
+    from steel_ad import config as configs
+    from steel_ad.report import tables
+    from steel_ad.studies import segmentation
+
+    config = cli.settings(_CONFIG, configs.Segmentation)
+    workdir = Path(cli.required(_WORKDIR))
+    result = segmentation.transfer(
+        config,
+        source=_SOURCE.value,
+        target=_TARGET.value,
+        defects_from=_DEFECTS.value,
+        workdir=workdir,
+        evaluate_only=_EVALUATE_ONLY.value,
+    )
+    found = {
+        f"{when}, {where} line, {name}": values
+        for when in ("before", "after")
+        for where, evaluated in result[when].items()
+        for name, values in evaluated["maps"].items()
+    }
+    print(tables.metrics(found))
+    print(f"Every number: {workdir / 'metrics.json'}; pictures: the folders before_* and after_* beside it")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,139 @@
+"""What every run that trains keeps in its working directory: settings, manifest, checkpoints, history."""
+
+import csv
+import platform
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from steel_ad import config as configs
+from steel_ad.errors import InputError
+from steel_ad.progress import progress
+from steel_ad.studies import files
+from steel_ad.train.state import TrainState
+
+# (step number from 1, metrics)
+OnStep = Callable[[int, dict[str, float]], None]
+Save = Callable[[int, TrainState], None]
+
+
+def claim(workdir: Path, settings: Mapping[str, Any], *, evaluate_only: bool, reading: Collection[str]) -> None:
+    """Records the settings of a new workdir, or checks them against those of an old one.
+
+    Args:
+      reading: settings that only evaluation uses; with `evaluate_only` they may differ.
+
+    Raises:
+      InputError: other settings, or nothing there to evaluate.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        if evaluate_only:
+            raise InputError(f"there is no run in {workdir} to evaluate: train one first, without --evaluate_only")
+        files.write_json(path, settings)
+        return
+    free = set(reading) if evaluate_only else set()
+    ours, theirs = ({k: v for k, v in d.items() if k not in free} for d in (settings, files.read_json(path)))
+    if other := configs.difference(ours, theirs):
+        raise InputError(f"{workdir} holds a run of another config, which differs in {other}: use a new --workdir")
+
+
+def keep(path: Path, record: Any, what: str) -> None:
+    """Records what a run uses, or checks it against what it began with.
+
+    Raises:
+      InputError: it has changed.
+    """
+    if not path.exists():
+        files.write_json(path, record)
+    elif files.read_json(path) != record:
+        raise InputError(
+            f"the {what} are not those that the run in {path.parent} began with (see {path.name} there): "
+            "restore them or use a new --workdir"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on."""
+    packages = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
+    return {"python": platform.python_version(), "device": jax.devices()[0].device_kind, **packages}
+
+
+def fit(
+    train: Callable[[TrainState, OnStep, Save], TrainState],
+    state: TrainState,
+    workdir: Path,
+    *,
+    total_steps: int,
+    stage: str = "train",
+    evaluate_only: bool = False,
+) -> tuple[TrainState, float]:
+    """Trains from the newest checkpoint of a stage to its end, with progress, history and a picture of it.
+
+    Writes `checkpoints/`, `train.csv` and `figures/training.png` for the stage "train", and for another one the same with
+    its name.
+
+    Args:
+      train: (state, on_step, save) -> the state after `total_steps`.
+      state: the initial state.
+
+    Returns:
+      The trained state, and the seconds that its training has taken over all starts.
+
+    Raises:
+      InputError: as `train`; a damaged checkpoint; a full disk; `evaluate_only` and no checkpoint.
+    """
+    from steel_ad.report import figures
+    from steel_ad.train.checkpoint import Checkpoints
+
+    main = stage == "train"
+    record_path = workdir / ("train.csv" if main else f"train_{stage}.csv")
+    history: list[dict[str, float]] = []
+    before = seconds = 0.0
+    with Checkpoints(workdir / ("checkpoints" if main else f"checkpoints_{stage}")) as checkpoints:
+        if checkpoints.latest() is not None:
+            state, record = checkpoints.restore(state)
+            before = seconds = record["seconds"]
+            history = [row for row in _read_history(record_path) if row["step"] <= int(state.step)]
+        done = int(state.step)
+        if evaluate_only and done == 0:
+            raise InputError(f"there is no checkpoint in {workdir} to evaluate: train first, without --evaluate_only")
+        if evaluate_only or done >= total_steps:
+            return state, seconds
+        start = time.perf_counter()
+
+        with progress(stage, total_steps, "steps", done=done) as update:
+
+            def on_step(step: int, row: dict[str, float]) -> None:
+                history.append({"step": step, **row})
+                update(step, f"loss {row['loss']:.4f}")
+
+            def save(step: int, state: TrainState) -> None:
+                nonlocal seconds
+                files.write_csv(record_path, history)
+                seconds = before + time.perf_counter() - start
+                checkpoints.save(step, state, {"seconds": seconds})
+
+            state = train(state, on_step, save)
+    columns = {name: np.array([row[name] for row in history]) for name in ("step", "loss")}
+    picture = "training.png" if main else f"training_{stage}.png"
+    figures.training_curve(workdir / "figures" / picture, columns, title=f"training: {stage}")
+    return state, seconds
+
+
+def _read_history(path: Path) -> list[dict[str, float]]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{k: int(v) if k == "step" else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def uses(manifest: Sequence[dict], validation: np.ndarray) -> list[dict]:
+    """Manifest rows with a column `use`: "train" or "validation"."""
+    held_out = set(validation.tolist())
+    return [{**row, "use": "validation" if i in held_out else "train"} for i, row in enumerate(manifest)]

@@ -1,0 +1,337 @@
+"""The supervised line: samples, losses, stages, both binaries, and what can be wrong."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from steel_ad import config as configs
+from steel_ad import losses
+from steel_ad.config import Segmentation
+from steel_ad.data import datasets, defects, patches, plates
+from steel_ad.detectors import segmentation
+from steel_ad.detectors.segmentation import Samples
+from steel_ad.errors import InputError
+from steel_ad.studies import segmentation as study
+from steel_ad.train.step import make_step
+
+ROOT = Path(__file__).parent.parent
+IMAGE_KEYS = {
+    "image_auroc",
+    "image_accuracy",
+    "image_accuracy_calibrated",
+    "image_tpr",
+    "image_tnr",
+    "image_f1",
+    "image_threshold",
+}
+
+
+def tiny(**settings):
+    from configs.segmentation import PRESETS
+
+    return Segmentation(**{**PRESETS["tiny"], **settings})
+
+
+@pytest.fixture(scope="module")
+def good():
+    return list(np.asarray(plates.to_uint8(plates.render(jax.random.key(0), "teardrop1", size=64, num=6))))
+
+
+@pytest.fixture(scope="module")
+def library():
+    return defects.fitting(defects.procedural(jax.random.key(1), 24, size=64), (32, 32))[0]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, good):
+    """A line in the MVTec layout, and in `defects/` images of plain steel with masks."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+
+    def write(path, image):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        assert cv2.imwrite(str(path), image)
+
+    for i, image in enumerate(good):
+        write(root / "line" / "train" / "good" / f"{i}.png", image)
+    write(root / "line" / "test" / "good" / "0.png", good[0][::-1])
+    marked, mask = good[1].copy(), np.zeros((64, 64), np.uint8)
+    mask[20:30, 25:45] = 255
+    marked[mask > 0] = 250
+    write(root / "line" / "test" / "pit" / "0.png", marked)
+    write(root / "line" / "ground_truth" / "pit" / "0_mask.png", mask)
+    for i in range(4):
+        steel = (120 + 4 * rng.standard_normal((60, 60))).astype(np.uint8)
+        spot = np.zeros((60, 60), np.uint8)
+        spot[25 : 33 + i, 22:36] = 255
+        steel[spot > 0] = 220
+        write(root / "defects" / "images" / "pit" / f"{i}.png", steel)
+        write(root / "defects" / "masks" / "pit" / f"{i}.png", spot)
+    return root
+
+
+# Losses.
+
+
+def test_segmentation_losses_equal_their_definitions():
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((3, 12, 12, 1)).astype(np.float32)
+    target = (rng.random(logits.shape) < 0.3).astype(np.float32)
+    p, flat = 1 / (1 + np.exp(-np.float64(logits))), (3, -1)
+    cross = -(target * np.log(p) + (1 - target) * np.log(1 - p))
+    truth = np.where(target > 0, p, 1 - p)
+    expected = {
+        "mse": (np.tanh(np.float64(logits)) - target) ** 2,
+        "bce": cross,
+        "focal": 2 * np.where(target > 0, 0.3, 0.7) * (1 - truth) ** 1.5 * cross,
+    }
+    for name, value in expected.items():
+        loss = losses.get(name, {"gamma": 1.5, "alpha": 0.3} if name == "focal" else {}, losses.SEGMENTATION_LOSSES)
+        np.testing.assert_allclose(loss(logits, target), value.reshape(flat).mean(1), rtol=1e-5)
+    p, t = p.reshape(flat), target.reshape(flat)
+    dice = 1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)
+    np.testing.assert_allclose(losses.dice(logits, target), dice, rtol=1e-5)
+    mixed = losses.get("bce_dice", {"weight": 0.25}, losses.SEGMENTATION_LOSSES)(logits, target)
+    np.testing.assert_allclose(mixed, 0.25 * dice + 0.75 * cross.reshape(flat).mean(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", losses.SEGMENTATION_LOSSES)
+def test_segmentation_losses_fall_towards_the_mask(name):
+    loss = losses.get(name, {}, losses.SEGMENTATION_LOSSES)
+    for target in (jnp.zeros((1, 12, 12, 1)), jnp.zeros((1, 12, 12, 1)).at[:, 3:9, 3:9].set(1)):
+        sure = 40 * (2 * target - 1) if name != "mse" else 40 * target
+        assert float(loss(sure, target)[0]) < 0.02 < float(loss(-sure + 20 * (name == "mse"), target)[0])
+        for logits in (sure, -sure, jnp.zeros_like(sure)):
+            assert jnp.isfinite(jax.grad(lambda a, t=target: loss(a, t).sum())(logits)).all()
+
+
+def test_the_map_of_a_loss():
+    assert losses.activation("mse") is jnp.tanh
+    assert float(losses.activation("bce")(jnp.float32(0))) == 0.5
+
+
+# Samples.
+
+
+def batches(config, share, samples, num=30):
+    draw = jax.jit(lambda step: segmentation.draw(config, share, samples, step, jax.random.key(0)))
+    found = [draw(jnp.int32(s)) for s in range(num)]
+    assert draw._cache_size() == 1
+    return segmentation.Batch(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+
+
+def test_inserted_samples_follow_the_ratio(good, library):
+    config = tiny(batch_size=8)
+    samples = Samples(jax.tree.map(jnp.asarray, patches.stack(good)), library)
+    for ratio, share in (("1:0", 1.0), ("1:1", 0.5), ("1:3", 0.25)):
+        assert configs.defective_share(ratio) == share
+        batch = batches(config, share, samples)
+        assert abs(batch.label.mean() - share) < 0.1
+        np.testing.assert_array_equal(batch.label, batch.mask.any(axis=(1, 2, 3)))
+    assert batch.image.shape == (240, 32, 32, 1)
+    assert set(np.unique(batch.mask)) == {0, 1}
+
+
+def test_labelled_samples_keep_image_and_mask_together(good):
+    marked = np.full((48, 48), 100, np.uint8)
+    marked[10:40, 10:40] = 255
+    stacked = jax.tree.map(
+        jnp.asarray, (patches.stack(good), patches.stack([marked]), patches.stack([(marked > 200).astype(np.uint8)]))
+    )
+    batch = batches(tiny(batch_size=8), 0.5, Samples(stacked[0], labelled=stacked[1], masks=stacked[2]))
+    assert 0.3 < batch.label.mean() < 0.7
+    np.testing.assert_array_equal(batch.mask[batch.label > 0], batch.image[batch.label > 0] > 200 / 255)
+
+
+def test_the_new_line_is_mixed_in_as_good(good, library):
+    black = patches.stack([np.zeros((40, 40), np.uint8)])
+    samples = jax.tree.map(jnp.asarray, Samples(patches.stack(good), library, new_line=black))
+    batch = batches(tiny(batch_size=8, new_line=0.25), 1.0, samples)
+    dark = batch.image.max(axis=(1, 2, 3)) == 0
+    assert abs(dark.mean() - 0.25) < 0.1
+    np.testing.assert_array_equal(batch.label, ~dark)
+
+
+@pytest.mark.parametrize("ratio", ["1", "0:1", "a:b", "1:-1", "1:2:3"])
+def test_ratios_that_are_none(ratio):
+    with pytest.raises(InputError, match="1:3"):
+        tiny(ratio=ratio)
+
+
+# Stages.
+
+
+@pytest.mark.parametrize("model", ["unet", "compact_cnn"])
+def test_stages_never_compile_twice_and_stage_1_stays_frozen(good, library, model):
+    config = tiny(model=model)
+    samples = jax.tree.map(jnp.asarray, Samples(patches.stack(good), library))
+    root = jax.random.key(0)
+    state = segmentation.initial_segmentation(config, 4)
+    before = jax.device_get(segmentation.variables(state))
+    step = make_step(segmentation.segmentation_objective(config), segmentation.optimizer(config, 4))
+    for _ in range(3):
+        state, _ = step(state, samples, root)
+    assert step._cache_size() == 1
+    frozen = segmentation.variables(state)
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, jax.device_get(frozen))
+    assert any(jax.tree.leaves(moved["batch_stats"]))
+    kept = jax.device_get(frozen)
+
+    second = segmentation.initial_classifier(config, frozen)
+    start = jax.device_get(second.params)
+    step = make_step(segmentation.classifier_objective(config), segmentation.optimizer(config, 4))
+    for _ in range(3):
+        second, metrics = step(second, (samples, frozen), root)
+    assert step._cache_size() == 1
+    assert set(metrics) == {"loss", "gradient_norm", "accuracy"}
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(frozen), kept)
+    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.any(a != b)), start, jax.device_get(second.params))))
+
+    detector = segmentation.SegmentationDetector(config)
+    image = jnp.asarray(good[0][:50, :37]).astype(jnp.float32) / 255
+    assert detector.residual(frozen, image).shape == (50, 37)
+    probability = segmentation.classify(config, (frozen, segmentation.variables(second)), image)
+    assert probability.shape == ()
+    assert 0 < float(probability) < 1
+
+
+def test_the_quarter_mask_is_reduced_by_area():
+    mask = jnp.zeros((1, 8, 8, 1)).at[0, :4, :2].set(1)
+    np.testing.assert_array_equal(segmentation._reduced(mask, (1, 2, 2, 1))[0, :, :, 0], [[0.5, 0], [0, 0]])
+    assert segmentation._reduced(mask, (1, 8, 8, 1)) is not None
+    np.testing.assert_array_equal(segmentation._reduced(mask, (1, 8, 8, 1)), mask)
+
+
+def test_adadelta_has_the_settings_of_three_libraries():
+    sizes = {}
+    for name in ("tf_keras", "old_keras", "pytorch"):
+        rule = segmentation.optimizer(tiny(optimizer="adadelta", adadelta=name), 4)
+        with jax.numpy_dtype_promotion("standard"):
+            delta, _ = rule.update({"w": jnp.ones(1)}, rule.init({"w": jnp.ones(1)}), {"w": jnp.ones(1)})
+        sizes[name] = float(delta["w"][0])
+    # First step: -lr * sqrt(eps) / sqrt((1 - rho) + eps).
+    assert sizes["tf_keras"] == pytest.approx(-1e-3 * (1e-7 / 0.05) ** 0.5, rel=1e-3)
+    assert sizes["old_keras"] == pytest.approx(-((1e-7 / 0.05) ** 0.5), rel=1e-3)
+    assert sizes["pytorch"] == pytest.approx(-((1e-6 / 0.1) ** 0.5), rel=1e-3)
+
+
+def test_steps_lower_for_every_platform(good, library):
+    config = tiny()
+    samples = jax.tree.map(jnp.asarray, Samples(patches.stack(good), library))
+    state = segmentation.initial_segmentation(config, 4)
+    frozen = segmentation.variables(state)
+    programs = [
+        (make_step(segmentation.segmentation_objective(config), segmentation.optimizer(config, 4)), (state, samples)),
+        (
+            make_step(segmentation.classifier_objective(config), segmentation.optimizer(config, 4)),
+            (segmentation.initial_classifier(config, frozen), (samples, frozen)),
+        ),
+    ]
+    platforms = ("cpu", "cuda", "tpu")
+    for program, arguments in programs:
+        assert jax.export.export(program, platforms=platforms)(*arguments, jax.random.key(0)).platforms == platforms
+
+
+# Runs.
+
+
+def start(binary, *arguments):
+    line = [sys.executable, "-m", f"experiments.{binary}", "--config=configs/segmentation.py:tiny", *arguments]
+    line.append(f"--compilation_cache={os.environ['STEEL_AD_TEST_CACHE']}")
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_segmentation_binary(data, tmp_path):
+    arguments = (f"--data={data / 'line'}", f"--defects={data / 'defects'}", f"--workdir={tmp_path / 'w'}")
+    result = start("segmentation", *arguments)
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "w" / "metrics.json").read_text())
+    assert set(record["maps"]) == {"segmentation", "classification"}
+    assert set(record["maps"]["classification"]) == IMAGE_KEYS
+    assert set(record["maps"]["segmentation"]) > IMAGE_KEYS
+    assert record["maps"]["segmentation"]["threshold"] == 0.5
+    assert "score_classification" in (tmp_path / "w" / "scores.csv").read_text()
+    assert len(json.loads((tmp_path / "w" / "defects.json").read_text())) == 4
+    again = start("segmentation", *arguments)
+    assert "finished already" in again.stdout
+    other = start("segmentation", *arguments, "--config.width=4")
+    assert other.returncode == 2
+    assert "width" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+def test_transfer_binary(data, tmp_path):
+    result = start(
+        "transfer",
+        f"--source={data / 'line'}",
+        f"--target={data / 'line'}",
+        f"--defects={data / 'defects'}",
+        f"--workdir={tmp_path / 'w'}",
+    )
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "w" / "metrics.json").read_text())
+    for when in ("before", "after"):
+        for where in ("source", "target"):
+            assert set(record[when][where]["maps"]) == {"segmentation", "classification"}
+            assert (tmp_path / "w" / f"{when}_{where}" / "figures" / "examples_segmentation.png").exists()
+    assert record["before"]["source"]["maps"] != record["after"]["source"]["maps"]
+    assert "after, target line, segmentation" in result.stdout
+
+
+def test_defects_kept_for_testing_are_not_trained_on(data, tmp_path):
+    library, _ = defects.load(data / "defects", size=64)
+    train, test = defects.split(library, 0.5, seed=0)
+    (tmp_path / "line").mkdir()
+    (tmp_path / "line" / "split.json").write_text(json.dumps(defects.split_record(train, test, 0.5, 0)))
+    found = study._library(tiny(), str(data / "defects"), str(tmp_path / "line"), tmp_path / "w")
+    assert set(found.sha256) == set(train.sha256)
+    defects.check_disjoint(found, test)
+    with pytest.raises(InputError, match="kept for testing"):
+        defects.without(library, library.sha256)
+
+
+def test_labelled_data_trains_without_defects_from_elsewhere(good, data, tmp_path):
+    marked = good[1].copy()
+    marked[20:40, 20:40] = 255
+    line = datasets.Dataset(
+        "x", good, [{"path": str(i)} for i in range(6)], [], [datasets.TestImage("0", "pit", marked, marked == 255)]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load", lambda *_, **__: line)
+        record = study.run(tiny(), data="x", defects_from="", workdir=tmp_path / "w")
+        assert record["maps"] == {}
+        assert record["images"]["train"] == 5
+        patch.setattr(datasets, "load", lambda *_, **__: dataclasses.replace(line, labelled=[]))
+        with pytest.raises(InputError, match="no labelled training images"):
+            study.run(tiny(), data="x", defects_from="", workdir=tmp_path / "v")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model": "resnet"}, "unet, compact_cnn"),
+        ({"patch_size": 40}, "multiple of 16"),
+        ({"classifier_ratio": "1:0"}, "no good sample"),
+        ({"steps": 0, "epochs": 0}, "no step"),
+        ({"defect_size": 10}, "at least 64"),
+        ({"new_line": 1.0}, "between 0 and 1"),
+    ],
+)
+def test_settings_that_are_refused(settings, said):
+    with pytest.raises(InputError, match=said):
+        tiny(**settings)
+
+
+def test_a_wrong_loss_leaves_no_workdir(data, tmp_path):
+    with pytest.raises(InputError, match="no loss 'l2': use one of mse"):
+        study.run(tiny(loss="l2"), data=str(data / "line"), defects_from="procedural", workdir=tmp_path / "w")
+    assert not (tmp_path / "w").exists()
