@@ -116,7 +116,7 @@ def training_curve(path: str | os.PathLike[str], history: Mapping[str, Any], *, 
             "learning_rate" [k], which gets a panel of its own.
         title: above the figure.
     """
-    return _save(_training_curve(history, title=title), path)
+    return save(_training_curve(history, title=title), path)
 
 
 def examples(path: str | os.PathLike[str], rows: Sequence[Example], *, title: str, threshold: float) -> Path:
@@ -125,7 +125,7 @@ def examples(path: str | os.PathLike[str], rows: Sequence[Example], *, title: st
     All residuals share one colour scale, capped at their 99.8th percentile, so that rows can be compared. An image is
     called a DEFECT where its score is above `threshold`, which is in the residual's unit.
     """
-    return _save(_examples(rows, title=title, threshold=threshold), path)
+    return save(_examples(rows, title=title, threshold=threshold), path)
 
 
 def score_histogram(
@@ -150,7 +150,7 @@ def score_histogram(
         calibrated: a second threshold, drawn dashed.
         title: above the figure.
     """
-    return _save(_score_histogram(good, defective, threshold=threshold, calibrated=calibrated, title=title), path)
+    return save(_score_histogram(good, defective, threshold=threshold, calibrated=calibrated, title=title), path)
 
 
 def curves(path: str | os.PathLike[str], series: Mapping[str, Mapping[str, Any]], *, title: str) -> Path:
@@ -161,7 +161,7 @@ def curves(path: str | os.PathLike[str], series: Mapping[str, Mapping[str, Any]]
         series: name -> "fpr", "tpr" and "pro" [k], all in [0, 1], and the numbers "auroc" and "aupro_30".
         title: above the figure.
     """
-    return _save(_curves(series, title=title), path)
+    return save(_curves(series, title=title), path)
 
 
 def predictions(path: str | os.PathLike[str], rows: Sequence[Prediction], *, title: str) -> Path:
@@ -169,7 +169,7 @@ def predictions(path: str | os.PathLike[str], rows: Sequence[Prediction], *, tit
 
     Raises ValueError where a row lacks a model that the first row has, or has another.
     """
-    return _save(_predictions(rows, title=title), path)
+    return save(_predictions(rows, title=title), path)
 
 
 def dataset_overview(path: str | os.PathLike[str], rows: Sequence[Dataset], *, title: str) -> Path:
@@ -177,7 +177,7 @@ def dataset_overview(path: str | os.PathLike[str], rows: Sequence[Dataset], *, t
 
     One or two datasets get a row each instead. Raises ValueError where a truth is empty.
     """
-    return _save(_dataset_overview(rows, title=title), path)
+    return save(_dataset_overview(rows, title=title), path)
 
 
 def insertion(path: str | os.PathLike[str], rows: Sequence[Insertion], *, title: str) -> Path:
@@ -185,10 +185,15 @@ def insertion(path: str | os.PathLike[str], rows: Sequence[Insertion], *, title:
 
     Raises ValueError where a label is empty.
     """
-    return _save(_insertion(rows, title=title), path)
+    return save(_insertion(rows, title=title), path)
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Writes a figure as PNG, whole or not at all, making missing folders.
+
+    Raises:
+        InputError: the disk is full or the folder not writable.
+    """
     path = Path(path)
     # Encoded in memory first: Pillow reports a full disk as "encoder error", the file system gives the reason.
     png = io.BytesIO()
@@ -232,7 +237,7 @@ def _training_curve(history: Mapping[str, Any], *, title: str) -> Figure:
         drawn = np.concatenate([loss, validation])
     if drawn.min() > 0 and drawn.max() >= 10 * drawn.min():
         axes.set_yscale("log")
-        _log_ticks(axes.yaxis)
+        log_ticks(axes.yaxis)
     axes.set_ylabel("loss")
     axes.legend(frameon=False)
     if rate is not None:
@@ -240,7 +245,7 @@ def _training_curve(history: Mapping[str, Any], *, title: str) -> Figure:
         panels[1].set_ylabel("learning rate")
     panels[-1].set_xlabel("step")
     for panel in panels:
-        _plain(panel)
+        plain(panel)
     return figure
 
 
@@ -329,7 +334,7 @@ def _score_histogram(
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         axes.set_ylabel("images")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-        _plain(axes)
+        plain(axes)
 
     lines = {"threshold": (threshold, "-")} | ({} if calibrated is None else {"calibrated": (calibrated, "--")})
     # The lower threshold's label goes to the left of its line, the higher one's to the right: they never meet.
@@ -347,7 +352,7 @@ def _score_histogram(
         )
     if log:
         panels[-1].set_xscale("log")
-        _log_ticks(panels[-1].xaxis)
+        log_ticks(panels[-1].xaxis)
     panels[-1].set_xlabel("image score" + (" (zeros in the leftmost bar)" if log and (scores == 0).any() else ""))
     return figure
 
@@ -370,7 +375,7 @@ def _curves(series: Mapping[str, Mapping[str, Any]], *, title: str) -> Figure:
     pro.set(title="PRO", ylabel="per-region overlap", xlim=(0, 0.34), ylim=(0, 1.02))
     for axes in (roc, pro):
         axes.set_xlabel("false positive rate (pixels)")
-        _plain(axes)
+        plain(axes)
     figure.legend(loc="outside lower center", frameon=False)
     return figure
 
@@ -479,13 +484,15 @@ def _panels(
     return figure, grid
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """The house's look: two spines and a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=GREY, alpha=0.25, lw=0.5)
     axes.set_axisbelow(True)
 
 
-def _log_ticks(axis: Axis) -> None:
+def log_ticks(axis: Axis) -> None:
+    """Ticks at 1 and 3 of each decade, as plain numbers."""
     axis.set_major_locator(LogLocator(subs=(1, 3)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())

@@ -35,7 +35,7 @@ def roofline(
         title: above the figure.
         ours: the implementation that gets large marks and its works' names.
     """
-    return figures._save(_roofline(rows, ceilings, title=title, ours=ours), path)
+    return figures.save(_roofline(rows, ceilings, title=title, ours=ours), path)
 
 
 def _roofline(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float], *, title: str, ours: str) -> Figure:
@@ -95,9 +95,9 @@ def _ceilings(axes: Axes, peaks: Mapping[str, float], copy_gbs: float, left: flo
             textcoords="offset points",
             ha="right",
         )
-    figures._plain(axes)
+    figures.plain(axes)
     for axis in (axes.xaxis, axes.yaxis):
-        figures._log_ticks(axis)
+        figures.log_ticks(axis)
 
 
 def _names(axes: Axes, points: Sequence[tuple[float, float, Mapping[str, Any]]]) -> None:
