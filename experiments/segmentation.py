@@ -22,6 +22,7 @@ _WORKDIR = flags.DEFINE_string(
 _EVALUATE_ONLY = flags.DEFINE_bool(
     "evaluate_only", False, "Evaluate the last checkpoints in --workdir, without training."
 )
+_BESIDE = flags.DEFINE_list("beside", [], "Workdirs of other models on the same data, drawn beside this one's maps.")
 
 
 def main() -> None:
@@ -38,6 +39,8 @@ def main() -> None:
     if finished:
         print(f"The run in {workdir} was finished already.")
     print(tables.metrics(result["maps"]) if result["maps"] else f"No test images in {_DATA.value}.")
+    if _BESIDE.value:
+        print(f"Side by side: {segmentation.predictions([workdir, *map(Path, _BESIDE.value)])}")
     print(f"Pictures: {workdir / 'figures'}; every number: {workdir / 'metrics.json'}")
 
 

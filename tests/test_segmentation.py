@@ -261,8 +261,9 @@ def test_segmentation_binary(data, tmp_path):
     assert record["maps"]["segmentation"]["threshold"] == 0.5
     assert "score_classification" in (tmp_path / "w" / "scores.csv").read_text()
     assert len(json.loads((tmp_path / "w" / "defects.json").read_text())) == 4
-    again = start("segmentation", *arguments)
+    again = start("segmentation", *arguments, f"--beside={tmp_path / 'w'}")
     assert "finished already" in again.stdout
+    assert (tmp_path / "w" / "figures" / "predictions.png").exists(), again.stderr
     other = start("segmentation", *arguments, "--config.width=4")
     assert other.returncode == 2
     assert "width" in other.stderr

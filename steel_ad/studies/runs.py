@@ -88,7 +88,6 @@ def fit(
     Raises:
       InputError: as `train`; a damaged checkpoint; a full disk; `evaluate_only` and no checkpoint.
     """
-    from steel_ad.report import figures
     from steel_ad.train.checkpoint import Checkpoints
 
     main = stage == "train"
@@ -120,6 +119,8 @@ def fit(
                 checkpoints.save(step, state, {"seconds": seconds})
 
             state = train(state, on_step, save)
+    from steel_ad.report import figures  # not before the first step
+
     columns = {name: np.array([row[name] for row in history]) for name in ("step", "loss")}
     picture = "training.png" if main else f"training_{stage}.png"
     figures.training_curve(workdir / "figures" / picture, columns, title=f"training: {stage}")

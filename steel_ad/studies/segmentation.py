@@ -177,7 +177,7 @@ def _library(config: configs.Segmentation, defects_from: str, data: str, workdir
 
 def _stage_1(
     config: configs.Segmentation,
-    samples: Samples,
+    samples: Samples | None,
     workdir: Path,
     steps: int,
     stage: str = "train",
@@ -201,7 +201,7 @@ def _stage_1(
 
 def _stage_2(
     config: configs.Segmentation,
-    samples: Samples,
+    samples: Samples | None,
     stage_1: TrainState,
     workdir: Path,
     stage: str = "classifier",
@@ -291,3 +291,47 @@ def classifier_scores(
             found.append(program(stages, image))
             update(i + 1)
     return np.array(found, np.float32)
+
+
+def predictions(workdirs: Sequence[Path]) -> Path:
+    """Draws several models' maps of the same test images side by side, in the first one's `figures/predictions.png`.
+
+    Args:
+      workdirs: finished runs of `run` on the same data.
+
+    Raises:
+      InputError: a workdir without a finished run, or runs on other data.
+    """
+    from steel_ad.report import figures
+
+    settings = [files.read_json(w / "config.json") for w in workdirs]
+    for workdir, other in zip(workdirs, settings, strict=True):
+        if "defects" not in other or other["data"] != settings[0]["data"]:
+            raise InputError(
+                f"{workdir} holds no segmentation run on {settings[0]['data']}: give one of the same --data"
+            )
+    test = datasets.load(settings[0]["data"], train=False).test
+    kinds = sorted({t.kind for t in test}, key=lambda k: (k != "good", k))
+    chosen = [t for kind in kinds for t in [t for t in test if t.kind == kind][:2]][:8]
+    if not chosen:
+        raise InputError(f"{settings[0]['data']} has no test images to draw")
+    shown: list[dict[str, tuple[np.ndarray, float]]] = [{} for _ in chosen]
+    for workdir, setting in zip(workdirs, settings, strict=True):
+        fields = {k: v for k, v in setting.items() if k not in ("data", "defects")}
+        config = configs.from_mapping(configs.Segmentation, fields)
+        stage_1, _ = _stage_1(config, None, workdir, config.total_steps, evaluate_only=True)
+        stages, _ = _stage_2(config, None, stage_1, workdir, evaluate_only=True)
+        detector = SegmentationDetector(config)
+        maps = evaluation.residual_maps(
+            {"map": detector}, {"map": stages[0]}, [t.image for t in chosen], radius=config.radius, label="maps"
+        )["map"]
+        scores = classifier_scores(config, stages, [t.image for t in chosen])
+        name = {"unet": "U-Net", "compact_cnn": "CompactCNN"}[config.model]
+        name = name if name not in shown[0] else f"{name}, {workdir.name}"
+        for row, raw, score in zip(shown, maps.raw, scores, strict=True):
+            row[name] = (raw, float(score))
+    rows = [
+        figures.Prediction(name=t.name, image=t.image, truth=t.mask, maps=row)
+        for t, row in zip(chosen, shown, strict=True)
+    ]
+    return figures.predictions(workdirs[0] / "figures" / "predictions.png", rows, title=settings[0]["data"])
