@@ -68,6 +68,8 @@ def get_config(preset: str = "quick") -> ConfigDict:
             "smooth": config_dict.placeholder(float),
             "weight": config_dict.placeholder(float),
             "window_size": config_dict.placeholder(int),
+            "c1": config_dict.placeholder(float),
+            "c2": config_dict.placeholder(float),
         }
     )
     return config

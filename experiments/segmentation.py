@@ -14,7 +14,10 @@ _DATA = flags.DEFINE_string(
     "data", "procedural/teardrop1", "Folder in the MVTec AD or DAGM layout, or procedural/LINE."
 )
 _DEFECTS = flags.DEFINE_string(
-    "defects", "procedural", "Folder of defects on plain steel with masks, procedural, or empty for labelled data."
+    "defects",
+    "",
+    "Folder of defects on plain steel with masks, procedural, or labelled (the data set's own); by default its own, "
+    "else procedural.",
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, metrics, figures. Run again to resume."

@@ -15,7 +15,10 @@ _TARGET = flags.DEFINE_string(
     "target", "procedural/teardrop1", "Line with good images only: folder or procedural/LINE."
 )
 _DEFECTS = flags.DEFINE_string(
-    "defects", "procedural", "Folder of defects on plain steel with masks, procedural, or empty for labelled data."
+    "defects",
+    "",
+    "Folder of defects on plain steel with masks, procedural, or labelled (the data set's own); by default its own, "
+    "else procedural.",
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, metrics, figures. Run again to resume."

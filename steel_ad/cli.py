@@ -1,5 +1,6 @@
 """What every binary does around its library call: flags, one sentence for an error, caches, log levels."""
 
+import ast
 import functools
 import os
 import sys
@@ -38,6 +39,9 @@ def run(main: Callable[..., int | None], commands: Sequence[str] = ()) -> None:
 
 def define_config(default: str) -> flags.FlagHolder:
     """The flag --config, a recipe as `FILE:PRESET`, and --config.FIELD for each of its settings."""
+    flags.DEFINE_multi_string(
+        "loss_option", [], "Option of the loss as name=value, of a loss of one's own too; repeatable."
+    )
     try:
         return config_flags.DEFINE_config_file("config", default, "Recipe and preset, FILE:PRESET.", lock_config=True)
     except (AttributeError, KeyError, ValueError, TypeError, ImportError, SyntaxError, OSError) as error:
@@ -56,7 +60,16 @@ def settings(holder: flags.FlagHolder, kind: type[T]) -> T:
         values = dict(holder.value)
     except OSError as error:
         raise InputError(f"--config cannot be loaded: {str(error).splitlines()[-1].strip()}") from None
-    return configs.from_mapping(kind, values)
+    options = dict(configs.plain(values["loss_options"]))
+    for option in flags.FLAGS.loss_option:
+        name, equals, value = option.partition("=")
+        if not (name and equals):
+            raise InputError(f"--loss_option={option} must have the form name=value")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[name] = value
+    return configs.from_mapping(kind, {**values, "loss_options": options})
 
 
 def required(holder: flags.FlagHolder) -> str:
@@ -101,8 +114,8 @@ def _fail(message: str, status: int) -> None:
 def _guarded(main: Callable[[], int | None]) -> None:
     use_compilation_cache(_CACHE.value)
     sys.excepthook, sys.unraisablehook = (
-        _without_closed_loops(sys.excepthook),
-        _without_closed_loops(sys.unraisablehook),
+        without_closed_loops(sys.excepthook),
+        without_closed_loops(sys.unraisablehook),
     )
     try:
         status = main()
@@ -113,7 +126,7 @@ def _guarded(main: Callable[[], int | None]) -> None:
     sys.exit(status or 0)
 
 
-def _without_closed_loops(hook: Callable) -> Callable:
+def without_closed_loops(hook: Callable) -> Callable:
     """Orbax's background writers go on failing after a full disk has been reported; nobody needs their tracebacks."""
 
     def filtered(*arguments) -> None:

@@ -54,7 +54,7 @@ class Autoencoder:
         _choice(self, "schedule", "constant", "cosine")
         _choice(self, "decay", "l2", "learning_rate")
         _least(self, 1, "latent", "num_crops", "batch_size", "stride", "window_size", "checkpoint_every")
-        _least(self, 0, "epochs", "steps", "warmup_steps", "weight_decay", "clip_norm", "radius")
+        _least(self, 0, "seed", "epochs", "steps", "warmup_steps", "weight_decay", "clip_norm", "radius")
         if self.patch_size < 16 or self.patch_size % 16:
             raise InputError(f"--config.patch_size={self.patch_size} must be a multiple of 16")
         if not self.learning_rate > 0:
@@ -112,7 +112,7 @@ class Segmentation:
     # Optimiser.
     optimizer: str = "adadelta"  # or "adam"
     adadelta: str = "tf_keras"  # whose default settings: "tf_keras", "old_keras" or "pytorch"
-    learning_rate: float = 1e-3  # of Adam, as are the next three
+    learning_rate: float = 1e-3  # of Adam, as are the next two
     warmup_steps: int = 0
     schedule: str = "constant"  # or "cosine"
     clip_norm: float = 0.0
@@ -141,7 +141,7 @@ class Segmentation:
         _choice(self, "schedule", "constant", "cosine")
         _least(self, 1, "width", "samples", "max_defects", "batch_size", "checkpoint_every")
         _least(self, 0, "epochs", "steps", "classifier_epochs", "classifier_steps", "adapt_epochs", "adapt_steps")
-        _least(self, 0, "warmup_steps", "clip_norm", "radius")
+        _least(self, 0, "seed", "warmup_steps", "clip_norm", "radius")
         _least(self, 64, "defect_size")
         if self.patch_size < 16 or self.patch_size % 16:
             raise InputError(f"--config.patch_size={self.patch_size} must be a multiple of 16")
@@ -154,6 +154,13 @@ class Segmentation:
         if self.total_steps < 1 or self.total_classifier_steps < 1:
             raise InputError(
                 "no step is asked for: set --config.steps or epochs, and classifier_steps or classifier_epochs"
+            )
+        if self.optimizer == "adadelta" and (
+            self.learning_rate != 1e-3 or self.warmup_steps or self.schedule != "constant"
+        ):
+            raise InputError(
+                "--config.learning_rate, warmup_steps and schedule are Adam's: set --config.optimizer=adam, or for Adadelta "
+                "--config.adadelta alone"
             )
         for name in ("ratio", "classifier_ratio"):
             defective_share(getattr(self, name), name)
@@ -203,8 +210,7 @@ def from_mapping(kind: type[T], values: Mapping[str, Any]) -> T:
     fields = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - fields):
         raise InputError(f"there is no setting {unknown[0]!r}: the settings are {', '.join(sorted(fields))}")
-    plain = {k: _plain(v) for k, v in values.items()}
-    return kind(**plain)
+    return kind(**{k: plain(v) for k, v in values.items()})
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -220,7 +226,8 @@ def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None
     return None
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A ConfigDict as a dict without its None values, a list as a tuple, anything else as it is."""
     if isinstance(value, Mapping) or hasattr(value, "to_dict"):
         return {k: v for k, v in value.items() if v is not None}
     return tuple(value) if isinstance(value, list | tuple) else value

@@ -1,7 +1,8 @@
-"""Reconstruction losses: name -> pure function (SPEC section 4).
+"""Losses: name -> pure function, of reconstructions (SPEC section 4) and of segmentations (SPEC section 2).
 
-A loss takes reconstruction and target `[b, h, w, c]`, floating, in [0, 1], and its own keyword options, and returns `[b]`, one
-number a patch. A new one is a function here and a line in `LOSSES`, or anybody's function named `module:function`.
+A loss takes reconstruction and target `[b, h, w, c]`, floating, in [0, 1] (a segmentation's: logits and mask), and its own keyword
+options, and returns `[b]`, one number a patch. A new one is a function here and a line in its registry, or anybody's function
+named `module:function`.
 """
 
 import functools
@@ -127,7 +128,7 @@ def get(
         module, function = name.split(":", 1)
         try:
             loss = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError, ValueError) as error:
+        except Exception as error:  # whatever the user's module raises while it is imported
             raise InputError(
                 f"--config.loss={name} cannot be loaded ({error}): give module:function as Python imports it"
             ) from None
@@ -144,3 +145,22 @@ def get(
             f"the loss {name} has no option {unknown[0]!r} (it takes {takes}): leave it out of --config.loss_options"
         )
     return functools.partial(loss, **given)
+
+
+def check(loss: Callable[[Array, Array], Array], name: str, size: int) -> None:
+    """Tries a loss on the shape of patches `[2, size, size, 1]`, without computing anything.
+
+    Raises:
+      InputError: it refuses them or its options, or does not return one number a patch.
+    """
+    shape = jax.ShapeDtypeStruct((2, size, size, 1), jnp.float32)
+    try:
+        found = jax.eval_shape(loss, shape, shape)
+    except Exception as error:  # whatever the user's function raises
+        raise InputError(
+            f"the loss {name} does not work on patches of {size}x{size}: {str(error).splitlines()[0]}"
+        ) from None
+    if getattr(found, "shape", None) != (2,):
+        raise InputError(
+            f"the loss {name} must return one number a patch, [b], not {getattr(found, 'shape', type(found))}"
+        )

@@ -288,7 +288,8 @@ def evaluate(raw: Images, opened: Images, masks: Images, *, threshold: float, im
 
     Returns:
       By name, floats: `pixel_auroc`, `pixel_auroc_fpr30`, `aupro_30`, `aupro_05`, `pixel_ap` of the raw maps;
-      `pixel_iou`, `pixel_dice`, `false_regions_per_image` of the mask; `threshold`; what `image_metrics` returns at
+      `pixel_iou`, `pixel_dice`, `false_regions_per_image`, `false_regions_per_good_image` (NaN without good images) of
+      the mask; `threshold`; what `image_metrics` returns at
       `threshold`, save `image_accuracy_calibrated` and `image_threshold`, which are of `image_threshold`.
       `defects_found` is the dict of the function of that name.
 
@@ -307,6 +308,7 @@ def evaluate(raw: Images, opened: Images, masks: Images, *, threshold: float, im
     predicted = opened > exact_threshold if isinstance(opened, np.ndarray) else [o > exact_threshold for o in opened]
     pixels = confusion(predicted, masks)
     calibrated = image_metrics(scores, labels, image_threshold)
+    good = [[image for image, label in zip(images, labels, strict=True) if not label] for images in (masks, predicted)]
     return {
         "pixel_auroc": pixel_auroc(ranking),
         "pixel_auroc_fpr30": pixel_auroc_fpr30(ranking),
@@ -320,6 +322,7 @@ def evaluate(raw: Images, opened: Images, masks: Images, *, threshold: float, im
         "image_threshold": float(image_threshold),
         "defects_found": defects_found(masks, predicted),
         "false_regions_per_image": false_regions(masks, predicted),
+        "false_regions_per_good_image": false_regions(*good) if good[0] else float("nan"),
         "threshold": float(threshold),
     }
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 METRICS = {
     *("pixel_auroc", "pixel_auroc_fpr30", "aupro_30", "aupro_05", "pixel_ap", "pixel_iou", "pixel_dice"),
     *("image_auroc", "image_accuracy", "image_accuracy_calibrated", "image_tpr", "image_tnr", "image_f1"),
-    *("defects_found", "false_regions_per_image", "threshold", "image_threshold"),
+    *("defects_found", "false_regions_per_image", "false_regions_per_good_image", "threshold", "image_threshold"),
 }
 
 
@@ -137,9 +137,8 @@ def test_the_threshold_is_the_percentile_of_good_residuals(finished, data):
     (held_out,) = [r["path"] for r in manifest if r["use"] == "validation"]
     image = cv2.imread(str(data / held_out), cv2.IMREAD_GRAYSCALE)
     residual = autoencoder.AutoencoderDetector(config, "l2").residual(params, image.astype(np.float32) / 255)
-    maps = evaluation.residual_maps(
-        {"l2": autoencoder.AutoencoderDetector(config, "l2")}, {"l2": params}, [image], radius=config.radius
-    )["l2"]
+    mapper = evaluation.Mapper({"l2": autoencoder.AutoencoderDetector(config, "l2")}, config.radius)
+    maps = mapper({"l2": params}, [image], label="maps")["l2"]
     np.testing.assert_allclose(maps.raw[0], residual, atol=1e-5)
     found = evaluation.thresholds(maps, 98)
     assert found.pixel == pytest.approx(np.percentile(np.float64(maps.raw[0]), 98))
@@ -160,6 +159,47 @@ def test_maps_of_one_network_share_its_work(data):
         return text.count(" convolution(")
 
     assert convolutions("ssim", "l2") == convolutions("ssim") > 0
+
+
+def test_evaluating_half_a_run_does_not_finish_it(data, tmp_path):
+    config, class_ = tiny(), type("Stop", (Exception,), {})
+    with pytest.MonkeyPatch.context() as patch:
+        save = Checkpoints.save
+
+        def stop(self, step, *arguments):
+            save(self, step, *arguments)
+            self.wait()
+            raise class_
+
+        patch.setattr(Checkpoints, "save", stop)
+        with pytest.raises(class_):
+            study.run(config, data=str(data), workdir=tmp_path / "w")
+    half = study.run(config, data=str(data), workdir=tmp_path / "w", evaluate_only=True)
+    assert (half["steps"], half["finished"]) == (4, False)
+    whole = study.run(config, data=str(data), workdir=tmp_path / "w")
+    assert (whole["steps"], whole["finished"]) == (8, True)
+    assert (tmp_path / "w" / "figures" / "training.png").exists()
+    other = study.run(tiny(percentile=50.0), data=str(data), workdir=tmp_path / "w")  # as good as --evaluate_only
+    assert other["percentile"] == 50
+    assert study.run(config, data=str(data), workdir=tmp_path / "w")["percentile"] == 98
+
+
+def test_large_and_mixed_images(data, tmp_path):
+    """More windows than go through the network at once, beside small images."""
+    config = tiny()
+    params = autoencoder.initial_state(config, jax.random.key(0)).params
+    image = np.random.default_rng(0).random((300, 160)).astype(np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        whole = autoencoder.reconstruct(config, params, image)
+        patch.setattr(autoencoder, "_TILES", 10**6)
+        np.testing.assert_allclose(autoencoder.reconstruct(config, params, image), whole, atol=1e-6)
+    mapper = evaluation.Mapper({"l2": autoencoder.AutoencoderDetector(config, "l2")}, 2)
+    images = [np.uint8(255 * image), np.uint8(255 * image[:40, :50]), np.uint8(255 * image[:40, :50])[::-1]]
+    maps = mapper({"l2": params}, images, label="maps")["l2"]
+    assert [m.shape for m in maps.raw] == [m.shape for m in maps.opened] == [i.shape for i in images]
+    for m, i in zip(maps.raw, images, strict=True):
+        expected = autoencoder.AutoencoderDetector(config, "l2").residual(params, i.astype(np.float32) / 255)
+        np.testing.assert_allclose(m, expected, atol=1e-5)
 
 
 def test_killed_runs_end_where_undisturbed_ones_do(data, tmp_path):
@@ -214,6 +254,9 @@ def sentence(result, *said, status=2):
         (["--config.lss=l2"], ["lss"]),
         (["--config.latent=many"], ["latent"]),
         (["--config.latent=0"], ["latent=0", "at least 1"]),
+        (["--config.seed=-1"], ["seed=-1"]),
+        (["--loss_option=7"], ["name=value"]),
+        (["--loss_option=sigma=0", "--workdir=/tmp/none"], ["ssim", "positive"]),
         (["--config=configs/nothing.py"], ["nothing.py"]),
         (["--config=configs/autoencoder.py:fast"], ["no preset", "quick"]),
         (["positional"], ["positional"]),
@@ -238,7 +281,7 @@ def test_a_full_disk_loses_nothing(finished, data, tmp_path):
 @pytest.mark.parametrize(
     ("break_it", "said"),
     [
-        (lambda d: None, "missing"),
+        (lambda d: None, "data"),
         (lambda d: d.mkdir(), "no images"),
         (lambda d: (d.mkdir(), (d / "a.png").write_bytes(b"no picture")), "a.png"),
         (lambda d: (d.mkdir(), cv2.imwrite(str(d / "a.png"), np.zeros((16, 40), np.uint8))), "smaller than the patch"),
@@ -249,7 +292,8 @@ def test_data_that_cannot_be_used(break_it, said, tmp_path):
     break_it(tmp_path / "data")
     with pytest.raises(InputError) as error:
         study.run(tiny(), data=str(tmp_path / "data"), workdir=tmp_path / "w")
-    assert said in str(error.value) or "does not exist" in str(error.value)
+    assert said in str(error.value)
+    assert not (tmp_path / "w").exists()  # or the mended command would find a workdir of another config
     assert "\n" not in str(error.value)
     assert error.value.status == 2
 

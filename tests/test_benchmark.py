@@ -7,11 +7,12 @@ import sys
 import jax
 import jax.numpy as jnp
 import matplotlib.image
+import numpy as np
 import pytest
 from matplotlib.text import Text
 
 from steel_ad import config as configs
-from steel_ad.data.patches import Plates
+from steel_ad.data.patches import stack
 from steel_ad.detectors import autoencoder
 from steel_ad.errors import InputError
 from steel_ad.ops import convolution
@@ -132,7 +133,7 @@ def test_flops_of_a_training_step_are_what_xla_counts_in_the_plain_form(monkeypa
     monkeypatch.setattr(convolution, "_rewrite", lambda form: False)
     config = configs.Autoencoder(crops="fresh", batch_size=4, loss=loss)
     state = jax.eval_shape(lambda: autoencoder.initial_state(config, jax.random.key(0)))
-    plates = Plates(jnp.zeros((2, 256, 256), jnp.uint8), jnp.full((2, 2), 256))
+    plates = jax.tree.map(jnp.asarray, stack([np.zeros((256, 256), np.uint8)] * 2))
     step = make_step(autoencoder.objective(config), autoencoder.optimizer(config))
     counted = step.lower(state, plates, jax.random.key(0)).cost_analysis()["flops"]
     assert train.cost(config)[0] == pytest.approx(counted, rel=0.1)

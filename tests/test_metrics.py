@@ -258,7 +258,7 @@ def test_false_regions_by_hand():
 KEYS = {
     "pixel_auroc", "pixel_auroc_fpr30", "aupro_30", "aupro_05", "pixel_ap", "pixel_iou", "pixel_dice", "image_auroc",
     "image_accuracy", "image_accuracy_calibrated", "image_tpr", "image_tnr", "image_f1", "defects_found",
-    "false_regions_per_image", "threshold", "image_threshold",
+    "false_regions_per_image", "false_regions_per_good_image", "threshold", "image_threshold",
 }  # fmt: skip
 
 
@@ -292,6 +292,7 @@ def test_evaluate_by_hand():
     assert (results["image_tpr"], results["image_tnr"], results["image_f1"]) == (1, 1 / 2, 4 / 5)
     assert results["defects_found"] == {"iou_0": 1 / 2, "iou_30": 1 / 2}
     assert results["false_regions_per_image"] == 2 / 4
+    assert results["false_regions_per_good_image"] == 1 / 2
     assert (results["threshold"], results["image_threshold"]) == (0.3, 0.9)
 
 
@@ -334,7 +335,10 @@ def test_without_defects_or_without_good_images_the_rest_is_still_given():
     assert {key for key, value in no_defect.items() if np.isnan(value)} == both | {"pixel_ap", "image_tpr"}
     bad = metrics.evaluate(raw, opened, masks | True, threshold=0.3, image_threshold=0.45)
     assert bad.pop("defects_found") == {"iou_0": 3 / 4, "iou_30": 0}
-    assert {key for key, value in bad.items() if np.isnan(value)} == both | {"image_tnr"}
+    assert {key for key, value in bad.items() if np.isnan(value)} == both | {
+        "image_tnr",
+        "false_regions_per_good_image",
+    }
     assert bad["pixel_ap"] == 1
     everywhere = metrics.curve(metrics.rank(raw, masks & False))
     assert np.isnan(everywhere.tpr).all()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from steel_ad.config import Autoencoder
@@ -84,7 +85,7 @@ TINY = Autoencoder(patch_size=32, latent=4, crops="fresh", flips=True, batch_siz
 
 def step_program():
     root = jax.random.key(0)
-    data = patches.Plates(jnp.zeros((2, 40, 40), jnp.uint8), jnp.full((2, 2), 40))
+    data = jax.tree.map(jnp.asarray, patches.stack([np.zeros((40, 40), np.uint8)] * 2))
     step = make_step(autoencoder.objective(TINY), autoencoder.optimizer(TINY), steps_per_call=2)
     return step, (autoencoder.initial_state(TINY, root), data, root)
 

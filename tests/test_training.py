@@ -1,6 +1,9 @@
 """Step, loop and checkpoints: no retracing, exact resume, and runs that go wrong."""
 
 import dataclasses
+import gc
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from steel_ad.cli import without_closed_loops
 from steel_ad.config import Autoencoder
 from steel_ad.data import patches
 from steel_ad.detectors import autoencoder
@@ -147,8 +151,31 @@ def test_loss_that_is_not_finite_stops_before_it_is_saved(plates):
     assert all(np.isfinite(leaf).all() for params in saved for leaf in jax.tree.leaves(params))
 
 
+def test_a_gradient_that_is_not_finite_is_never_saved():
+    saved = []
+
+    def fake(s, data, root):
+        spoilt = float("nan") if int(s.step) == 2 else 1.0
+        metrics = {"loss": jnp.ones(1), "gradient_norm": jnp.array([spoilt])}
+        return state.TrainState(s.step + 1, {"w": jnp.array(spoilt)}, {}, {}), metrics
+
+    start = state.create({"w": jnp.ones(())}, optax.identity())
+    with pytest.raises(InputError, match="step 3"):
+        loop.run(
+            fake,
+            start,
+            None,
+            None,
+            steps=5,
+            on_metrics=lambda *_: None,
+            save=lambda s, _: saved.append(s),
+            save_every=1,
+        )
+    assert saved == [1, 2]
+
+
 def test_a_dead_run_is_noticed(plates):
-    watch = autoencoder._DeadRun(TINY)
+    watch = autoencoder.DeadRun(dataclasses.replace(TINY, steps=1000))
     for s in range(1, 300):
         watch(s, 0.001)
     watch(300, 0.5)  # a contrast once in a while is life
@@ -156,6 +183,11 @@ def test_a_dead_run_is_noticed(plates):
         watch(s, 0.001)
     with pytest.raises(InputError, match="since step 301"):
         watch(601, 0.001)
+    short = autoencoder.DeadRun(dataclasses.replace(TINY, steps=60))
+    for s in range(1, 60):
+        short(s, 0.0)
+    with pytest.raises(InputError, match="since step 1"):  # the end is no escape
+        short(60, 0.0)
 
 
 @jax.numpy_dtype_promotion("standard")
@@ -188,7 +220,9 @@ def test_both_decays_and_clipping_do_something():
     np.testing.assert_allclose(moments[0], [0, 0.06, 0.08], rtol=1e-5)  # (1 - b1) times a gradient of norm 1
 
 
-def test_damaged_and_foreign_checkpoints(tmp_path, plates):
+def test_damaged_and_foreign_checkpoints(tmp_path, plates, monkeypatch):
+    # As the binaries do: reads that go on after the first failed one find their event loop closed.
+    monkeypatch.setattr(sys, "unraisablehook", without_closed_loops(sys.unraisablehook))
     now = autoencoder.initial_state(TINY, jax.random.key(0))
     with Checkpoints(tmp_path / "c") as kept:
         kept.save(2, now, {})
@@ -202,6 +236,8 @@ def test_damaged_and_foreign_checkpoints(tmp_path, plates):
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with Checkpoints(tmp_path / "c") as kept, pytest.raises(InputError, match="cannot be read"):
         kept.restore(now)
+    gc.collect()
+    time.sleep(0.5)
 
 
 def test_metrics_come_in_order_one_call_late():

@@ -46,6 +46,10 @@ def _folder(data: str, min_size: int, train: bool) -> Dataset:
     test = []
     for sample, image in zip(samples, images, strict=True):
         mask = np.zeros(image.shape, bool) if sample.mask is None else folders.read_mask(sample.mask, image.shape)
+        if sample.mask is not None and not mask.any():
+            raise InputError(
+                f"{sample.mask} marks no pixel, but its image is among the defective ones: mark it or move the image"
+            )
         test.append(TestImage(f"{sample.kind}/{sample.image.name}", sample.kind, image, mask))
     return Dataset(
         root.resolve().name, folders.read_images(good, min_size=min_size), folders.manifest(good, root), test

@@ -56,7 +56,7 @@ class Library:
     source: Array  # int32 [n]: index into `sources`
     kinds: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     sources: tuple[str, ...] = dataclasses.field(metadata={"static": True})  # image files, below the loaded folder
-    sha256: tuple[str, ...] = dataclasses.field(metadata={"static": True})  # of each source's content
+    sha256: tuple[str, ...] = dataclasses.field(metadata={"static": True})  # of each source's shape and grey values
 
 
 def load(folder: str | Path, *, size: int = 128, feather_px: int = 3) -> tuple[Library, list[str]]:
@@ -90,6 +90,7 @@ def load(folder: str | Path, *, size: int = 128, feather_px: int = 3) -> tuple[L
     cuts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     kinds: list[str] = []
     sources: list[Path] = []
+    content: dict[str, str] = {}
     for key, path in images.items():
         if key not in masks:
             skipped.append(f"{path} has no mask: add {path.stem}_mask.png beside it or leave the image out")
@@ -100,6 +101,7 @@ def load(folder: str | Path, *, size: int = 128, feather_px: int = 3) -> tuple[L
         except InputError as error:
             skipped.append(str(error))
             continue
+        content[path.relative_to(root).as_posix()] = _content(image)
         found, refused = _cut(image, mask, size, feather_px)
         skipped += [f"{path} {reason}" for reason in refused]
         if not found and not refused:
@@ -110,9 +112,12 @@ def load(folder: str | Path, *, size: int = 128, feather_px: int = 3) -> tuple[L
     if not cuts:
         raise InputError(f"{root} has no defect that can be used; the first reason: {skipped[0]}")
     names = [path.relative_to(root).as_posix() for path in sources]
-    return _library(
-        cuts, kinds, names, {n: folders.fingerprint(p) for n, p in zip(names, sources, strict=True)}
-    ), skipped
+    return _library(cuts, kinds, names, content), skipped
+
+
+def _content(image: np.ndarray) -> str:
+    """Hash of shape and grey values: one picture in two file formats is one source."""
+    return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
 
 
 def fitting(library: Library, shape: tuple[int, int]) -> tuple[Library, list[str]]:
@@ -332,7 +337,7 @@ def procedural(key: Array, num: int, *, size: int = 128, feather_px: int = 3) ->
         cuts.append(_window(image, change.astype(np.float32), mask, size, feather_px))
         kinds.append(kind)
         names.append(f"procedural/{kind}/{i:05d}")
-        content[names[-1]] = hashlib.sha256(image.tobytes()).hexdigest()
+        content[names[-1]] = _content(image)
     return _library(cuts, kinds, names, content)
 
 

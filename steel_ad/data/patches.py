@@ -9,11 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from steel_ad.errors import InputError
+
 
 class Plates(NamedTuple):
-    """A set of images as one array: `pixels` uint8 `[n, h, w]`, zero beyond each one's `sizes` int32 `[n, 2]`."""
+    """A set of images of any sizes: `pixels` uint8 `[total]`, one after the other row by row; `offsets` int32 `[n]` of their
+    first pixels; `sizes` int32 `[n, 2]`, height and width."""
 
     pixels: Array | np.ndarray
+    offsets: Array | np.ndarray
     sizes: Array | np.ndarray
 
 
@@ -30,34 +34,39 @@ def stack(images: Sequence[np.ndarray]) -> Plates:
 
     Raises:
       ValueError: no image, or one that is not uint8 `[h, w]`.
+      InputError: more pixels than int32 can number.
     """
     if not images or any(image.dtype != np.uint8 or image.ndim != 2 for image in images):
         raise ValueError("stack takes at least one image, each uint8 [h, w]")
+    ends = np.cumsum([image.size for image in images])
+    if ends[-1] >= 2**31:
+        raise InputError(f"the images have {ends[-1] / 1e9:.1f} gigapixels, more than 2.1: use fewer")
     sizes = np.array([image.shape for image in images], np.int32)
-    pixels = np.zeros((len(images), *sizes.max(axis=0)), np.uint8)
-    for target, image in zip(pixels, images, strict=True):
-        target[: image.shape[0], : image.shape[1]] = image
-    return Plates(pixels, sizes)
+    return Plates(np.concatenate([image.ravel() for image in images]), np.append(0, ends[:-1]).astype(np.int32), sizes)
 
 
 def random_crops(key: Array, plates: Plates, *, num: int, patch_size: int) -> Crops:
     """`num` places, uniform over the images and over each image's own area."""
     of_image, of_top, of_left = jax.random.split(key, 3)
-    image = jax.random.randint(of_image, (num,), 0, plates.pixels.shape[0])
+    image = jax.random.randint(of_image, (num,), 0, plates.sizes.shape[0])
     limit = plates.sizes[image] - (patch_size - 1)
     top = jax.random.randint(of_top, (num,), 0, limit[:, 0])
     left = jax.random.randint(of_left, (num,), 0, limit[:, 1])
     return Crops(image, top, left)
 
 
+def cut_pixels(plates: Plates, crops: Crops, *, patch_size: int) -> Array:
+    """The patches at those places: uint8 `[b, patch_size, patch_size]`."""
+    width = plates.sizes[crops.image, 1]
+    first = plates.offsets[crops.image] + crops.top * width + crops.left
+    rows = first[:, None] + jnp.arange(patch_size)[None, :] * width[:, None]
+    row = jax.vmap(jax.vmap(lambda start: lax.dynamic_slice(plates.pixels, (start,), (patch_size,))))
+    return row(rows)
+
+
 def cut(plates: Plates, crops: Crops, *, patch_size: int) -> Array:
     """The patches at those places: float32 `[b, patch_size, patch_size, 1]` in [0, 1]."""
-
-    def one(image, top, left):
-        return lax.dynamic_slice(plates.pixels, (image, top, left), (1, patch_size, patch_size))[0]
-
-    patches = jax.vmap(one)(*crops)
-    return (patches.astype(jnp.float32) / 255)[..., None]
+    return (cut_pixels(plates, crops, patch_size=patch_size).astype(jnp.float32) / 255)[..., None]
 
 
 def random_flips(key: Array, patches: Array) -> Array:

@@ -25,6 +25,9 @@ from steel_ad.train.step import make_step, steps_per_call
 # Contrast of a reconstruction, as a share of the target's, below which it shows nothing.
 _FLAT = 0.02
 
+# Windows that go through the network at once: a large image's would not fit into memory.
+_TILES = 128
+
 OnStep = Callable[[int, dict[str, float]], None]
 
 
@@ -96,20 +99,26 @@ def initial_state(config: configs.Autoencoder, root: Array) -> TrainState:
     return make(stream(root, "init"))
 
 
-class _DeadRun:
+class DeadRun:
     """Stops a run whose reconstructions have stayed flat: a saturated sigmoid gives no gradient to recover by."""
 
     def __init__(self, config: configs.Autoencoder):
         self.patience = max(300, config.total_steps // 5)
+        self.last = config.total_steps
         self.flat_since: int | None = None
 
     def __call__(self, step: int, contrast: float) -> None:
+        """Looks at a step, in order.
+
+        Raises:
+          InputError: the run is dead.
+        """
         if contrast >= _FLAT:
             self.flat_since = None
             return
         if self.flat_since is None:
             self.flat_since = step
-        if step - self.flat_since >= self.patience:
+        if step - self.flat_since >= self.patience or (step == self.last and step - self.flat_since >= 50):
             raise InputError(
                 f"training is dead: since step {self.flat_since} every reconstruction is flat; "
                 "lower --config.learning_rate, set --config.clip_norm=1 and --config.warmup_steps=100, "
@@ -151,7 +160,7 @@ def train(
         data = (data, kept)
     per_call = steps_per_call(config.total_steps, config.checkpoint_every)
     step = make_step(objective(config), optimizer(config), steps_per_call=per_call)
-    watch = _DeadRun(config)
+    watch = DeadRun(config)
 
     def on_metrics(first: int, metrics: dict[str, np.ndarray]) -> None:
         for i in range(len(metrics["loss"])):
@@ -176,7 +185,14 @@ def train(
 def reconstruct(config: configs.Autoencoder, params: Any, image: Array) -> Array:
     """Image float32 `[h, w]` in [0, 1] from its overlapping windows' reconstructions, averaged: float32 `[h, w]`."""
     tiles = sliding.windows(image, size=config.patch_size, stride=config.stride)
-    tiles = jnp.asarray(model(config).apply(params, tiles[..., None]))[..., 0]
+
+    def through(tiles: Array) -> Array:
+        return jnp.asarray(model(config).apply(params, tiles[..., None]))[..., 0]
+
+    if len(tiles) <= _TILES:
+        tiles = through(tiles)
+    else:
+        tiles = jax.lax.map(lambda tile: through(tile[None])[0], tiles, batch_size=_TILES)
     return sliding.average(tiles, shape=image.shape, stride=config.stride)
 
 

@@ -1,6 +1,7 @@
 """CompactCNN and U-Net, with the classification stage behind either, as detectors (SPEC section 2)."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from steel_ad import config as configs
 from steel_ad import losses
 from steel_ad.data import defects, patches
 from steel_ad.data.defects import Library
-from steel_ad.data.patches import Plates
+from steel_ad.data.patches import Crops, Plates
 from steel_ad.models import compact_cnn, unet
 from steel_ad.train import loop, optimizers
 from steel_ad.train.state import TrainState, create, stream
@@ -26,7 +27,8 @@ class Samples(NamedTuple):
     Attributes:
       good: the line's good images.
       library: defects to insert into them.
-      labelled: defective training images; `masks` are theirs, 0 and 1.
+      labelled: defective training images; `masks` are theirs, 0 and 1; `marks` int32 `[n, k, 2]` are k places (row, column)
+        of defective pixels of each.
       new_line: good images of another line, mixed in while adapting.
     """
 
@@ -34,6 +36,7 @@ class Samples(NamedTuple):
     library: Library | None = None
     labelled: Plates | None = None
     masks: Plates | None = None
+    marks: Array | np.ndarray | None = None
     new_line: Plates | None = None
 
 
@@ -48,7 +51,8 @@ class Batch(NamedTuple):
 def draw(config: configs.Segmentation, share: float, data: Samples, step: Array, root: Array) -> Batch:
     """A batch in which a sample is defective with probability `share`; pure and jittable.
 
-    A defective sample is a good one with a defect inserted where there is a library, else a patch of a labelled image.
+    A defective sample is a good one with a defect inserted where there is a library, else a patch of a labelled image around
+    a defective pixel.
     Where there is a new line, a sample is one of its good ones with probability `config.new_line`, whatever it was.
     """
 
@@ -73,16 +77,38 @@ def draw(config: configs.Segmentation, share: float, data: Samples, step: Array,
             augment=config.augment,
         )
         mask = inserted.astype(jnp.float32)
-    elif data.labelled is not None and data.masks is not None:
-        places = crops("labelled", data.labelled)
+    elif data.labelled is not None and data.masks is not None and data.marks is not None:
+        places = _around_a_mark(key("labelled"), data.labelled, data.marks, config)
         chosen = jax.random.bernoulli(key("chosen"), share, (config.batch_size, 1, 1, 1))
+        marked = patches.cut_pixels(data.masks, places, patch_size=config.patch_size).astype(jnp.float32)
         image = jnp.where(chosen, patches.cut(data.labelled, places, patch_size=config.patch_size), image)
-        mask = jnp.where(chosen, 255 * patches.cut(data.masks, places, patch_size=config.patch_size), mask)
+        mask = jnp.where(chosen, marked[..., None], mask)
     if data.new_line is not None:
         other = patches.cut(data.new_line, crops("new line", data.new_line), patch_size=config.patch_size)
         chosen = jax.random.bernoulli(key("line"), config.new_line, (config.batch_size, 1, 1, 1))
         image, mask = jnp.where(chosen, other, image), jnp.where(chosen, jnp.zeros_like(mask), mask)
     return Batch(image, mask, jnp.any(mask > 0.5, axis=(1, 2, 3)).astype(jnp.float32))
+
+
+def _around_a_mark(key: Array, plates: Plates, marks: Array | np.ndarray, config: configs.Segmentation) -> Crops:
+    """Places of patches, each holding a random mark of a random image."""
+    of_image, of_mark, of_place = jax.random.split(key, 3)
+    image = jax.random.randint(of_image, (config.batch_size,), 0, marks.shape[0])
+    mark = jnp.asarray(marks)[image, jax.random.randint(of_mark, image.shape, 0, marks.shape[1])]
+    last = jnp.asarray(plates.sizes)[image] - config.patch_size
+    corner = mark - jax.random.randint(of_place, mark.shape, 0, config.patch_size)
+    top, left = jnp.clip(corner, jnp.zeros_like(last), last).T
+    return Crops(image, top, left)
+
+
+def labelled(
+    good: Plates, images: Sequence[np.ndarray], masks: Sequence[np.ndarray], *, seed: int, marks: int = 64
+) -> Samples:
+    """Samples of labelled images uint8 `[h_i, w_i]` with masks bool `[h_i, w_i]`, none of them empty."""
+    rng = np.random.default_rng([seed, 0x3A])
+    places = [rng.choice(np.argwhere(mask), marks) for mask in masks]
+    marked = patches.stack([mask.astype(np.uint8) for mask in masks])
+    return Samples(good, None, patches.stack(images), marked, np.array(places, np.int32))
 
 
 def network(config: configs.Segmentation) -> unet.UNet | compact_cnn.Segmenter:
@@ -105,7 +131,7 @@ def _classifier(config: configs.Segmentation) -> compact_cnn.Classifier:
 def optimizer(config: configs.Segmentation, total_steps: int) -> optax.GradientTransformation:
     """Adadelta with a library's default settings, or Adam with a schedule."""
     if config.optimizer == "adadelta":
-        return optimizers.adadelta(config.adadelta)
+        return optimizers.clipped(optimizers.adadelta(config.adadelta), config)
     return optimizers.clipped(optax.adam(optimizers.schedule(config, total_steps)), config)
 
 
@@ -187,9 +213,21 @@ def variables(state: TrainState) -> dict:
 
 
 def train(
-    objective, rule, data: Any, state: TrainState, *, config: configs.Segmentation, steps: int, on_step=None, save=None
-):
-    """Trains one stage to `steps` with the settings' seed and cadence; `on_step` and `save` as `train.loop.run`'s."""
+    objective,
+    rule,
+    data: Any,
+    state: TrainState,
+    *,
+    config: configs.Segmentation,
+    stage: str,
+    steps: int,
+    on_step=None,
+    save=None,
+) -> TrainState:
+    """Trains one stage to `steps` with the settings' seed and cadence; every stage draws samples of its own.
+
+    `on_step` and `save` are as `train.loop.run`'s.
+    """
     per_call = steps_per_call(steps, config.checkpoint_every)
     step = make_step(objective, rule, steps_per_call=per_call)
 
@@ -202,7 +240,7 @@ def train(
         step,
         state,
         jax.tree.map(jnp.asarray, data),
-        jax.random.key(config.seed),
+        stream(jax.random.key(config.seed), stage),
         steps=steps,
         steps_per_call=per_call,
         on_metrics=on_metrics,
@@ -236,9 +274,19 @@ class SegmentationDetector:
         config = self.config
         state = initial_segmentation(config, config.total_steps)
         rule = optimizer(config, config.total_steps)
+        if self.library is None:
+            raise ValueError("fit needs a library of defects to insert into the good images")
         data = Samples(images, self.library)
         return variables(
-            train(segmentation_objective(config), rule, data, state, config=config, steps=config.total_steps)
+            train(
+                segmentation_objective(config),
+                rule,
+                data,
+                state,
+                config=config,
+                stage="train",
+                steps=config.total_steps,
+            )
         )
 
     def residual(self, state: Any, image: Array) -> Array:

@@ -46,7 +46,7 @@ def _power(base: Array, exponent: float) -> Array:
     """base ** exponent with a finite gradient at 0; a negative base is 0 unless the exponent is a whole number."""
     if exponent == 1:
         return base
-    if float(exponent).is_integer() and exponent > 0:
+    if float(exponent).is_integer():
         return lax.integer_pow(base, int(exponent))
     positive = base > 0
     return jnp.where(positive, jnp.where(positive, base, 1) ** np.asarray(exponent, base.dtype), 0)
@@ -112,8 +112,12 @@ def ssim_residual(
         raise ValueError(
             f"an image of {x.shape[0]}x{x.shape[1]} holds no window of {window_size}x{window_size}: use a smaller window_size"
         )
-    if not (c1 > 0 and c2 > 0 and sigma > 0):
-        raise ValueError(f"c1, c2 and sigma must be positive, not {c1}, {c2}, {sigma}")
+    if not (c1 > 0 and c2 > 0 and sigma > 0 and min(alpha, beta, gamma) >= 0):
+        raise ValueError(
+            f"c1, c2 and sigma must be positive and exponents not negative, not {c1}, {c2}, {sigma}, {alpha}, {beta}, {gamma}"
+        )
+    if not (jnp.issubdtype(x.dtype, jnp.floating) and jnp.issubdtype(y.dtype, jnp.floating)):
+        raise ValueError(f"images must be floating, in [0, 1], not {x.dtype} and {y.dtype}: divide uint8 by 255")
     mean = (
         functools.partial(_uniform_mean, k=window_size)
         if window == "uniform"
@@ -158,7 +162,8 @@ def ssim_map(
       window_size: side of the square window in pixels.
       window: "uniform", or "gaussian" with deviation `sigma` in pixels (Wang et al.'s form, with 11 and 1.5).
       c1, c2: stabilising constants, positive; `CONSTANTS` holds the two conventions.
-      alpha, beta, gamma: exponents. A negative luminance or structure term is clamped at 0 under a non-integer exponent.
+      alpha, beta, gamma: exponents, not negative; 0 leaves a term out. A negative luminance or structure term is clamped
+        at 0 under a non-integer exponent.
       padding: "reflect" (numpy's: the edge pixel is not repeated) keeps the size; "valid" gives `[h - k + 1, w - k + 1]`.
 
     Returns:

@@ -1,5 +1,6 @@
 """The autoencoder experiment: train on good images, calibrate on good images, show where the defects are (SPEC section 4)."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from steel_ad import config as configs
+from steel_ad import losses
 from steel_ad.data import datasets, patches
 from steel_ad.detectors import autoencoder
 from steel_ad.detectors.autoencoder import AutoencoderDetector
-from steel_ad.studies import evaluation, files, runs
+from steel_ad.ops.convolution import cpu_compiler_options
+from steel_ad.studies import evaluation, runs
 
 # What is read off a trained model; --evaluate_only may change it.
 _READING = ("stride", "maps", "residual_constants", "window_size", "percentile", "radius")
@@ -30,14 +33,14 @@ def run(config: configs.Autoencoder, *, data: str, workdir: Path, evaluate_only:
     Raises:
       InputError: data that cannot be used, a workdir of other settings or images, a dead run, a full disk.
     """
-    autoencoder.loss_function(config)  # a wrong loss should fail before anything is read or written
-    settings = {**configs.to_dict(config), "data": data}
-    runs.claim(workdir, settings, evaluate_only=evaluate_only, reading=_READING)
-    finished = workdir / "metrics.json"
-    if finished.exists() and not evaluate_only:
-        return files.read_json(finished)
+    # A wrong loss should fail before anything is read or written.
+    losses.check(autoencoder.loss_function(config), config.loss, config.patch_size)
+    settings = {**configs.to_dict(config), "data": os.path.normpath(data)}
+    if finished := runs.begin(workdir, settings, evaluate_only=evaluate_only, reading=_READING):
+        return finished
     dataset = datasets.load(data, min_size=config.patch_size)
     train_indices, validation_indices = datasets.split(len(dataset.train), config.validation_fraction, config.seed)
+    runs.claim(workdir, settings)
     runs.keep(workdir / "manifest.json", runs.uses(dataset.manifest, validation_indices), "good images")
     training = [dataset.train[i] for i in train_indices]
     validation = [dataset.train[i] for i in validation_indices]
@@ -47,18 +50,20 @@ def run(config: configs.Autoencoder, *, data: str, workdir: Path, evaluate_only:
         autoencoder.initial_state(config, jax.random.key(config.seed)),
         workdir,
         total_steps=config.total_steps,
+        settings=settings,
         evaluate_only=evaluate_only,
     )
 
-    detectors = {name: AutoencoderDetector(config, name) for name in config.maps}
-    states = dict.fromkeys(detectors, state.params)
-    good = evaluation.residual_maps(detectors, states, validation, radius=config.radius, label="calibrate")
+    mapper = evaluation.Mapper({name: AutoencoderDetector(config, name) for name in config.maps}, config.radius)
+    states = dict.fromkeys(config.maps, state.params)
+    good = mapper(states, validation, label="calibrate")
     start = time.perf_counter()
-    maps = evaluation.residual_maps(
-        detectors, states, [t.image for t in dataset.test], radius=config.radius, label="test"
-    )
+    maps = mapper(states, [t.image for t in dataset.test], label="test")
     elapsed = time.perf_counter() - start
-    reconstruct = jax.jit(lambda image: autoencoder.reconstruct(config, state.params, image.astype(jnp.float32) / 255))
+    reconstruct = jax.jit(
+        lambda image: autoencoder.reconstruct(config, state.params, image.astype(jnp.float32) / 255),
+        compiler_options=cpu_compiler_options(),
+    )
     return evaluation.report(
         workdir,
         maps,
@@ -67,6 +72,8 @@ def run(config: configs.Autoencoder, *, data: str, workdir: Path, evaluate_only:
         reconstruct=lambda image: np.asarray(reconstruct(image)),
         record={
             "experiment": "autoencoder",
+            "finished": int(state.step) >= config.total_steps,
+            "steps": int(state.step),
             "dataset": dataset.name,
             "images": {"train": len(training), "validation": len(validation), "test": len(dataset.test)},
             "config": settings,

@@ -461,6 +461,9 @@ def _hold_out(data: str, dataset: datasets.Dataset, count: int, seed: int) -> tu
     rng = np.random.default_rng([seed, 0x7E57])
     pool = [list(group)[i] for group in (test, train) for i in rng.permutation(len(group))]
     held = list(dict.fromkeys(pool))[:count]
+    held = [
+        held[i] for i in rng.permutation(len(held))
+    ]  # or good and defective ones would differ in where they are from
     left = [named for content, named in train.items() if content not in set(held)]
     if len(held) < count or 2 * len(left) < len(train):
         raise InputError(

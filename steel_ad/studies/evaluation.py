@@ -31,52 +31,51 @@ class Maps:
         return np.array([m.max() for m in self.opened], np.float32)
 
 
-def residual_maps(
-    detectors: Mapping[str, Detector],
-    states: Mapping[str, Any],
-    images: Sequence[np.ndarray],
-    *,
-    radius: int,
-    batch_size: int = 4,
-    label: str = "residual maps",
-) -> dict[str, Maps]:
-    """Raw and opened residual maps of all detectors, which share one program and with it what they compute in common.
+class Mapper:
+    """Raw and opened residual maps of several detectors, in one program that shares what they compute in common.
 
     Args:
       detectors: name -> detector.
-      states: name -> what its `fit` returned.
-      images: uint8 `[h_i, w_i]`; images of one shape are done together.
       radius: of the opening's disk, in pixels.
-      batch_size: images in one call.
-
-    Returns:
-      name -> maps, in the images' order.
     """
 
-    def one(states, image):
-        image = image.astype(jnp.float32) / 255
-        raw = {name: detector.residual(states[name], image) for name, detector in detectors.items()}
-        return raw, {name: grey_opening(m, radius=radius) for name, m in raw.items()}
+    def __init__(self, detectors: Mapping[str, Detector], radius: int):
+        self._names = tuple(detectors)
 
-    program = jax.jit(jax.vmap(one, in_axes=(None, 0)), compiler_options=cpu_compiler_options())
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, image in enumerate(images):
-        groups.setdefault(image.shape, []).append(i)
-    found = {name: Maps([np.empty(0)] * len(images), [np.empty(0)] * len(images)) for name in detectors}
-    done = 0
-    with progress(label, len(images), "images") as update:
-        for members in groups.values():
-            for start in range(0, len(members), batch_size):
-                chosen = members[start : start + batch_size]
-                # The last batch repeats an image, so that a shape compiles once.
-                padded = chosen + [chosen[-1]] * (batch_size - len(chosen))
-                raw, opened = jax.device_get(program(states, np.stack([images[i] for i in padded])))
-                for name, maps in found.items():
-                    for k, i in enumerate(chosen):
-                        maps.raw[i], maps.opened[i] = raw[name][k], opened[name][k]
-                done += len(chosen)
-                update(done)
-    return found
+        def one(states, image):
+            image = image.astype(jnp.float32) / 255
+            raw = {name: detector.residual(states[name], image) for name, detector in detectors.items()}
+            return raw, {name: grey_opening(m, radius=radius) for name, m in raw.items()}
+
+        self._program = jax.jit(jax.vmap(one, in_axes=(None, 0)), compiler_options=cpu_compiler_options())
+
+    def __call__(self, states: Mapping[str, Any], images: Sequence[np.ndarray], *, label: str) -> dict[str, Maps]:
+        """Maps by detector name, in the images' order.
+
+        Args:
+          states: name -> what the detector's `fit` returned.
+          images: uint8 `[h_i, w_i]`; images of one shape go in batches of about four times 256x256 pixels.
+          label: of the progress bar.
+        """
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, image in enumerate(images):
+            groups.setdefault(image.shape, []).append(i)
+        found = {name: Maps([np.empty(0)] * len(images), [np.empty(0)] * len(images)) for name in self._names}
+        done = 0
+        with progress(label, len(images), "images") as update:
+            for shape, members in groups.items():
+                size = max(1, min(4, 4 * 2**16 // (shape[0] * shape[1])))
+                for start in range(0, len(members), size):
+                    chosen = members[start : start + size]
+                    # The last batch repeats an image, so that a shape compiles once.
+                    padded = chosen + [chosen[-1]] * (size - len(chosen))
+                    raw, opened = jax.device_get(self._program(states, np.stack([images[i] for i in padded])))
+                    for name, maps in found.items():
+                        for k, i in enumerate(chosen):
+                            maps.raw[i], maps.opened[i] = raw[name][k], opened[name][k]
+                    done += len(chosen)
+                    update(done)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +116,7 @@ def score_rows(
         row: dict[str, Any] = {"image": t.name, "kind": t.kind, "defective": int(t.mask.any() or t.kind != "good")}
         for name in maps:
             row[f"score_{name}"] = float(scores[name][i])
-            row[f"defect_{name}"] = int(scores[name][i] > limits[name].pixel)
+            row[f"defect_{name}"] = int(np.float64(scores[name][i]) > limits[name].pixel)
         for name, values in extra_scores.items():
             row[f"score_{name}"] = float(values[i])
         rows.append(row)
@@ -150,13 +149,16 @@ def report(
     """
     from steel_ad.report import figures
 
+    folder = workdir / "figures"
+    # What an earlier evaluation with other settings left would speak for this one.
+    for old in (workdir / "metrics.json", *folder.glob("examples_*.png"), *folder.glob("scores_*.png")):
+        old.unlink(missing_ok=True)
     found = {name: measure(maps[name], test, limits[name]) for name in maps} if test else {}
     result = {
         "maps": {**found, **(extra_maps or {})},
         "thresholds": {name: dataclasses.asdict(t) for name, t in limits.items()},
         **record,
     }
-    folder = workdir / "figures"
     if test:
         files.write_csv(workdir / "scores.csv", score_rows(maps, test, limits, extra_scores or {}))
         series = {}
@@ -207,7 +209,7 @@ def _example_rows(maps: Maps, test: Sequence[TestImage], threshold: float, recon
             truth=test[i].mask,
             reconstruction=None if reconstruct is None else reconstruct(test[i].image),
             residual=maps.raw[i],
-            mask=maps.opened[i] > threshold,
+            mask=maps.opened[i] > np.float64(threshold),
             score=float(scores[i]),
         )
         for i in chosen[:8]

@@ -22,11 +22,16 @@ OnStep = Callable[[int, dict[str, float]], None]
 Save = Callable[[int, TrainState], None]
 
 
-def claim(workdir: Path, settings: Mapping[str, Any], *, evaluate_only: bool, reading: Collection[str]) -> None:
-    """Records the settings of a new workdir, or checks them against those of an old one.
+def begin(
+    workdir: Path, settings: Mapping[str, Any], *, evaluate_only: bool, reading: Collection[str]
+) -> dict[str, Any] | None:
+    """Checks that a workdir is new or holds a run of these settings; writes nothing.
 
     Args:
-      reading: settings that only evaluation uses; with `evaluate_only` they may differ.
+      reading: settings that only evaluation uses, and may differ from what training began with.
+
+    Returns:
+      What `metrics.json` holds if the run is finished with these very settings and not `evaluate_only`, else None.
 
     Raises:
       InputError: other settings, or nothing there to evaluate.
@@ -35,12 +40,22 @@ def claim(workdir: Path, settings: Mapping[str, Any], *, evaluate_only: bool, re
     if not path.exists():
         if evaluate_only:
             raise InputError(f"there is no run in {workdir} to evaluate: train one first, without --evaluate_only")
-        files.write_json(path, settings)
-        return
-    free = set(reading) if evaluate_only else set()
-    ours, theirs = ({k: v for k, v in d.items() if k not in free} for d in (settings, files.read_json(path)))
+        return None
+    ours, theirs = ({k: v for k, v in d.items() if k not in reading} for d in (settings, files.read_json(path)))
     if other := configs.difference(ours, theirs):
         raise InputError(f"{workdir} holds a run of another config, which differs in {other}: use a new --workdir")
+    metrics = workdir / "metrics.json"
+    if evaluate_only or not metrics.exists():
+        return None
+    record = files.read_json(metrics)
+    return record if record.get("finished") and record.get("config") == settings else None
+
+
+def claim(workdir: Path, settings: Mapping[str, Any]) -> None:
+    """Records the settings of a new workdir, once everything that could be wrong with them has been looked at."""
+    path = workdir / "config.json"
+    if not path.exists():
+        files.write_json(path, settings)
 
 
 def keep(path: Path, record: Any, what: str) -> None:
@@ -70,6 +85,7 @@ def fit(
     workdir: Path,
     *,
     total_steps: int,
+    settings: Mapping[str, Any],
     stage: str = "train",
     evaluate_only: bool = False,
 ) -> tuple[TrainState, float]:
@@ -80,7 +96,8 @@ def fit(
 
     Args:
       train: (state, on_step, save) -> the state after `total_steps`.
-      state: the initial state.
+      state: the initial state; training donates it.
+      settings: kept with each checkpoint.
 
     Returns:
       The trained state, and the seconds that its training has taken over all starts.
@@ -102,28 +119,28 @@ def fit(
         done = int(state.step)
         if evaluate_only and done == 0:
             raise InputError(f"there is no checkpoint in {workdir} to evaluate: train first, without --evaluate_only")
-        if evaluate_only or done >= total_steps:
-            return state, seconds
-        start = time.perf_counter()
+        if not evaluate_only and done < total_steps:
+            start = time.perf_counter()
 
-        with progress(stage, total_steps, "steps", done=done) as update:
+            with progress(stage, total_steps, "steps", done=done) as update:
 
-            def on_step(step: int, row: dict[str, float]) -> None:
-                history.append({"step": step, **row})
-                update(step, f"loss {row['loss']:.4f}")
+                def on_step(step: int, row: dict[str, float]) -> None:
+                    history.append({"step": step, **row})
+                    update(step, f"loss {row['loss']:.4f}")
 
-            def save(step: int, state: TrainState) -> None:
-                nonlocal seconds
-                files.write_csv(record_path, history)
-                seconds = before + time.perf_counter() - start
-                checkpoints.save(step, state, {"seconds": seconds})
+                def save(step: int, state: TrainState) -> None:
+                    nonlocal seconds
+                    files.write_csv(record_path, history)
+                    seconds = before + time.perf_counter() - start
+                    checkpoints.save(step, state, {"seconds": seconds, "settings": settings})
 
-            state = train(state, on_step, save)
-    from steel_ad.report import figures  # not before the first step
+                state = train(state, on_step, save)
+    picture = workdir / "figures" / ("training.png" if main else f"training_{stage}.png")
+    if history and not picture.exists() and not evaluate_only:
+        from steel_ad.report import figures  # not before the first step
 
-    columns = {name: np.array([row[name] for row in history]) for name in ("step", "loss")}
-    picture = "training.png" if main else f"training_{stage}.png"
-    figures.training_curve(workdir / "figures" / picture, columns, title=f"training: {stage}")
+        columns = {name: np.array([row[name] for row in history]) for name in ("step", "loss")}
+        figures.training_curve(picture, columns, title=f"training: {stage}")
     return state, seconds
 
 
@@ -131,7 +148,10 @@ def _read_history(path: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return [{k: int(v) if k == "step" else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        try:
+            return [{k: int(v) if k == "step" else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        except (ValueError, TypeError, KeyError):
+            raise InputError(f"{path} is damaged: delete it to go on without the record of the steps before") from None
 
 
 def uses(manifest: Sequence[dict], validation: np.ndarray) -> list[dict]:

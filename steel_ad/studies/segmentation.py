@@ -1,8 +1,10 @@
 """The supervised experiments: defects inserted into good plates, two stages, and transfer to another line (SPEC sections 2, 3)."""
 
 import dataclasses
+import hashlib
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,7 @@ import numpy as np
 from steel_ad import config as configs
 from steel_ad import losses, metrics
 from steel_ad.data import datasets, defects, patches
-from steel_ad.data.datasets import Dataset, TestImage
-from steel_ad.data.defects import Library
+from steel_ad.data.datasets import Dataset
 from steel_ad.detectors import segmentation
 from steel_ad.detectors.segmentation import Samples, SegmentationDetector
 from steel_ad.errors import InputError
@@ -36,7 +37,8 @@ def run(
 
     Args:
       data: as `datasets.load`'s.
-      defects_from: folder of defects on plain steel, "procedural", or "" where the data set has labelled images.
+      defects_from: folder of defects on plain steel, "procedural", "labelled" (the data set's own), or "": its own where it
+        has such, else procedural.
 
     Returns:
       What `metrics.json` holds: `maps.segmentation`, and `maps.classification` with the image keys only.
@@ -44,23 +46,23 @@ def run(
     Raises:
       InputError: data or defects that cannot be used, a workdir of other settings or images, a full disk.
     """
-    losses.get(config.loss, config.loss_options, losses.SEGMENTATION_LOSSES)  # a wrong loss should fail first
-    settings = {**configs.to_dict(config), "data": data, "defects": defects_from}
-    runs.claim(workdir, settings, evaluate_only=evaluate_only, reading=_READING)
-    finished = workdir / "metrics.json"
-    if finished.exists() and not evaluate_only:
-        return files.read_json(finished)
-    line = _load_line(config, data, workdir)
-    samples = _samples(config, line.training, line.dataset.labelled, defects_from, data, workdir)
-    stage_1, seconds_1 = _stage_1(config, samples, workdir, config.total_steps, evaluate_only=evaluate_only)
-    stages, seconds_2 = _stage_2(config, samples, stage_1, workdir, evaluate_only=evaluate_only)
-    return _evaluate(
-        config,
-        stages,
-        line,
-        workdir,
-        {"experiment": "segmentation", "config": settings, "train_seconds": seconds_1 + seconds_2},
-    )
+    _check_loss(config)
+    settings = {**configs.to_dict(config), "data": os.path.normpath(data), "defects": defects_from}
+    if finished := runs.begin(workdir, settings, evaluate_only=evaluate_only, reading=_READING):
+        return finished
+    line = _load_line(config, data)
+    samples, used = _samples(config, line, defects_from, [data])
+    runs.claim(workdir, settings)
+    _keep(workdir, line, used)
+    stage_1, seconds_1 = _stage_1(config, samples, workdir, settings, evaluate_only=evaluate_only)
+    stages, seconds_2, done = _stage_2(config, samples, stage_1, workdir, settings, evaluate_only=evaluate_only)
+    record = {
+        "experiment": "segmentation",
+        "finished": done and int(stage_1.step) >= config.total_steps,
+        "config": settings,
+        "train_seconds": seconds_1 + seconds_2,
+    }
+    return _evaluate(config, stages, line, workdir, record)
 
 
 def transfer(
@@ -85,37 +87,47 @@ def transfer(
     Raises:
       InputError: as `run`.
     """
-    losses.get(config.loss, config.loss_options, losses.SEGMENTATION_LOSSES)
-    settings = {**configs.to_dict(config), "source": source, "target": target, "defects": defects_from}
-    runs.claim(workdir, settings, evaluate_only=evaluate_only, reading=_READING)
-    finished = workdir / "metrics.json"
-    if finished.exists() and not evaluate_only:
-        return files.read_json(finished)
-    lines = {
-        "source": _load_line(config, source, workdir / "source"),
-        "target": _load_line(config, target, workdir / "target"),
+    _check_loss(config)
+    settings = {
+        **configs.to_dict(config),
+        "source": os.path.normpath(source),
+        "target": os.path.normpath(target),
+        "defects": defects_from,
     }
-    samples = _samples(
-        config, lines["source"].training, lines["source"].dataset.labelled, defects_from, source, workdir
-    )
-    result: dict[str, Any] = {"experiment": "transfer", "config": settings}
-    pretrained, _ = _stage_1(config, samples, workdir, config.total_steps, "pretrain", evaluate_only=evaluate_only)
+    if finished := runs.begin(workdir, settings, evaluate_only=evaluate_only, reading=_READING):
+        return finished
+    lines = {"source": _load_line(config, source), "target": _load_line(config, target)}
+    samples, used = _samples(config, lines["source"], defects_from, [source, target])
+    runs.claim(workdir, settings)
+    for where, line in lines.items():
+        _keep(workdir / where, line, used)
+    pretrained, _ = _stage_1(config, samples, workdir, settings, "pretrain", evaluate_only=evaluate_only)
     rule = segmentation.optimizer(config, config.total_adapt_steps)
     # Copied, since training donates what it starts from.
     params, extra = jax.tree.map(jnp.copy, (pretrained.params, pretrained.extra))
     start = create(params, rule, extra)
     mixture = samples._replace(new_line=patches.stack(lines["target"].training))
-    adapted, _ = _stage_1(
-        config, mixture, workdir, config.total_adapt_steps, "adapt", start=start, evaluate_only=evaluate_only
-    )
+    adapted, _ = _stage_1(config, mixture, workdir, settings, "adapt", start=start, evaluate_only=evaluate_only)
+    whole = int(pretrained.step) >= config.total_steps and int(adapted.step) >= config.total_adapt_steps
+    result: dict[str, Any] = {"experiment": "transfer", "config": settings}
     for name, stage_1, data in (("before", pretrained, samples), ("after", adapted, mixture)):
-        stages, _ = _stage_2(config, data, stage_1, workdir, f"classifier_{name}", evaluate_only=evaluate_only)
+        stages, _, done = _stage_2(
+            config, data, stage_1, workdir, settings, f"classifier_{name}", evaluate_only=evaluate_only
+        )
+        whole = whole and done
         result[name] = {
             where: _evaluate(config, stages, line, workdir / f"{name}_{where}", {"experiment": f"transfer, {name}"})
             for where, line in lines.items()
         }
-    files.write_json(finished, result)
+    result["finished"] = whole
+    files.write_json(workdir / "metrics.json", result)
     return result
+
+
+def _check_loss(config: configs.Segmentation) -> None:
+    """A wrong loss should fail before anything is read or written."""
+    loss = losses.get(config.loss, config.loss_options, losses.SEGMENTATION_LOSSES)
+    losses.check(loss, config.loss, config.patch_size // (4 if config.model == "compact_cnn" else 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,77 +135,87 @@ class _Line:
     dataset: Dataset
     training: list[np.ndarray]
     validation: list[np.ndarray]
+    manifest: list[dict[str, Any]]
 
 
-def _load_line(config: configs.Segmentation, data: str, workdir: Path) -> _Line:
+def _load_line(config: configs.Segmentation, data: str) -> _Line:
     dataset = datasets.load(data, min_size=config.patch_size)
     train, validation = datasets.split(len(dataset.train), config.validation_fraction, config.seed)
-    runs.keep(workdir / "manifest.json", runs.uses(dataset.manifest, validation), "good images")
-    return _Line(dataset, [dataset.train[i] for i in train], [dataset.train[i] for i in validation])
+    manifest = runs.uses(dataset.manifest, validation)
+    return _Line(dataset, [dataset.train[i] for i in train], [dataset.train[i] for i in validation], manifest)
+
+
+def _keep(workdir: Path, line: _Line, defects_record: list[dict[str, str]]) -> None:
+    runs.keep(workdir / "manifest.json", line.manifest, "good images")
+    runs.keep(workdir / "defects.json", defects_record, "defects")
 
 
 def _samples(
-    config: configs.Segmentation,
-    good: Sequence[np.ndarray],
-    labelled: Sequence[TestImage],
-    defects_from: str,
-    data: str,
-    workdir: Path,
-) -> Samples:
-    plates = patches.stack(good)
-    if not defects_from:
+    config: configs.Segmentation, line: _Line, defects_from: str, tested_on: Sequence[str]
+) -> tuple[Samples, list[dict[str, str]]]:
+    """What to train on, and a record of the defects with their hashes; none is kept for the tests of `tested_on`."""
+    plates, labelled = patches.stack(line.training), line.dataset.labelled
+    if defects_from == "labelled" or (not defects_from and labelled):
         if not labelled:
             raise InputError(
-                f"{data} has no labelled training images: give --defects=FOLDER of defects on plain steel, or --defects=procedural"
+                "the data set has no labelled training images: give --defects=FOLDER or --defects=procedural"
             )
-        masks = patches.stack([t.mask.astype(np.uint8) for t in labelled])
-        return Samples(plates, labelled=patches.stack([t.image for t in labelled]), masks=masks)
-    library = _library(config, defects_from, data, workdir)
-    library, skipped = defects.fitting(library, (config.patch_size, config.patch_size))
-    _name(skipped)
-    return Samples(plates, library)
-
-
-def _name(skipped: Sequence[str]) -> None:
-    if skipped:
+        images, masks = [t.image for t in labelled], [t.mask for t in labelled]
+        record = [
+            {"source": t.name, "sha256": hashlib.sha256(t.image.tobytes() + t.mask.tobytes()).hexdigest()}
+            for t in labelled
+        ]
+        return segmentation.labelled(plates, images, masks, seed=config.seed), record
+    skipped: list[str] = []
+    if defects_from in ("", "procedural"):
+        key = jax.random.fold_in(jax.random.key(config.seed), 7)
+        library = defects.procedural(key, _PROCEDURAL_DEFECTS, size=config.defect_size)
+    else:
+        library, skipped = defects.load(defects_from, size=config.defect_size)
+        library = defects.without(library, set().union(*map(_kept_for_tests, tested_on)))
+    library, too_large = defects.fitting(library, (config.patch_size, config.patch_size))
+    if skipped := skipped + too_large:
         print(f"{len(skipped)} left out; the first: {skipped[0]}", flush=True)
+    drawn = [hashlib.sha256(mask.tobytes()).hexdigest() for mask in np.asarray(library.mask)]
+    record = [
+        {"source": library.sources[s], "sha256": library.sha256[s], "mask_sha256": mask}
+        for s, mask in zip(np.asarray(library.source).tolist(), drawn, strict=True)
+    ]
+    return Samples(plates, library), record
 
 
-def _library(config: configs.Segmentation, defects_from: str, data: str, workdir: Path) -> Library:
-    """The defects to train with: none whose source image the data set's `split.json` keeps for its tests."""
-    if defects_from == "procedural":
-        return defects.procedural(
-            jax.random.fold_in(jax.random.key(config.seed), 7), _PROCEDURAL_DEFECTS, size=config.defect_size
-        )
-    library, skipped = defects.load(defects_from, size=config.defect_size)
-    _name(skipped)
-    split = Path(data) / "split.json"
-    tested = {s["sha256"] for s in files.read_json(split)["test"]["sources"]} if split.is_file() else set()
-    library = defects.without(library, tested)
-    record = [{"source": s, "sha256": h} for s, h in zip(library.sources, library.sha256, strict=True)]
-    runs.keep(workdir / "defects.json", record, "defects")
-    return library
+def _kept_for_tests(data: str) -> set[str]:
+    """Hashes of the source images whose defects a data set made by `make_dataset insert` is tested with."""
+    path = Path(data) / "split.json"
+    if not path.is_file():
+        return set()
+    try:
+        return {s["sha256"] for s in files.read_json(path)["test"]["sources"]}
+    except (KeyError, TypeError):
+        raise InputError(f"{path} is not what make_dataset writes: restore or remove it") from None
 
 
 def _stage_1(
     config: configs.Segmentation,
     samples: Samples | None,
     workdir: Path,
-    steps: int,
+    settings: Mapping[str, Any],
     stage: str = "train",
     *,
     start: TrainState | None = None,
     evaluate_only: bool,
 ) -> tuple[TrainState, float]:
+    steps = config.total_adapt_steps if stage == "adapt" else config.total_steps
     rule = segmentation.optimizer(config, steps)
     objective = segmentation.segmentation_objective(config)
     return runs.fit(
         lambda state, on_step, save: segmentation.train(
-            objective, rule, samples, state, config=config, steps=steps, on_step=on_step, save=save
+            objective, rule, samples, state, config=config, stage=stage, steps=steps, on_step=on_step, save=save
         ),
         segmentation.initial_segmentation(config, steps) if start is None else start,
         workdir,
         total_steps=steps,
+        settings=settings,
         stage=stage,
         evaluate_only=evaluate_only,
     )
@@ -204,11 +226,12 @@ def _stage_2(
     samples: Samples | None,
     stage_1: TrainState,
     workdir: Path,
+    settings: Mapping[str, Any],
     stage: str = "classifier",
     *,
     evaluate_only: bool,
-) -> tuple[tuple[Any, Any], float]:
-    """Both stages' variables, and the seconds that stage 2 took."""
+) -> tuple[tuple[Any, Any], float, bool]:
+    """Both stages' variables, the seconds that stage 2 took, and whether it is finished."""
     frozen = segmentation.variables(stage_1)
     rule = segmentation.optimizer(config, config.total_classifier_steps)
     objective = segmentation.classifier_objective(config)
@@ -219,6 +242,7 @@ def _stage_2(
             (samples, frozen),
             state,
             config=config,
+            stage=stage,
             steps=config.total_classifier_steps,
             on_step=on_step,
             save=save,
@@ -226,26 +250,24 @@ def _stage_2(
         segmentation.initial_classifier(config, frozen),
         workdir,
         total_steps=config.total_classifier_steps,
+        settings=settings,
         stage=stage,
         evaluate_only=evaluate_only,
     )
-    return (frozen, segmentation.variables(state)), seconds
+    return (frozen, segmentation.variables(state)), seconds, int(state.step) >= config.total_classifier_steps
 
 
 def _evaluate(
     config: configs.Segmentation, stages: tuple[Any, Any], line: _Line, workdir: Path, record: dict[str, Any]
 ) -> dict[str, Any]:
-    detectors = {"segmentation": SegmentationDetector(config)}
+    mapper = evaluation.Mapper({"segmentation": SegmentationDetector(config)}, config.radius)
     states = {"segmentation": stages[0]}
-    good = evaluation.residual_maps(detectors, states, line.validation, radius=config.radius, label="calibrate")
+    good = mapper(states, line.validation, label="calibrate")
     test = line.dataset.test
     start = time.perf_counter()
-    maps = evaluation.residual_maps(
-        detectors, states, [t.image for t in test], radius=config.radius, label=f"test {line.dataset.name}"
-    )
+    maps = mapper(states, [t.image for t in test], label=f"test {line.dataset.name}")
     elapsed = time.perf_counter() - start
-    scores = classifier_scores(config, stages, [t.image for t in test])
-    good_scores = classifier_scores(config, stages, line.validation)
+    scores, good_scores = classifier_scores(config, stages, [[t.image for t in test], line.validation])
     labels = np.array([t.kind != "good" for t in test], bool)
     classification = {}
     if test:
@@ -278,26 +300,28 @@ def _evaluate(
 
 
 def classifier_scores(
-    config: configs.Segmentation, stages: tuple[Any, Any], images: Sequence[np.ndarray]
-) -> np.ndarray:
-    """Probability of being defective of each image uint8 `[h_i, w_i]`: float32 `[n]`."""
+    config: configs.Segmentation, stages: tuple[Any, Any], groups: Sequence[Sequence[np.ndarray]]
+) -> list[np.ndarray]:
+    """Probability of being defective of each image uint8 `[h_i, w_i]` of each group: float32 `[n]` each."""
     program = jax.jit(
         lambda stages, image: segmentation.classify(config, stages, image.astype(jnp.float32) / 255),
         compiler_options=cpu_compiler_options(),
     )
-    found = []
-    with progress("classify", len(images), "images") as update:
-        for i, image in enumerate(images):
-            found.append(program(stages, image))
-            update(i + 1)
-    return np.array(found, np.float32)
+    found: list[list[float]] = []
+    with progress("classify", sum(map(len, groups)), "images") as update:
+        for images in groups:
+            found.append([])
+            for image in images:
+                found[-1].append(float(program(stages, image)))
+                update(sum(map(len, found)))
+    return [np.array(scores, np.float32) for scores in found]
 
 
 def predictions(workdirs: Sequence[Path]) -> Path:
     """Draws several models' maps of the same test images side by side, in the first one's `figures/predictions.png`.
 
     Args:
-      workdirs: finished runs of `run` on the same data.
+      workdirs: runs of `run` on the same data, trained so far as they are.
 
     Raises:
       InputError: a workdir without a finished run, or runs on other data.
@@ -319,15 +343,14 @@ def predictions(workdirs: Sequence[Path]) -> Path:
     for workdir, setting in zip(workdirs, settings, strict=True):
         fields = {k: v for k, v in setting.items() if k not in ("data", "defects")}
         config = configs.from_mapping(configs.Segmentation, fields)
-        stage_1, _ = _stage_1(config, None, workdir, config.total_steps, evaluate_only=True)
-        stages, _ = _stage_2(config, None, stage_1, workdir, evaluate_only=True)
-        detector = SegmentationDetector(config)
-        maps = evaluation.residual_maps(
-            {"map": detector}, {"map": stages[0]}, [t.image for t in chosen], radius=config.radius, label="maps"
-        )["map"]
-        scores = classifier_scores(config, stages, [t.image for t in chosen])
+        stage_1, _ = _stage_1(config, None, workdir, setting, evaluate_only=True)
+        stages, _, _ = _stage_2(config, None, stage_1, workdir, setting, evaluate_only=True)
+        images = [t.image for t in chosen]
+        mapper = evaluation.Mapper({"map": SegmentationDetector(config)}, config.radius)
+        maps = mapper({"map": stages[0]}, images, label="maps")["map"]
+        (scores,) = classifier_scores(config, stages, [images])
         name = {"unet": "U-Net", "compact_cnn": "CompactCNN"}[config.model]
-        name = name if name not in shown[0] else f"{name}, {workdir.name}"
+        name = name if name not in shown[0] else f"{name}, {workdir}"
         for row, raw, score in zip(shown, maps.raw, scores, strict=True):
             row[name] = (raw, float(score))
     rows = [

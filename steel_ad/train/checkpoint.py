@@ -1,5 +1,6 @@
 """Checkpoints of a training state, written in the background and renamed into place when whole. The only importer of orbax."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -89,4 +90,6 @@ class Checkpoints:
             if kind is None:
                 self.wait()
         finally:
-            self._manager.close()
+            # After a failed write it fails once more; what is worth saying has been said.
+            with contextlib.suppress(Exception):
+                self._manager.close()

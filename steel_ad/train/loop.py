@@ -36,7 +36,7 @@ def run(
       The state after `steps` steps.
 
     Raises:
-      InputError: a loss that is not finite; nothing of it has been saved.
+      InputError: a loss or gradient that is not finite; nothing of it has been saved.
     """
     now = int(state.step)
     pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -47,10 +47,11 @@ def run(
             return
         first, metrics = pending[0], jax.device_get(pending[1])
         pending = None
-        bad = np.flatnonzero(~np.isfinite(metrics["loss"]))
+        # A gradient that is not finite has spoilt the parameters before the next loss shows it.
+        bad = np.flatnonzero(~(np.isfinite(metrics["loss"]) & np.isfinite(metrics.get("gradient_norm", 0.0))))
         if bad.size:
             raise InputError(
-                f"the loss is not finite at step {first + bad[0] + 1}: lower --config.learning_rate or set "
+                f"the loss or its gradient is not finite at step {first + bad[0] + 1}: lower --config.learning_rate or set "
                 "--config.clip_norm=1 in a new --workdir; the checkpoints before it are kept",
                 status=1,
             )
