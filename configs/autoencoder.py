@@ -3,7 +3,7 @@
     python -m experiments.autoencoder --config=configs/autoencoder.py:quick --data=DIR --workdir=DIR
 
 preset   what                                                            cost on 2 CPU cores
-quick    fresh crops and flips, Adam with warm-up, cosine and clipping   minutes
+quick    fresh crops, Adam with warm-up, cosine and clipping             3 minutes
 thesis   SPEC section 4 to the letter: 10,000 fixed crops, 200 epochs    about 3 hours
 demo     quick, a quarter as long: for `make demo`                       1 minute
 tiny     a smoke test                                                    seconds

@@ -1,6 +1,7 @@
 """Structural similarity of two images, as a map (SPEC section 4; Wang et al. 2004; Bergmann et al. 2018)."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,10 @@ CONSTANTS = {"thesis": (0.01, 0.03), "wang": (1e-4, 9e-4)}
 _STATIC = ("window_size", "window", "sigma", "c1", "c2", "alpha", "beta", "gamma", "padding")
 
 
-def _uniform_mean(x: Array, k: int) -> Array:
+def _window_mean(x: Array, k: int, sigma: float | None) -> Array:
+    """Mean over a window at every valid position, uniform or (`sigma` px) Gaussian: `[h, w]` -> `[h - k + 1, w - k + 1]`."""
+    if sigma is not None:
+        return _weighted_mean(x, _gaussian(k, sigma))
     zero = np.zeros((), x.dtype)
     x = lax.reduce_window(x, zero, lax.add, (k, 1), (1, 1), "VALID")
     x = lax.reduce_window(x, zero, lax.add, (1, k), (1, 1), "VALID")
@@ -53,37 +57,100 @@ def _power(base: Array, exponent: float) -> Array:
 
 
 def _root(variance: Array) -> Array:
-    """Square root whose gradient stays finite where the variance is nothing but rounding."""
-    real = variance > 1e-12
+    """Square root with gradient 0 at 0."""
+    real = variance > 0
     return jnp.where(real, jnp.sqrt(jnp.where(real, variance, 1)), 0)
 
 
-def _residual_2d(x, y, window_size, mean, c1, c2, alpha, beta, gamma, padding):
-    if padding == "reflect":
-        before = (window_size - 1) // 2
-        x, y = (jnp.pad(a, ((before, window_size - 1 - before),) * 2, mode="reflect") for a in (x, y))
-    # Sum and difference carry all five moments in four filters, and the residual without cancellation near 0.
-    total, difference = x + y, x - y
-    # Variances do not know of an offset: taking it off first keeps the digits of E[a^2] - E[a]^2 on bright flat images.
-    shift_t, shift_d = (lax.stop_gradient(jnp.mean(a)) for a in (total, difference))
-    total, difference = total - shift_t, difference - shift_d
+def _padded(x: Array, k: int, padding: str) -> Array:
+    return jnp.pad(x, ((k - 1) // 2, k // 2), mode="reflect") if padding == "reflect" else x
+
+
+def _unpadded(g: Array, k: int, padding: str) -> Array:
+    """Transpose of `_padded`: what was reflected is added where it came from."""
+    before, after = (k - 1) // 2, k // 2
+    if padding == "valid":
+        return g
+    for axis in (0, 1):
+        n = g.shape[axis] - before - after
+        first = jnp.flip(lax.slice_in_dim(g, 0, before, axis=axis), axis)
+        last = jnp.flip(lax.slice_in_dim(g, before + n, before + n + after, axis=axis), axis)
+        g = lax.slice_in_dim(g, before, before + n, axis=axis)
+        for part, place in ((first, (1, n - 1 - before)), (last, (n - 1 - after, 1))):
+            g += jnp.pad(part, [place if axis == i else (0, 0) for i in (0, 1)])
+    return g
+
+
+class _Moments(NamedTuple):
+    """Window means and variances of the sum (less 1) and the difference of two images."""
+
+    mean_t: Array
+    mean_d: Array
+    var_t: Array
+    var_d: Array
+
+
+def _of_moments(m: _Moments, c1: float, c2: float) -> Array:
+    """1 - luminance * contrast * structure, without cancellation where the images are alike."""
+    var_t, var_d, mean_t = jnp.maximum(m.var_t, 0), jnp.maximum(m.var_d, 0), m.mean_t + 1
+    luminance = 2 * m.mean_d * m.mean_d / (mean_t * mean_t + m.mean_d * m.mean_d + 2 * c1)  # 1 - luminance term
+    structure = 2 * var_d / (var_t + var_d + 2 * c2)  # 1 - contrast term * structure term
+    return luminance + structure - luminance * structure
+
+
+# Sum and difference carry all five moments in four filters. Variances do not know of an offset: the sum of images in [0, 1] is
+# taken less 1 and the difference less its mean, which keeps the digits of E[a^2] - E[a]^2 on bright and flat images.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
+def _plain_residual(x, y, k, sigma, c1, c2, padding):
+    return _plain_forward(x, y, k, sigma, c1, c2, padding)[0]
+
+
+def _plain_forward(x, y, k, sigma, c1, c2, padding):
+    mean = functools.partial(_window_mean, k=k, sigma=sigma)
+    offset = jnp.mean(x - y)
+    x, y = _padded(x, k, padding), _padded(y, k, padding)
+    total, difference = x + y - 1, x - y - offset
     mean_t, mean_d = mean(total), mean(difference)
-    var_t = jnp.maximum(mean(total * total) - mean_t * mean_t, 0)
-    var_d = jnp.maximum(mean(difference * difference) - mean_d * mean_d, 0)
-    mean_t, mean_d = mean_t + shift_t, mean_d + shift_d
-    luminance = 2 * mean_d * mean_d / (mean_t * mean_t + mean_d * mean_d + 2 * c1)  # 1 - luminance term
-    if alpha == beta == gamma == 1:
-        structure = 2 * var_d / (var_t + var_d + 2 * c2)  # 1 - contrast term * structure term
-        return luminance + structure - luminance * structure
-    mean_x, mean_y = (mean(a - lax.stop_gradient(jnp.mean(a))) for a in (x, y))
-    var_x, var_y = (
-        jnp.maximum(mean(jnp.square(a - lax.stop_gradient(jnp.mean(a)))) - m * m, 0)
-        for a, m in ((x, mean_x), (y, mean_y))
-    )
+    var_t, var_d = mean(total * total) - mean_t * mean_t, mean(difference * difference) - mean_d * mean_d
+    m = _Moments(mean_t, mean_d + offset, var_t, var_d)
+    return _of_moments(m, c1, c2), (total, difference, mean_d, m)
+
+
+def _plain_backward(k, sigma, c1, c2, padding, saved, g):
+    """Three filters where only one image's gradient is asked for, four for both."""
+    total, difference, mean_d, m = saved
+    (g_m,) = jax.vjp(functools.partial(_of_moments, c1=c1, c2=c2), m)[1](g)
+
+    def spread(a):  # the taps are symmetric, so the filter is its own transpose
+        return _window_mean(jnp.pad(a, k - 1), k, sigma)
+
+    of_t, of_d = g_m.mean_t - 2 * g_m.var_t * m.mean_t, g_m.mean_d - 2 * g_m.var_d * mean_d
+    square_t, square_d = 2 * total * spread(g_m.var_t), 2 * difference * spread(g_m.var_d)
+    of_x = spread(of_t + of_d) + square_t + square_d
+    of_y = spread(of_t - of_d) + square_t - square_d
+    return _unpadded(of_x, k, padding), _unpadded(of_y, k, padding)
+
+
+_plain_residual.defvjp(_plain_forward, _plain_backward)
+
+
+def _general_residual(x, y, k, sigma, c1, c2, padding, alpha, beta, gamma):
+    mean = functools.partial(_window_mean, k=k, sigma=sigma)
+    x, y = _padded(x, k, padding) - 0.5, _padded(y, k, padding) - 0.5
+    (mean_x, var_x), (mean_y, var_y) = _mean_and_variance(x, mean), _mean_and_variance(y, mean)
+    covariance = mean(x * y) - mean_x * mean_y
+    mean_x, mean_y = mean_x + 0.5, mean_y + 0.5
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x * mean_x + mean_y * mean_y + c1)
     both = 2 * _root(var_x) * _root(var_y) + c2
-    contrast = both / ((var_t + var_d) / 2 + c2)
-    structure = ((var_t - var_d) / 2 + c2) / both
-    return 1 - _power(1 - luminance, alpha) * _power(contrast, beta) * _power(structure, gamma)
+    contrast = both / (var_x + var_y + c2)
+    return 1 - _power(luminance, alpha) * _power(contrast, beta) * _power((2 * covariance + c2) / both, gamma)
+
+
+def _mean_and_variance(x: Array, mean) -> tuple[Array, Array]:
+    """Window mean and variance, the variance 0 where it is nothing but rounding, which a root would make much of."""
+    average, square = mean(x), mean(x * x)
+    variance = square - average * average
+    return average, jnp.where(variance > 4 * jnp.finfo(x.dtype).eps * square, variance, 0)
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -118,22 +185,13 @@ def ssim_residual(
         )
     if not (jnp.issubdtype(x.dtype, jnp.floating) and jnp.issubdtype(y.dtype, jnp.floating)):
         raise ValueError(f"images must be floating, in [0, 1], not {x.dtype} and {y.dtype}: divide uint8 by 255")
-    mean = (
-        functools.partial(_uniform_mean, k=window_size)
-        if window == "uniform"
-        else functools.partial(_weighted_mean, taps=_gaussian(window_size, sigma))
-    )
-    one = functools.partial(
-        _residual_2d,
-        window_size=window_size,
-        mean=mean,
-        c1=c1,
-        c2=c2,
-        alpha=alpha,
-        beta=beta,
-        gamma=gamma,
-        padding=padding,
-    )
+    settings = (window_size, None if window == "uniform" else sigma, c1, c2, padding)
+
+    def one(x, y):
+        if alpha == beta == gamma == 1:
+            return _plain_residual(x, y, *settings)
+        return _general_residual(x, y, *settings, alpha, beta, gamma)
+
     return one(x, y) if x.ndim == 2 else jax.vmap(one, in_axes=-1, out_axes=-1)(x, y)
 
 
@@ -167,7 +225,8 @@ def ssim_map(
       padding: "reflect" (numpy's: the edge pixel is not repeated) keeps the size; "valid" gives `[h - k + 1, w - k + 1]`.
 
     Returns:
-      The map, of x's shape and dtype, in [-1, 1]; value and gradient are finite everywhere.
+      The map, of x's shape and dtype, in [-1, 1]; value and gradient are finite everywhere. With exponents of 1 it has a
+      reverse-mode gradient only.
 
     Raises:
       ValueError: shapes differ, the image is smaller than the window, or an option is none of the above.

@@ -95,6 +95,9 @@ def blocks(
             done = len(found[name])
             if done >= LEAST_REPEATS and spent[name] * (done + 1) / done > budget_s:
                 continue
+            # OpenMP's idle threads spin for up to 0.2 s after a call, on cores that the next implementation needs.
+            time.sleep(min(0.25, 5 * block_s))
+            seconds(program)  # caches are the last implementation's
             elapsed = seconds(program, calls[name])
             spent[name] += elapsed
             found[name].append(elapsed / calls[name] / program.works)
