@@ -327,6 +327,21 @@ def test_defects_kept_for_testing_are_not_trained_on(data, tmp_path):
         defects.without(library, library.sha256)
 
 
+def test_one_picture_in_two_file_formats_is_one_source(data, tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+        for i in range(3):
+            picture = cv2.imread(str(data / "defects" / kind / "pit" / f"{i}.png"), cv2.IMREAD_GRAYSCALE)
+            assert cv2.imwrite(str(tmp_path / kind / f"{i}.png"), picture)
+            assert cv2.imwrite(str(tmp_path / kind / f"copy{i}.bmp"), picture)
+    library, _ = defects.load(tmp_path, size=64)
+    assert len(library.sources) == 6
+    train, test = defects.split(library, 0.4, seed=0)
+    assert not set(train.sha256) & set(test.sha256)
+    with pytest.raises(InputError, match="same image"):
+        defects.check_disjoint(library, test)
+
+
 def test_labelled_data_trains_without_defects_from_elsewhere(good, data, tmp_path):
     marked = good[1].copy()
     marked[20:40, 20:40] = 255
