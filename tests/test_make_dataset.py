@@ -303,8 +303,8 @@ def test_inserted_defects_are_where_the_masks_say_and_from_the_test_side(tmp_pat
     rows = [row for row in manifest(out) if row["file"].startswith("test/") and row["defect"]]
     assert len({row["defect"] for row in rows}) == 4  # each in turn, none twice before all were used
     for row in rows:
-        steel = folders.read_image(steels / row["defect"])
-        assert hashlib.sha256(repr(steel.shape).encode() + steel.tobytes()).hexdigest() in sides["test"]
+        whole = folders.read_image(steels / row["defect"])
+        assert hashlib.sha256(repr(whole.shape).encode() + whole.tobytes()).hexdigest() in sides["test"]
         kind, name = row["file"].split("/")[1:]
         assert row["defect"].startswith(f"images/{kind}/")
         plate, image = folders.read_image(line / row["plate"]), folders.read_image(out / row["file"])
