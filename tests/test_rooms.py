@@ -12,7 +12,7 @@ from steel_ad.config import Autoencoder
 from steel_ad.data import patches, plates
 from steel_ad.detectors import autoencoder
 from steel_ad.detectors.autoencoder import AutoencoderDetector
-from steel_ad.ops import morphology, sliding, ssim
+from steel_ad.ops import convolution, morphology, sliding, ssim
 from steel_ad.train.step import make_step
 
 ROOT = Path(__file__).parent.parent
@@ -120,3 +120,14 @@ def test_lowers_for_every_platform(program):
     platforms = ("cpu", "cuda", "tpu")
     exported = jax.export.export(function, platforms=platforms)(*arguments)
     assert exported.platforms == platforms
+
+
+@pytest.mark.parametrize("program", ["train step", "ssim residual"])
+def test_what_an_accelerator_runs_lowers_too(program, monkeypatch):
+    """The plain convolutions, which the backend of this process does not choose."""
+    monkeypatch.setattr(convolution, "_rewrite", lambda form: False)
+    jax.clear_caches()
+    function, arguments = PROGRAMS[program]()
+    exported = jax.export.export(function, platforms=("cuda", "tpu"))(*arguments)
+    assert "lhs_dilate" in exported.mlir_module() or "lhs_dilation" in exported.mlir_module()
+    jax.clear_caches()
