@@ -172,7 +172,7 @@ def test_ratios_that_are_none(ratio):
 
 
 @pytest.mark.parametrize("model", ["unet", "compact_cnn"])
-def test_stages_never_compile_twice_and_stage_1_stays_frozen(good, library, model):
+def test_stages_never_compile_twice_and_classify(good, library, model):
     config = tiny(model=model)
     samples = jax.tree.map(jnp.asarray, Samples(patches.stack(good), library))
     root = jax.random.key(0)
