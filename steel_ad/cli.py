@@ -1,6 +1,8 @@
 """What every binary does around its library call: flags, one sentence for an error, caches, log levels."""
 
 import ast
+import contextlib
+import ctypes
 import functools
 import os
 import sys
@@ -112,6 +114,7 @@ def _fail(message: str, status: int) -> None:
 
 
 def _guarded(main: Callable[[], int | None]) -> None:
+    keep_freed_memory()
     use_compilation_cache(_CACHE.value)
     sys.excepthook, sys.unraisablehook = (
         without_closed_loops(sys.excepthook),
@@ -135,6 +138,22 @@ def without_closed_loops(hook: Callable) -> Callable:
             hook(*arguments)
 
     return filtered
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc hand out again what has been freed, instead of returning it to the system.
+
+    A step's buffers are else mapped anew and filled with zeros by the system every time: a seventh to a quarter of a training
+    step on CPU. To be called before other threads allocate; without glibc it does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        # No arena but the main one can hold a large block; no block is mapped; nothing is trimmed.
+        for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
+            mallopt(option, value)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
 
 def use_compilation_cache(folder: str) -> None:
