@@ -275,13 +275,44 @@ def test_classifier_pools_features_and_map():
     np.testing.assert_allclose(logit, (pooled @ params["Dense_0"]["kernel"])[:, 0], rtol=1e-4, atol=1e-5)
 
 
+def test_gradient_of_normalising_by_the_batch():
+    """Against autodiff of the definition, about a mean of several deviations."""
+    x, scale, bias, weight = (
+        jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(2, 4, 16, 3), (3,), (3,), (2, 4, 16, 3)])
+    )
+    x = 2 * x + 5
+
+    def definition(x, scale, bias):
+        mean = x.mean((0, 1, 2), keepdims=True)
+        var = ((x - mean) ** 2).mean((0, 1, 2), keepdims=True)
+        return (x - mean) / jnp.sqrt(var + 1e-5) * scale.reshape(1, 1, 1, 3) + bias.reshape(1, 1, 1, 3)
+
+    found = jax.grad(lambda *a: (blocks._normalise(*a)[0] * weight).sum(), (0, 1, 2))(x, scale, bias)
+    expected = jax.grad(lambda *a: (definition(*a) * weight).sum(), (0, 1, 2))(x, scale, bias)
+    for f, e in zip(found, expected, strict=True):
+        np.testing.assert_allclose(f, e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [16, 48, 30])
+def test_channel_sums_and_the_gradient_of_a_bias(width):
+    x = jax.random.normal(jax.random.key(0), (2, 3, width, 5))
+    expected = np.asarray(x, np.float64).sum((0, 1, 2))
+    np.testing.assert_allclose(convolution.channel_sum(x), expected, rtol=1e-5, atol=1e-4)
+    bias = jnp.arange(5.0).reshape(1, 1, 1, 5)
+    value, pull = jax.vjp(convolution.add_bias, x, bias)
+    np.testing.assert_array_equal(value, x + bias)
+    of_x, of_bias = pull(x)
+    np.testing.assert_array_equal(of_x, x)
+    np.testing.assert_allclose(of_bias[0, 0, 0], expected, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize(("network", "reduction"), NETWORKS[:2])
 def test_one_batch_is_learned_without_retracing(network, reduction):
     model, x = network(), images()
     defect = jnp.zeros((2, 32, 48, 1)).at[0, 8:16, 4:24].set(1.0).at[1, 20:28, 28:40].set(1.0)
     x, target = 0.5 * x + 0.5 * defect, defect[:, ::reduction, ::reduction]
     variables = initialise(model, x)
-    optimizer = optax.sgd(0.2)
+    optimizer = optax.sgd(0.2 if reduction == 1 else 0.05)  # above it CompactCNN's loss jumps about
     traces = []
 
     @functools.partial(jax.jit, compiler_options=convolution.cpu_compiler_options())

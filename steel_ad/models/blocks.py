@@ -73,11 +73,34 @@ def _fourier(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def double(x: Array, kernel: Array) -> Array:
     """`lax.conv_transpose(x, kernel, (2, 2), "VALID")` of a 2x2 kernel: `[b, h, w, i]` -> `[b, 2 h, 2 w, o]`."""
-    if not _on_cpu():
-        return lax.conv_transpose(x, kernel, (2, 2), "VALID", dimension_numbers=_DIMENSIONS)
+    return _double_on_cpu(x, kernel) if _on_cpu() else _plain_double(x, kernel)
+
+
+def _plain_double(x: Array, kernel: Array) -> Array:
+    return lax.conv_transpose(x, kernel, (2, 2), "VALID", dimension_numbers=_DIMENSIONS)
+
+
+@jax.custom_vjp
+def _double_on_cpu(x: Array, kernel: Array) -> Array:
     i, o = kernel.shape[2:]
     # The unflipped transposed convolution lays the kernel down mirrored.
     return convolution.depth_to_space(x @ kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(i, 4 * o))
+
+
+def _double_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _double_on_cpu(x, kernel), (x, kernel)
+
+
+def _double_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    # The gradient of the input is a strided convolution, which needs no copy of g in another order.
+    x, kernel = saved
+    i, o = kernel.shape[2:]
+    (of_x,) = jax.vjp(lambda x: _plain_double(x, kernel), x)[1](g)
+    product = x.reshape(-1, i).T @ convolution.space_to_depth(g).reshape(-1, 4 * o)
+    return of_x, product.reshape(i, 2, 2, o).transpose(1, 2, 0, 3)[::-1, ::-1]
+
+
+_double_on_cpu.defvjp(_double_forward, _double_backward)
 
 
 def max_pool(x: Array) -> Array:
@@ -97,6 +120,41 @@ def repeat(x: Array) -> Array:
     return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
 
 
+@jax.custom_vjp
+def _normalise(x: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
+    """`[b, h, w, c]` float32 by its own mean and biased variance, both `[c]`, which are returned too and take no gradient."""
+    return _normalise_forward(x, scale, bias)[0]
+
+
+def _normalise_forward(x: Array, scale: Array, bias: Array):
+    count = x.size // x.shape[-1]
+    mean = convolution.channel_sum(x) / count
+    var = jnp.maximum(convolution.channel_sum(x * x) / count - mean * mean, 0.0)
+    inverse = lax.rsqrt(var + _EPSILON)
+    slope = scale * inverse
+    return (x * _row(slope) + _row(bias - mean * slope), mean, var), (x, scale, mean, inverse)
+
+
+def _normalise_backward(saved: tuple[Array, Array, Array, Array], gradients: tuple[Array, Array, Array]):
+    x, scale, mean, inverse = saved
+    g, count = gradients[0], x.size // x.shape[-1]
+    of_bias = convolution.channel_sum(g)
+    of_scale = inverse * (convolution.channel_sum(g * x) - mean * of_bias)
+    # dx = slope (g - mean(g) - normalised x * mean(g * normalised x))
+    slope, share = scale * inverse, inverse * of_scale / count
+    of_x = g * _row(slope) - x * _row(slope * share) + _row(slope * (mean * share - of_bias / count))
+    return of_x, of_scale, of_bias
+
+
+_normalise.defvjp(_normalise_forward, _normalise_backward)
+
+_EPSILON = 1e-5
+
+
+def _row(a: Array) -> Array:
+    return a.reshape(1, 1, 1, -1)
+
+
 class BatchNorm(nn.Module):
     """Normalises `x + offset` over all axes but the last; scale and bias in "params", mean and var in "batch_stats".
 
@@ -110,22 +168,20 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array, offset: Array, train: bool) -> Array:
         shape = (x.shape[-1],)
-        scale = self.param("scale", initializers.ones, shape, jnp.float32).reshape(1, 1, 1, -1)
-        bias = self.param("bias", initializers.zeros, shape, jnp.float32).reshape(1, 1, 1, -1)
+        scale = self.param("scale", initializers.ones, shape, jnp.float32)
+        bias = self.param("bias", initializers.zeros, shape, jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         x = x.astype(jnp.float32)
-        if train:
-            mean = x.mean((0, 1, 2), keepdims=True)
-            var = jnp.maximum((x * x).mean((0, 1, 2), keepdims=True) - mean * mean, 0.0)
-            if not self.is_initializing():
-                running_mean.value = 0.9 * running_mean.value + 0.1 * (mean + offset.astype(jnp.float32)).reshape(shape)
-                running_var.value = 0.9 * running_var.value + 0.1 * var.reshape(shape)
-        else:
-            mean = running_mean.value.reshape(1, 1, 1, -1) - offset.astype(jnp.float32)
-            var = running_var.value.reshape(1, 1, 1, -1)
-        slope = scale * lax.rsqrt(var + 1e-5)
-        return (x * slope + (bias - mean * slope)).astype(self.dtype)
+        if not train:
+            slope = scale * lax.rsqrt(running_var.value + _EPSILON)
+            mean = running_mean.value - offset.astype(jnp.float32).reshape(shape)
+            return (x * _row(slope) + _row(bias - mean * slope)).astype(self.dtype)
+        x, mean, var = _normalise(x, scale, bias)
+        if not self.is_initializing():
+            running_mean.value = 0.9 * running_mean.value + 0.1 * (mean + offset.astype(jnp.float32).reshape(shape))
+            running_var.value = 0.9 * running_var.value + 0.1 * var
+        return x.astype(self.dtype)
 
 
 class ConvNormRelu(nn.Module):
@@ -156,7 +212,7 @@ class ToMap(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel, bias = parameters(self, (1, 1, x.shape[-1], 1), jnp.float32, gain=1.0)
-        return x @ kernel[0, 0] + bias
+        return convolution.add_bias(x @ kernel[0, 0], bias)
 
 
 def parameters(

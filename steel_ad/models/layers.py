@@ -17,7 +17,7 @@ class Halve(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel, bias = _parameters(self, (4, 4, x.shape[-1], self.features), fan_in=16 * x.shape[-1])
-        return convolution.halve(x.astype(self.dtype), kernel) + bias
+        return convolution.add_bias(convolution.halve(x.astype(self.dtype), kernel), bias)
 
 
 class Double(nn.Module):
@@ -31,7 +31,7 @@ class Double(nn.Module):
     def __call__(self, x: Array) -> Array:
         # An output pixel meets 4 of the 16 kernel elements.
         kernel, bias = _parameters(self, (4, 4, x.shape[-1], self.features), 4 * x.shape[-1], self.gain)
-        return convolution.double(x.astype(self.dtype), kernel) + bias
+        return convolution.add_bias(convolution.double(x.astype(self.dtype), kernel), bias)
 
 
 class Same(nn.Module):
@@ -43,7 +43,7 @@ class Same(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel, bias = _parameters(self, (3, 3, x.shape[-1], self.features), fan_in=9 * x.shape[-1])
-        return convolution.same(x.astype(self.dtype), kernel) + bias
+        return convolution.add_bias(convolution.same(x.astype(self.dtype), kernel), bias)
 
 
 class Collapse(nn.Module):

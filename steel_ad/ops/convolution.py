@@ -1,13 +1,13 @@
 """The autoencoder's convolutions, exact, in the form that the backend runs fast.
 
 XLA's CPU backend is slow on strided and on dilated convolutions and on their gradients. A 4x4 convolution of stride 2 is
-a 2x2 one over 2x2 blocks; its transpose is a 3x3 one to four output phases. Accelerators have kernels for the plain form.
+a 2x2 one over 2x2 blocks of its input; its transpose is a 2x2 one to 2x2 blocks of its output. Accelerators have kernels
+for the plain form.
 Kernels are always laid out `[kh, kw, in, out]` as `lax.conv_general_dilated` and `lax.conv_transpose` take them.
 """
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -73,10 +73,6 @@ def halve(x: Array, kernel: Array, *, form: str | None = None) -> Array:
     return lax.conv_general_dilated(blocks, kernel, (1, 1), "VALID", dimension_numbers=_DIMENSIONS)
 
 
-# Output phase p of a doubled axis sees input q + tap - 1 through the kernel's element `source`.
-_TAP, _PHASE, _SOURCE = np.array([(0, 0, 0), (1, 0, 2), (1, 1, 1), (2, 1, 3)]).T
-
-
 def double(x: Array, kernel: Array, *, form: str | None = None) -> Array:
     """`lax.conv_transpose(x, kernel, (2, 2), "SAME")` of a 4x4 kernel: `[b, h, w, i]` -> `[b, 2 h, 2 w, o]`.
 
@@ -114,15 +110,18 @@ _double_on_cpu.defvjp(_double_forward, _double_backward)
 
 
 def _linear_form(kernel: Array):
-    return _overlap_add if kernel.shape[3] == 1 else _four_phases
+    return _overlap_add if kernel.shape[3] == 1 else _to_blocks
 
 
-def _four_phases(x: Array, kernel: Array) -> Array:
-    """`double` as a 3x3 convolution to four output phases."""
+def _to_blocks(x: Array, kernel: Array) -> Array:
+    """`double` as a 2x2 convolution to blocks of 2x2 output pixels, of which each has another phase first."""
     i, o = kernel.shape[2:]
-    phases = jnp.zeros((3, 2, 3, 2, i, o), kernel.dtype)
-    phases = phases.at[_TAP[:, None], _PHASE[:, None], _TAP, _PHASE].set(kernel[_SOURCE[:, None], _SOURCE])
-    return depth_to_space(same(x, phases.transpose(0, 2, 4, 1, 3, 5).reshape(3, 3, i, 4 * o)))
+    # Element 2 t + p belongs to tap t and phase p of the output; a block holds phase 1 of a pixel, then phase 0 of the next.
+    kernel = kernel.reshape(2, 2, 2, 2, i, o)[:, ::-1, :, ::-1].transpose(0, 2, 4, 1, 3, 5).reshape(2, 2, i, 4 * o)
+    # Padded by hand: the filter gradient of a convolution that pads more than "SAME" runs on one thread.
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    blocks = lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=_DIMENSIONS)
+    return depth_to_space(blocks)[:, 1:-1, 1:-1]
 
 
 def _overlap_add(x: Array, kernel: Array) -> Array:
@@ -137,6 +136,26 @@ def _overlap_add(x: Array, kernel: Array) -> Array:
         for column in range(2):
             total += jnp.pad(blocks[:, :, :, row, column], ((0, 0), (row, 1 - row), (column, 1 - column), (0, 0)))
     return depth_to_space(total)[:, 1:-1, 1:-1]
+
+
+def channel_sum(x: Array) -> Array:
+    """Sum over all axes but the last: `[b, h, w, c]` -> `[c]`.
+
+    Of a sum over more than 32 elements XLA's CPU compiler makes a reduce-window, which it does not fuse with what it sums.
+    """
+    if not _rewrite(None) or x.shape[2] % 16:
+        return x.sum((0, 1, 2))
+    # The barrier keeps the compiler from making one sum of both again.
+    return lax.optimization_barrier(x.reshape(-1, 16, x.shape[3]).sum(1)).sum(0)
+
+
+@jax.custom_vjp
+def add_bias(x: Array, bias: Array) -> Array:
+    """`[b, h, w, c]` + `[1, 1, 1, c]`, with the bias's gradient by `channel_sum`."""
+    return x + bias
+
+
+add_bias.defvjp(lambda x, bias: (x + bias, None), lambda _, g: (g, channel_sum(g).reshape(1, 1, 1, -1)))
 
 
 def _check(x: Array, kernel: Array, even: bool) -> None:
