@@ -1,5 +1,6 @@
 """The supervised line: samples, losses, stages, both binaries, and what can be wrong."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -21,6 +22,7 @@ from steel_ad.detectors import segmentation
 from steel_ad.detectors.segmentation import Samples
 from steel_ad.errors import InputError
 from steel_ad.studies import segmentation as study
+from steel_ad.train.checkpoint import Checkpoints
 from steel_ad.train.state import create
 from steel_ad.train.step import make_step
 
@@ -288,6 +290,108 @@ def test_segmentation_binary(data, tmp_path):
     assert other.returncode == 2
     assert "width" in other.stderr
     assert "Traceback" not in other.stderr
+
+
+def test_dagm_layout_trains_and_tests(tmp_path, good):
+    """Images of the folders themselves, defective ones where `Label` has a mask, in training too."""
+    root = tmp_path / "Class1"
+    for part, bad in (("Train", {1, 4}), ("Test", {0})):
+        (root / part / "Label").mkdir(parents=True)
+        for i, image in enumerate(good):
+            label = np.zeros(image.shape, np.uint8)
+            if i in bad:
+                label[10:20, 30:45] = 255
+            marked = np.where(label > 0, 250, image if part == "Train" else image[::-1]).astype(np.uint8)
+            assert cv2.imwrite(str(root / part / f"{i:04d}.PNG"), marked)
+            if i in bad:
+                assert cv2.imwrite(str(root / part / "Label" / f"{i:04d}_label.PNG"), label)
+    result = start("segmentation", f"--data={root}", f"--workdir={tmp_path / 'w'}")
+    assert result.returncode == 0, result.stderr
+    assert "image_tpr  image_tnr" in result.stdout
+    record = json.loads((tmp_path / "w" / "metrics.json").read_text())
+    assert record["images"] == {"train": 3, "validation": 1, "test": 6}
+    used = json.loads((tmp_path / "w" / "defects.json").read_text())
+    assert [row["source"] for row in used] == ["defect/0001.PNG", "defect/0004.PNG"]
+    with (tmp_path / "w" / "scores.csv").open() as file:
+        assert [row["image"] for row in csv.DictReader(file) if row["defective"] == "1"] == ["defect/0000.PNG"]
+
+
+class Stopped(Exception):
+    """Takes the place of a kill, between two checkpoints."""
+
+
+def stopped_after(patch, folder, step):
+    """Lets a run end right after that step's checkpoint in that folder."""
+    save = Checkpoints.save
+
+    def saving(self, now, *arguments):
+        save(self, now, *arguments)
+        if (self.directory.name, now) == (folder, step):
+            self.wait()
+            raise Stopped
+
+    patch.setattr(Checkpoints, "save", saving)
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def last(folder, like):
+    with Checkpoints(folder) as kept:
+        return jax.device_get(kept.restore(like)[0])
+
+
+def test_stage_1_is_what_it_was_after_stage_2(data, tmp_path):
+    given = {"data": str(data / "line"), "defects_from": "procedural", "workdir": tmp_path / "w"}
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_after(patch, "checkpoints_classifier", 2)
+        with pytest.raises(Stopped):
+            study.run(tiny(), **given)
+    before = contents(tmp_path / "w" / "checkpoints")
+    evaluated = []
+    with pytest.MonkeyPatch.context() as patch:
+        scores = study.classifier_scores
+        patch.setattr(study, "classifier_scores", lambda c, stages, g: evaluated.append(stages) or scores(c, stages, g))
+        assert study.run(tiny(), **given)["finished"]
+    assert contents(tmp_path / "w" / "checkpoints") == before
+    stage_1 = last(tmp_path / "w" / "checkpoints", segmentation.initial_segmentation(tiny(), 4))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(evaluated[0][0]), segmentation.variables(stage_1))
+
+
+def test_interrupted_transfer_ends_as_an_undisturbed_one_and_adapts_to_the_target(data, good, tmp_path):
+    (tmp_path / "target" / "train" / "good").mkdir(parents=True)
+    for i, image in enumerate(good):
+        assert cv2.imwrite(str(tmp_path / "target" / "train" / "good" / f"{i}.png"), image.T // 2)
+    given = {"source": str(data / "line"), "target": str(tmp_path / "target"), "defects_from": "procedural"}
+    mixed = {}
+    with pytest.MonkeyPatch.context() as patch:
+        train = segmentation.train
+
+        def seen(objective, rule, samples, *arguments, stage, **rest):
+            mixed[stage] = samples[0].new_line if stage.startswith("classifier") else samples.new_line
+            return train(objective, rule, samples, *arguments, stage=stage, **rest)
+
+        patch.setattr(segmentation, "train", seen)
+        whole = study.transfer(tiny(), **given, workdir=tmp_path / "a")
+    assert mixed["pretrain"] is None
+    assert mixed["classifier_before"] is None
+    for stage in ("adapt", "classifier_after"):
+        np.testing.assert_array_equal(mixed[stage].pixels.max(), max(int(i.max()) // 2 for i in good))
+
+    for folder in ("checkpoints_pretrain", "checkpoints_adapt", "checkpoints_classifier_after"):
+        with pytest.MonkeyPatch.context() as patch:
+            stopped_after(patch, folder, 2)
+            with pytest.raises(Stopped):
+                study.transfer(tiny(), **given, workdir=tmp_path / "b")
+    again = study.transfer(tiny(), **given, workdir=tmp_path / "b")
+    for when in ("before", "after"):
+        assert again[when]["source"]["maps"] == whole[when]["source"]["maps"]
+        assert again[when]["target"]["maps"] == {}
+    for stage in ("pretrain", "adapt"):
+        like = segmentation.initial_segmentation(tiny(), 4)
+        ends = [last(tmp_path / run / f"checkpoints_{stage}", like) for run in ("a", "b")]
+        jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
 def test_transfer_binary(data, tmp_path):
