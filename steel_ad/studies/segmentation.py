@@ -28,6 +28,7 @@ from steel_ad.train.state import TrainState, create
 # What is read off a trained model; --evaluate_only may change it.
 _READING = ("threshold", "percentile", "radius")
 _PROCEDURAL_DEFECTS = 600
+_SENTENCES = 10  # about defects left out
 
 
 def run(
@@ -174,8 +175,11 @@ def _samples(
         library, skipped = defects.load(defects_from, size=config.defect_size)
         library = defects.without(library, set().union(*map(_kept_for_tests, tested_on)))
     library, too_large = defects.fitting(library, (config.patch_size, config.patch_size))
-    if skipped := skipped + too_large:
-        print(f"{len(skipped)} left out; the first: {skipped[0]}", flush=True)
+    skipped += too_large
+    for sentence in skipped[:_SENTENCES]:
+        print(f"left out: {sentence}", flush=True)
+    if len(skipped) > _SENTENCES:
+        print(f"left out: {len(skipped) - _SENTENCES} more", flush=True)
     drawn = [hashlib.sha256(mask.tobytes()).hexdigest() for mask in np.asarray(library.mask)]
     record = [
         {"source": library.sources[s], "sha256": library.sha256[s], "mask_sha256": mask}
