@@ -1,10 +1,12 @@
 """What every binary does around its library call: flags, one sentence for an error, caches, log levels."""
 
+import argparse
 import ast
 import contextlib
 import ctypes
 import functools
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -83,6 +85,19 @@ def required(holder: flags.FlagHolder) -> str:
     if not holder.value:
         raise InputError(f"--{holder.name} is missing: --help says what it is")
     return holder.value
+
+
+def early(name: str, default: str) -> str:
+    """The value of a flag before flags are parsed, for what depends on it where flags are defined."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{name}", default=default)
+    return getattr(parser.parse_known_args()[0], name)
+
+
+def command(binary: str) -> str:
+    """The command line that started this binary, without --compilation_cache, which changes no number."""
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--compilation_cache")]
+    return shlex.join(["python", "-m", f"experiments.{binary}", *arguments])
 
 
 def _parse(argv: Sequence[str], commands: Sequence[str] = ()) -> list[str]:

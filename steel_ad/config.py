@@ -22,10 +22,12 @@ class Autoencoder:
     num_crops: int = 10_000
     flips: bool = False
     validation_fraction: float = 0.2  # of the good images, for the threshold
+    train_images: int = 0  # of the others, to train on, 0: all
     # Loss.
     loss: str = "ssim"  # a name in steel_ad.losses, or module:function
     constants: str = "thesis"  # c1, c2 of an SSIM loss: "thesis" or "wang"
-    loss_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further keyword arguments of the loss
+    # Further keyword arguments of the loss; left out of the hash, since a dict has none.
+    loss_options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     # Optimiser: Adam.
     batch_size: int = 128  # over all devices
     epochs: int = 200  # over num_crops patches; with steps > 0 not used
@@ -54,7 +56,9 @@ class Autoencoder:
         _choice(self, "schedule", "constant", "cosine")
         _choice(self, "decay", "l2", "learning_rate")
         _least(self, 1, "latent", "num_crops", "batch_size", "stride", "window_size", "checkpoint_every")
-        _least(self, 0, "seed", "epochs", "steps", "warmup_steps", "weight_decay", "clip_norm", "radius")
+        _least(
+            self, 0, "seed", "epochs", "steps", "warmup_steps", "weight_decay", "clip_norm", "radius", "train_images"
+        )
         if self.patch_size < 16 or self.patch_size % 16:
             raise InputError(f"--config.patch_size={self.patch_size} must be a multiple of 16")
         if not self.learning_rate > 0:
@@ -101,6 +105,7 @@ class Segmentation:
     classifier_ratio: str = "1:1"  # the same of the classification stage
     samples: int = 2000  # in an epoch
     validation_fraction: float = 0.2  # of the good images, for the threshold
+    train_images: int = 0  # of the others, to train on, 0: all
     blend: str = "paste"  # of an inserted defect: or "difference"
     augment: str = "thesis"  # of an inserted defect: or "strong"
     max_defects: int = 1  # in one defective sample
@@ -108,7 +113,7 @@ class Segmentation:
     new_line: float = 0.5  # transfer: share of the new line's good samples while adapting
     # Losses.
     loss: str = "mse"  # a name in steel_ad.losses.SEGMENTATION_LOSSES, or module:function
-    loss_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    loss_options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     # Optimiser.
     optimizer: str = "adadelta"  # or "adam"
     adadelta: str = "tf_keras"  # whose default settings: "tf_keras", "old_keras" or "pytorch"
@@ -141,7 +146,7 @@ class Segmentation:
         _choice(self, "schedule", "constant", "cosine")
         _least(self, 1, "width", "samples", "max_defects", "batch_size", "checkpoint_every")
         _least(self, 0, "epochs", "steps", "classifier_epochs", "classifier_steps", "adapt_epochs", "adapt_steps")
-        _least(self, 0, "seed", "warmup_steps", "clip_norm", "radius")
+        _least(self, 0, "seed", "warmup_steps", "clip_norm", "radius", "train_images")
         _least(self, 64, "defect_size")
         if self.patch_size < 16 or self.patch_size % 16:
             raise InputError(f"--config.patch_size={self.patch_size} must be a multiple of 16")

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -158,6 +159,25 @@ def load(data: str, *, min_size: int = 0, train: bool = True) -> Dataset:
     """
     reader = READERS.get(data.split("/", 1)[0]) if "/" in data and not Path(data).is_dir() else None
     return (reader or (_dagm if _is_dagm(data) else _folder))(data, min_size, train)
+
+
+class Load(Protocol):
+    """`load`, or something that remembers what it has read."""
+
+    def __call__(self, data: str, *, min_size: int = 0) -> Dataset: ...
+
+
+def chosen(indices: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """`count` of the training images' indices, sorted; 0: all. Fewer are always among more, for the same seed.
+
+    Raises:
+      InputError: there are not so many.
+    """
+    if count > len(indices):
+        raise InputError(f"--config.train_images={count}, but there are only {len(indices)} images to train on")
+    if not count:
+        return indices
+    return np.sort(np.random.default_rng([seed, 0xF3]).permutation(indices)[:count])
 
 
 def split(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

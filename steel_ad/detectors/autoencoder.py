@@ -1,7 +1,8 @@
 """The autoencoder as a detector: what it cannot reconstruct is a defect (SPEC section 4)."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -127,6 +128,12 @@ class DeadRun:
             )
 
 
+@functools.lru_cache(maxsize=4)
+def _step(config: configs.Autoencoder, per_call: int) -> Callable:
+    """The compiled step; the seed comes in as data, so that runs which differ in it alone share one."""
+    return make_step(objective(config), optimizer(config), steps_per_call=per_call)
+
+
 def train(
     config: configs.Autoencoder,
     images: Plates,
@@ -159,7 +166,7 @@ def train(
         )
         data = (data, kept)
     per_call = steps_per_call(config.total_steps, config.checkpoint_every)
-    step = make_step(objective(config), optimizer(config), steps_per_call=per_call)
+    step = _step(dataclasses.replace(config, seed=0), per_call)
     watch = DeadRun(config)
 
     def on_metrics(first: int, metrics: dict[str, np.ndarray]) -> None:
@@ -184,16 +191,39 @@ def train(
 
 def reconstruct(config: configs.Autoencoder, params: Any, image: Array) -> Array:
     """Image float32 `[h, w]` in [0, 1] from its overlapping windows' reconstructions, averaged: float32 `[h, w]`."""
-    tiles = sliding.windows(image, size=config.patch_size, stride=config.stride)
+    tiles = _through(config, params, sliding.windows(image, size=config.patch_size, stride=config.stride))
+    return sliding.average(tiles, shape=image.shape, stride=config.stride)
 
-    def through(tiles: Array) -> Array:
+
+def reconstructions(config: configs.Autoencoder, params: Any, image: Array, strides: Sequence[int]) -> list[Array]:
+    """As `reconstruct`, at several strides; the network sees each window of the finest once.
+
+    Args:
+      strides: multiples of the first one, which is the finest.
+    """
+    size = config.patch_size
+    tiles = _through(config, params, sliding.windows(image, size=size, stride=strides[0]))
+    rows, columns = (sliding.positions(side, size, strides[0]) for side in image.shape)
+    found = []
+    for stride in strides:
+        chosen = [
+            rows.index(top) * len(columns) + columns.index(left)
+            for top in sliding.positions(image.shape[0], size, stride)
+            for left in sliding.positions(image.shape[1], size, stride)
+        ]
+        found.append(sliding.average(tiles[np.array(chosen)], shape=image.shape, stride=stride))
+    return found
+
+
+def _through(config: configs.Autoencoder, params: Any, tiles: Array) -> Array:
+    """Reconstructions of windows `[n, p, p]`."""
+
+    def network(tiles: Array) -> Array:
         return jnp.asarray(model(config).apply(params, tiles[..., None]))[..., 0]
 
     if len(tiles) <= _TILES:
-        tiles = through(tiles)
-    else:
-        tiles = jax.lax.map(lambda tile: through(tile[None])[0], tiles, batch_size=_TILES)
-    return sliding.average(tiles, shape=image.shape, stride=config.stride)
+        return network(tiles)
+    return jax.lax.map(lambda tile: network(tile[None])[0], tiles, batch_size=_TILES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +239,10 @@ class AutoencoderDetector:
 
     def residual(self, state: Any, image: Array) -> Array:
         """Residual map `[h, w]` of an image `[h, w]`, both sides at least `patch_size`."""
-        reconstruction = reconstruct(self.config, state, image)
+        return self.compare(reconstruct(self.config, state, image), image)
+
+    def compare(self, reconstruction: Array, image: Array) -> Array:
+        """Residual map `[h, w]` of an image and its reconstruction, both `[h, w]`."""
         if self.map == "l2":
             return jnp.abs(reconstruction - image)
         c1, c2 = CONSTANTS[self.config.residual_constants]

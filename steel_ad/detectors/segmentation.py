@@ -1,6 +1,7 @@
 """CompactCNN and U-Net, with the classification stage behind either, as detectors (SPEC section 2)."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -128,6 +129,7 @@ def _classifier(config: configs.Segmentation) -> compact_cnn.Classifier:
     return compact_cnn.Classifier(dtype=jnp.dtype(config.dtype))
 
 
+@functools.lru_cache(maxsize=8)
 def optimizer(config: configs.Segmentation, total_steps: int) -> optax.GradientTransformation:
     """Adadelta with a library's default settings, or Adam with a schedule."""
     if config.optimizer == "adadelta":
@@ -135,6 +137,7 @@ def optimizer(config: configs.Segmentation, total_steps: int) -> optax.GradientT
     return optimizers.clipped(optax.adam(optimizers.schedule(config, total_steps)), config)
 
 
+@functools.lru_cache(maxsize=8)
 def segmentation_objective(config: configs.Segmentation):
     """Objective of stage 1 for `train.step.make_step`; `data` is Samples."""
     model = network(config)
@@ -151,6 +154,7 @@ def segmentation_objective(config: configs.Segmentation):
     return objective
 
 
+@functools.lru_cache(maxsize=8)
 def classifier_objective(config: configs.Segmentation):
     """Objective of stage 2; `data` is (Samples, variables of the frozen segmentation stage)."""
     model, stage_1 = _classifier(config), network(config)
@@ -212,6 +216,10 @@ def variables(state: TrainState) -> dict:
     return {"params": state.params, **state.extra}
 
 
+# One compiled step for runs of the same objective and rule; the seed comes in as data.
+_step = functools.lru_cache(maxsize=4)(make_step)
+
+
 def train(
     objective,
     rule,
@@ -229,7 +237,7 @@ def train(
     `on_step` and `save` are as `train.loop.run`'s.
     """
     per_call = steps_per_call(steps, config.checkpoint_every)
-    step = make_step(objective, rule, steps_per_call=per_call)
+    step = _step(objective, rule, steps_per_call=per_call)
 
     def on_metrics(first: int, metrics: dict[str, np.ndarray]) -> None:
         if on_step is not None:

@@ -18,14 +18,24 @@ from steel_ad.ops.convolution import cpu_compiler_options
 from steel_ad.studies import evaluation, runs
 
 # What is read off a trained model; --evaluate_only may change it.
-_READING = ("stride", "maps", "residual_constants", "window_size", "percentile", "radius")
+READING = ("stride", "maps", "residual_constants", "window_size", "percentile", "radius")
 
 
-def run(config: configs.Autoencoder, *, data: str, workdir: Path, evaluate_only: bool = False) -> dict[str, Any]:
+def run(
+    config: configs.Autoencoder,
+    *,
+    data: str,
+    workdir: Path,
+    evaluate_only: bool = False,
+    load: datasets.Load = datasets.load,
+) -> dict[str, Any]:
     """Trains (or goes on training), evaluates and writes everything to `workdir`.
 
     Writes `config.json`, `manifest.json` (hashes of the good images and which of them calibrate), `checkpoints/`, `train.csv`,
     `metrics.json`, `scores.csv` and `figures/`. A finished run is only read.
+
+    Args:
+      load: reads the data set, for callers that have it already.
 
     Returns:
       What `metrics.json` holds.
@@ -33,15 +43,15 @@ def run(config: configs.Autoencoder, *, data: str, workdir: Path, evaluate_only:
     Raises:
       InputError: data that cannot be used, a workdir of other settings or images, a dead run, a full disk.
     """
-    # A wrong loss should fail before anything is read or written.
-    losses.check(autoencoder.loss_function(config), config.loss, config.patch_size)
+    check_loss(config)
     settings = {**configs.to_dict(config), "data": os.path.normpath(data)}
-    if finished := runs.begin(workdir, settings, evaluate_only=evaluate_only, reading=_READING):
+    if finished := runs.begin(workdir, settings, evaluate_only=evaluate_only, reading=READING):
         return finished
-    dataset = datasets.load(data, min_size=config.patch_size)
+    dataset = load(data, min_size=config.patch_size)
     train_indices, validation_indices = datasets.split(len(dataset.train), config.validation_fraction, config.seed)
+    train_indices = datasets.chosen(train_indices, config.train_images, config.seed)
     runs.claim(workdir, settings)
-    runs.keep(workdir / "manifest.json", runs.uses(dataset.manifest, validation_indices), "good images")
+    runs.keep(workdir / "manifest.json", runs.uses(dataset.manifest, train_indices, validation_indices), "good images")
     training = [dataset.train[i] for i in train_indices]
     validation = [dataset.train[i] for i in validation_indices]
     plates = patches.stack(training)
@@ -84,3 +94,29 @@ def run(config: configs.Autoencoder, *, data: str, workdir: Path, evaluate_only:
             "versions": runs.versions(),
         },
     )
+
+
+def trained(config: configs.Autoencoder, workdir: Path) -> Any:
+    """The parameters in the newest checkpoint of a run with these settings.
+
+    Raises:
+      InputError: there is none, or it is damaged.
+    """
+    state, _ = runs.fit(
+        lambda state, on_step, save: state,
+        autoencoder.initial_state(config, jax.random.key(config.seed)),
+        workdir,
+        total_steps=config.total_steps,
+        settings={},
+        evaluate_only=True,
+    )
+    return state.params
+
+
+def check_loss(config: configs.Autoencoder) -> None:
+    """A wrong loss should fail before anything is read or written.
+
+    Raises:
+      InputError: there is none of that name, or it does not work on the patches.
+    """
+    losses.check(autoencoder.loss_function(config), config.loss, config.patch_size)

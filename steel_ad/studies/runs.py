@@ -21,6 +21,9 @@ from steel_ad.train.state import TrainState
 OnStep = Callable[[int, dict[str, float]], None]
 Save = Callable[[int, TrainState], None]
 
+# Settings that came after the first runs, with what those runs did.
+_LATER = {"train_images": 0}
+
 
 def begin(
     workdir: Path, settings: Mapping[str, Any], *, evaluate_only: bool, reading: Collection[str]
@@ -41,14 +44,20 @@ def begin(
         if evaluate_only:
             raise InputError(f"there is no run in {workdir} to evaluate: train one first, without --evaluate_only")
         return None
-    ours, theirs = ({k: v for k, v in d.items() if k not in reading} for d in (settings, files.read_json(path)))
+    known = _since(settings, files.read_json(path))
+    ours, theirs = ({k: v for k, v in d.items() if k not in reading} for d in (settings, known))
     if other := configs.difference(ours, theirs):
         raise InputError(f"{workdir} holds a run of another config, which differs in {other}: use a new --workdir")
     metrics = workdir / "metrics.json"
     if evaluate_only or not metrics.exists():
         return None
     record = files.read_json(metrics)
-    return record if record.get("finished") and record.get("config") == settings else None
+    return record if record.get("finished") and _since(settings, record.get("config", {})) == settings else None
+
+
+def _since(settings: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded settings, completed by those that did not exist when they were recorded."""
+    return {**{k: v for k, v in _LATER.items() if k in settings}, **recorded}
 
 
 def claim(workdir: Path, settings: Mapping[str, Any]) -> None:
@@ -154,7 +163,7 @@ def _read_history(path: Path) -> list[dict[str, float]]:
             raise InputError(f"{path} is damaged: delete it to go on without the record of the steps before") from None
 
 
-def uses(manifest: Sequence[dict], validation: np.ndarray) -> list[dict]:
-    """Manifest rows with a column `use`: "train" or "validation"."""
-    held_out = set(validation.tolist())
-    return [{**row, "use": "validation" if i in held_out else "train"} for i, row in enumerate(manifest)]
+def uses(manifest: Sequence[dict], train: np.ndarray, validation: np.ndarray) -> list[dict]:
+    """Manifest rows with a column `use`: "train", "validation" or "none"."""
+    use = dict.fromkeys(train.tolist(), "train") | dict.fromkeys(validation.tolist(), "validation")
+    return [{**row, "use": use.get(i, "none")} for i, row in enumerate(manifest)]

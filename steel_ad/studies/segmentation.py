@@ -32,7 +32,13 @@ _SENTENCES = 10  # about defects left out
 
 
 def run(
-    config: configs.Segmentation, *, data: str, defects_from: str, workdir: Path, evaluate_only: bool = False
+    config: configs.Segmentation,
+    *,
+    data: str,
+    defects_from: str,
+    workdir: Path,
+    evaluate_only: bool = False,
+    load: datasets.Load = datasets.load,
 ) -> dict[str, Any]:
     """Trains both stages on a line's good images with defects inserted (or its labelled ones), evaluates, writes `workdir`.
 
@@ -40,6 +46,7 @@ def run(
       data: as `datasets.load`'s.
       defects_from: folder of defects on plain steel, "procedural", "labelled" (the data set's own), or "": its own where it
         has such, else procedural.
+      load: reads the data set, for callers that have it already.
 
     Returns:
       What `metrics.json` holds: `maps.segmentation`, and `maps.classification` with the image keys only.
@@ -47,11 +54,11 @@ def run(
     Raises:
       InputError: data or defects that cannot be used, a workdir of other settings or images, a full disk.
     """
-    _check_loss(config)
+    check_loss(config)
     settings = {**configs.to_dict(config), "data": os.path.normpath(data), "defects": defects_from}
     if finished := runs.begin(workdir, settings, evaluate_only=evaluate_only, reading=_READING):
         return finished
-    line = _load_line(config, data)
+    line = _load_line(config, data, load)
     samples, used = _samples(config, line, defects_from, [data])
     runs.claim(workdir, settings)
     _keep(workdir, line, used)
@@ -74,6 +81,7 @@ def transfer(
     defects_from: str,
     workdir: Path,
     evaluate_only: bool = False,
+    load: datasets.Load = datasets.load,
 ) -> dict[str, Any]:
     """Pretrains on one line, adapts on its mixture with another line's good images, tests both on both (SPEC section 3).
 
@@ -81,6 +89,7 @@ def transfer(
       source: the line with defects; as `datasets.load`'s.
       target: the line with good images only.
       defects_from: as `run`'s, for the source line.
+      load: as `run`'s, for both lines.
 
     Returns:
       What `metrics.json` holds: `before` and `after`, each with `source` and `target`, each as `run` returns.
@@ -88,7 +97,7 @@ def transfer(
     Raises:
       InputError: as `run`.
     """
-    _check_loss(config)
+    check_loss(config)
     settings = {
         **configs.to_dict(config),
         "source": os.path.normpath(source),
@@ -97,36 +106,45 @@ def transfer(
     }
     if finished := runs.begin(workdir, settings, evaluate_only=evaluate_only, reading=_READING):
         return finished
-    lines = {"source": _load_line(config, source), "target": _load_line(config, target)}
+    lines = {"source": _load_line(config, source, load), "target": _load_line(config, target, load)}
     samples, used = _samples(config, lines["source"], defects_from, [source, target])
     runs.claim(workdir, settings)
     for where, line in lines.items():
         _keep(workdir / where, line, used)
-    pretrained, _ = _stage_1(config, samples, workdir, settings, "pretrain", evaluate_only=evaluate_only)
+    pretrained, pretrain_seconds = _stage_1(config, samples, workdir, settings, "pretrain", evaluate_only=evaluate_only)
     rule = segmentation.optimizer(config, config.total_adapt_steps)
     # Copied, since training donates what it starts from.
     params, extra = jax.tree.map(jnp.copy, (pretrained.params, pretrained.extra))
     start = create(params, rule, extra)
     mixture = samples._replace(new_line=patches.stack(lines["target"].training))
-    adapted, _ = _stage_1(config, mixture, workdir, settings, "adapt", start=start, evaluate_only=evaluate_only)
+    adapted, adapt_seconds = _stage_1(
+        config, mixture, workdir, settings, "adapt", start=start, evaluate_only=evaluate_only
+    )
     whole = int(pretrained.step) >= config.total_steps and int(adapted.step) >= config.total_adapt_steps
     result: dict[str, Any] = {"experiment": "transfer", "config": settings}
-    for name, stage_1, data in (("before", pretrained, samples), ("after", adapted, mixture)):
-        stages, _, done = _stage_2(
+    for name, stage_1, data, stage_1_seconds in (
+        ("before", pretrained, samples, pretrain_seconds),
+        ("after", adapted, mixture, pretrain_seconds + adapt_seconds),
+    ):
+        stages, stage_2_seconds, done = _stage_2(
             config, data, stage_1, workdir, settings, f"classifier_{name}", evaluate_only=evaluate_only
         )
         whole = whole and done
+        record = {"experiment": f"transfer, {name}", "train_seconds": stage_1_seconds + stage_2_seconds}
         result[name] = {
-            where: _evaluate(config, stages, line, workdir / f"{name}_{where}", {"experiment": f"transfer, {name}"})
-            for where, line in lines.items()
+            where: _evaluate(config, stages, line, workdir / f"{name}_{where}", record) for where, line in lines.items()
         }
     result["finished"] = whole
     files.write_json(workdir / "metrics.json", result)
     return result
 
 
-def _check_loss(config: configs.Segmentation) -> None:
-    """A wrong loss should fail before anything is read or written."""
+def check_loss(config: configs.Segmentation) -> None:
+    """A wrong loss should fail before anything is read or written.
+
+    Raises:
+      InputError: there is none of that name, or it does not work on the patches.
+    """
     loss = losses.get(config.loss, config.loss_options, losses.SEGMENTATION_LOSSES)
     losses.check(loss, config.loss, config.patch_size // (4 if config.model == "compact_cnn" else 1))
 
@@ -139,10 +157,11 @@ class _Line:
     manifest: list[dict[str, Any]]
 
 
-def _load_line(config: configs.Segmentation, data: str) -> _Line:
-    dataset = datasets.load(data, min_size=config.patch_size)
+def _load_line(config: configs.Segmentation, data: str, load: datasets.Load = datasets.load) -> _Line:
+    dataset = load(data, min_size=config.patch_size)
     train, validation = datasets.split(len(dataset.train), config.validation_fraction, config.seed)
-    manifest = runs.uses(dataset.manifest, validation)
+    train = datasets.chosen(train, config.train_images, config.seed)
+    manifest = runs.uses(dataset.manifest, train, validation)
     return _Line(dataset, [dataset.train[i] for i in train], [dataset.train[i] for i in validation], manifest)
 
 
@@ -210,8 +229,9 @@ def _stage_1(
     evaluate_only: bool,
 ) -> tuple[TrainState, float]:
     steps = config.total_adapt_steps if stage == "adapt" else config.total_steps
-    rule = segmentation.optimizer(config, steps)
-    objective = segmentation.segmentation_objective(config)
+    seedless = dataclasses.replace(config, seed=0)
+    rule = segmentation.optimizer(seedless, steps)
+    objective = segmentation.segmentation_objective(seedless)
     return runs.fit(
         lambda state, on_step, save: segmentation.train(
             objective, rule, samples, state, config=config, stage=stage, steps=steps, on_step=on_step, save=save
@@ -237,8 +257,9 @@ def _stage_2(
 ) -> tuple[tuple[Any, Any], float, bool]:
     """Both stages' variables, the seconds that stage 2 took, and whether it is finished."""
     frozen = segmentation.variables(stage_1)
-    rule = segmentation.optimizer(config, config.total_classifier_steps)
-    objective = segmentation.classifier_objective(config)
+    seedless = dataclasses.replace(config, seed=0)
+    rule = segmentation.optimizer(seedless, config.total_classifier_steps)
+    objective = segmentation.classifier_objective(seedless)
     state, seconds = runs.fit(
         lambda state, on_step, save: segmentation.train(
             objective,

@@ -1,0 +1,461 @@
+"""Studies: one setting at a time, over its values, data sets and seeds (SPEC sections 2 and 4, Varied).
+
+A new study is one line in `STUDIES`.
+"""
+
+import dataclasses
+import functools
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from steel_ad import config as configs
+from steel_ad.data import datasets
+from steel_ad.data.datasets import Dataset
+from steel_ad.errors import InputError
+from steel_ad.report import tables
+from steel_ad.studies import autoencoder, files, reading, results, segmentation
+
+KINDS: dict[str, type] = {
+    "autoencoder": configs.Autoencoder,
+    "segmentation": configs.Segmentation,
+    "transfer": configs.Segmentation,
+}
+# (settings, value) -> what changes
+Change = Callable[[Any, Any], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """A setting, the values to try, and what else has to change for the value to have its effect."""
+
+    field: str
+    values: tuple[Any, ...]
+    change: Change | None = None
+    # Values that a data set is too small for are left out of these studies rather than refused.
+    fits: Callable[[Any, Dataset, Any], bool] | None = None
+
+    def apply(self, config: Any, value: Any) -> Any:
+        """The settings with a value of the axis.
+
+        Raises:
+          InputError: the settings refuse it.
+        """
+        changes = {self.field: value} if self.change is None else self.change(config, value)
+        return dataclasses.replace(config, **changes)
+
+
+def _window(config: configs.Autoencoder, value: int) -> dict[str, Any]:
+    """K of the loss and of the residual map."""
+    takes = config.loss.startswith("ssim")
+    options = {**config.loss_options, "window_size": value} if takes else config.loss_options
+    return {"window_size": value, "loss_options": options}
+
+
+def _decay(config: configs.Autoencoder, value: str) -> dict[str, Any]:
+    return {"decay": value, "weight_decay": config.weight_decay or 1e-5}
+
+
+def _adadelta(config: configs.Segmentation, value: str) -> dict[str, Any]:
+    plain = {"learning_rate": 1e-3, "warmup_steps": 0, "schedule": "constant"}
+    return {"optimizer": "adadelta", "adadelta": value, **plain}
+
+
+def _patch_fits(value: int, dataset: Dataset, config: Any) -> bool:
+    return value <= min(min(image.shape) for image in (*dataset.train, *(t.image for t in dataset.test)))
+
+
+def _count_fits(value: int, dataset: Dataset, config: Any) -> bool:
+    train, _ = datasets.split(len(dataset.train), config.validation_fraction, config.seed)
+    return value <= len(train)
+
+
+_COUNTS = (10, 25, 50, 100, 200, 400, 800, 1600)
+_SUPERVISED = {
+    "model": Axis("model", ("compact_cnn", "unet")),
+    "patch_size": Axis("patch_size", (128, 256, 512), fits=_patch_fits),
+    "loss": Axis("loss", ("mse", "bce", "focal", "dice", "bce_dice", "ssim")),
+    "samples": Axis("train_images", _COUNTS, fits=_count_fits),
+    "seeds": Axis("seed", (0, 1, 2)),
+    "ratio": Axis("ratio", ("1:0", "1:1", "1:3")),
+    "adadelta": Axis("adadelta", ("tf_keras", "old_keras", "pytorch"), _adadelta),
+    "upsampling": Axis("upsampling", ("learned", "nearest")),
+}
+STUDIES: dict[str, dict[str, Axis]] = {
+    "autoencoder": {
+        "latent": Axis("latent", (32, 50, 100, 200, 500)),
+        "window": Axis("window_size", (3, 7, 11, 15, 19), _window),
+        "patch_size": Axis("patch_size", (64, 128, 256, 512), fits=_patch_fits),
+        "loss": Axis("loss", ("l2", "l1", "ssim", "ssim_l2")),
+        "samples": Axis("train_images", _COUNTS, fits=_count_fits),
+        "epochs": Axis("epochs", (25, 50, 100, 200), lambda _, v: {"epochs": v, "steps": 0}),
+        "constants": Axis("constants", ("thesis", "wang")),
+        "decay": Axis("decay", ("l2", "learning_rate"), _decay),
+        "seeds": Axis("seed", (0, 1, 2)),
+        "percentile": Axis("percentile", (90.0, 95.0, 98.0, 99.0, 99.5, 99.9, 100.0)),
+        "radius": Axis("radius", (0, 1, 2, 4, 6, 8)),
+        "stride": Axis("stride", (128, 64, 32, 16)),
+        "map": Axis("residual_constants", ("thesis", "wang")),
+    },
+    "segmentation": {
+        **_SUPERVISED,
+        "epochs": Axis("epochs", (25, 100), lambda _, v: {"epochs": v, "steps": 0}),
+    },
+    "transfer": {
+        **_SUPERVISED,
+        "epochs": Axis("adapt_epochs", (1, 5, 10), lambda _, v: {"adapt_epochs": v, "adapt_steps": 0}),
+    },
+}
+# What the figures and tables show.
+SHOWN = {
+    "pixel_auroc": "pixel AUROC",
+    "aupro_30": "AU-PRO to FPR 0.3",
+    "image_auroc": "image AUROC",
+    "image_accuracy": "image accuracy",
+    "found_iou_30": "defects found at IoU > 0.3",
+    "false_regions_per_image": "false regions an image",
+}
+COLUMNS = ("study", "axis", "value", *results.ROW, "settings", "run", "command")
+
+
+def select(experiment: str, studies: Sequence[str], axis: str, values: Sequence[str]) -> dict[str, Axis]:
+    """The studies by name, or one along a setting of the user's choice, with the user's values where there are any.
+
+    Args:
+      studies: keys of `STUDIES[experiment]`; none with an axis.
+      axis: a setting's name, or "".
+      values: as text; none leaves a study's own.
+
+    Raises:
+      InputError: no such study or setting, a value that is none of its type, or values for more than one study.
+    """
+    if bool(studies) == bool(axis):
+        raise InputError("give either --study=NAME or --axis=SETTING with --values")
+    known = STUDIES[experiment]
+    if unknown := [s for s in studies if s not in known]:
+        raise InputError(
+            f"there is no study {unknown[0]!r} of the experiment {experiment}: use one of {', '.join(known)}"
+        )
+    if values and len(studies) > 1:
+        raise InputError("--values are those of one study: give one --study with them")
+    if axis and not values:
+        raise InputError(f"--axis={axis} needs --values, such as --values=1,2,3")
+    chosen = {name: known[name] for name in studies} or {axis: Axis(axis, ())}
+    if values:
+        chosen = {
+            name: dataclasses.replace(a, fits=None, values=tuple(_parse(KINDS[experiment], a.field, v) for v in values))
+            for name, a in chosen.items()
+        }
+    return chosen
+
+
+# Type of a setting -> (how its text is read, how a person calls it).
+_PARSERS: dict[Any, tuple[Callable[[str], Any], str]] = {
+    int: (int, "a whole number"),
+    float: (float, "a number"),
+    bool: (lambda text: {"true": True, "false": False}[text.lower()], "true or false"),
+    str: (str, "text"),
+}
+
+
+def _parse(kind: type, field: str, text: str) -> Any:
+    types = {f.name: f.type for f in dataclasses.fields(kind) if f.type in _PARSERS}
+    if field not in types:
+        raise InputError(f"--axis={field} is no setting that can be varied: use one of {', '.join(types)}")
+    parse, name = _PARSERS[types[field]]
+    try:
+        return parse(text)
+    except (ValueError, KeyError):
+        raise InputError(f"--values={text} must be {name}, as the setting {field} is") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """One training run and what rows are made of it: its own with a value of a study, or, of several studies and all their
+    values, those that reading it again gives."""
+
+    data: str
+    config: Any
+    folder: Path
+    parts: tuple[tuple[str, Axis, tuple[Any, ...]], ...]
+    read: bool
+
+    def __str__(self) -> str:
+        what = "; ".join(f"{study} {', '.join(map(str, values))}" for study, _, values in self.parts)
+        return f"{self.data}, {what}, seed {self.config.seed}"
+
+
+def run(
+    config: Any,
+    *,
+    experiment: str,
+    studies: Mapping[str, Axis],
+    data: Sequence[str],
+    workdir: Path,
+    seeds: int = 1,
+    source: str = "",
+    defects_from: str = "",
+    command: str = "",
+) -> list[dict[str, Any]]:
+    """Makes the runs that are still missing, reads what needs no training off trained ones, and writes the results.
+
+    Writes `runs/`, one workdir of the experiment a run, shared by all studies of this workdir; `results.csv`, one row a run
+    and map; `table.md`; and `study_<name>.png`. The last three are replaced after every run.
+
+    Args:
+      config: the experiment's settings, of which each study changes one; its seed is the first.
+      experiment: a key of `STUDIES`.
+      studies: from `select`.
+      data: data sets, as `datasets.load`'s; of a transfer the new lines.
+      seeds: how many, from the settings' own on.
+      source: of a transfer, the line with defects.
+      defects_from: as `studies.segmentation.run`'s.
+      command: recorded in the rows.
+
+    Returns:
+      All rows of `results.csv`.
+
+    Raises:
+      InputError: data or settings that cannot be used, before anything is run; a workdir of other settings; at the end, runs
+        that failed (the others are finished).
+    """
+    names = [_dataset_folder(d) for d in data]
+    if twice := [d for d, n in zip(data, names, strict=True) if names.count(n) > 1]:
+        raise InputError(f"two data sets end in {_dataset_folder(twice[0])!r}: give them folders of different names")
+    if seeds < 1:
+        raise InputError(f"--seeds={seeds} must be at least 1")
+    base = {"experiment": experiment, "source": source, "defects": defects_from, **configs.to_dict(config)}
+    path = workdir / "sweep.json"
+    if path.exists() and (other := configs.difference(base, files.read_json(path))):
+        raise InputError(f"{workdir} holds studies of another config, which differs in {other}: use a new --workdir")
+    rows = _Rows(workdir)
+    tried = [a.apply(config, v) for a in studies.values() for v in a.values]
+    for c in tried:
+        (autoencoder if experiment == "autoencoder" else segmentation).check_loss(c)
+    # Default values that an image is too small for are left out later, so they do not count.
+    strict = [a.apply(config, v) for a in studies.values() if a.fits is None for v in a.values]
+    least = max(c.patch_size for c in [config, *strict])
+    load = _Loader(least)
+    plan: list[_Run] = []
+    for d, name in zip(data, names, strict=True):
+        plan += _plan(config, experiment, studies, d, workdir / "runs" / name, range(seeds), load)
+    if not all(_finished(r, rows) for r in plan):
+        for d in data:
+            if not load(d).test:
+                raise InputError(f"{d} has no test images: a study needs some, with masks")
+    files.write_json(path, base)
+
+    failed: list[tuple[_Run, InputError]] = []
+    clock = _Clock(len(plan))
+    for number, r in enumerate(plan):
+        clock.announce(number, str(r))
+        try:
+            for row in _rows_of(r, experiment, config, load, rows, source, defects_from):
+                rows.put({**row, "run": str(r.folder.relative_to(workdir)), "command": command})
+        except InputError as error:
+            if error.status != 1:
+                raise
+            # A run that died is a result of the study; the others go on.
+            failed.append((r, error))
+            print(f"this run failed: {error}", file=sys.stderr, flush=True)
+        rows.write({study for study, _, _ in r.parts})
+    if failed:
+        raise InputError(
+            f"{len(failed)} of {len(plan)} runs failed, the first in {failed[0][0].folder}: {failed[0][1]}", status=1
+        )
+    return rows.found
+
+
+def _plan(
+    config: Any, experiment: str, studies: Mapping[str, Axis], data: str, folder: Path, seeds: range, load: "_Loader"
+) -> list[_Run]:
+    plan: list[_Run] = []
+    read: dict[int, list[tuple[str, Axis, tuple[Any, ...]]]] = {}
+    for study, axis in studies.items():
+        values = axis.values
+        if axis.fits is not None:
+            values = tuple(v for v in values if axis.fits(v, load(data), config))
+            if len(values) < len(axis.values):
+                left_out = ", ".join(str(v) for v in axis.values if v not in values)
+                print(f"{data} is too small for {axis.field} {left_out}: left out", file=sys.stderr, flush=True)
+        starts = (
+            [config] if axis.field == "seed" else [dataclasses.replace(config, seed=config.seed + s) for s in seeds]
+        )
+        # What is read off a trained model needs one run for all values and all such studies.
+        if experiment == "autoencoder" and axis.field in reading.AXES and axis.change is None:
+            for c in starts:
+                read.setdefault(c.seed, []).append((study, axis, values))
+            continue
+        for value in values:
+            tried = [axis.apply(c, value) for c in starts]
+            plan += [_Run(data, c, folder / _name(config, c), ((study, axis, (value,)),), False) for c in tried]
+    for seed, parts in read.items():
+        c = dataclasses.replace(config, seed=seed)
+        plan.append(_Run(data, c, folder / _name(config, c), tuple(parts), True))
+    return plan
+
+
+def _rows_of(
+    r: _Run, experiment: str, base: Any, load: "_Loader", rows: "_Rows", source: str, defects_from: str
+) -> list[dict[str, Any]]:
+    if experiment == "autoencoder":
+        record = autoencoder.run(r.config, data=r.data, workdir=r.folder, load=load)
+    elif experiment == "segmentation":
+        record = segmentation.run(r.config, data=r.data, defects_from=defects_from, workdir=r.folder, load=load)
+    else:
+        record = segmentation.transfer(
+            r.config, source=source, target=r.data, defects_from=defects_from, workdir=r.folder, load=load
+        )
+    if not r.read:
+        ((study, axis, (value,)),) = r.parts
+        return [_row(study, axis, value, base, r.config, row) for row in results.rows(record)]
+    if rows.has(r):
+        return []
+    asked = [(study, axis, value, axis.apply(r.config, value)) for study, axis, values in r.parts for value in values]
+    dataset = load(r.data)
+    _, validation = datasets.split(len(dataset.train), r.config.validation_fraction, r.config.seed)
+    reader = reading.Reader(
+        r.config,
+        autoencoder.trained(r.config, r.folder),
+        [dataset.train[i] for i in validation],
+        dataset.test,
+        [c.stride for *_, c in asked],
+    )
+    made = []
+    for study, axis, value, c in asked:
+        metrics, _ = reader.read(c)
+        again = {**record, "maps": metrics, "test_megapixels_per_second": None}
+        made += [_row(study, axis, value, base, c, row) for row in results.rows(again)]
+    return made
+
+
+def _row(study: str, axis: Axis, value: Any, base: Any, config: Any, row: Mapping[str, Any]) -> dict[str, Any]:
+    head = {"study": study, "axis": axis.field, "value": str(value)}
+    return {**head, **row, "seed": str(row["seed"]), "settings": results.settings_text(_changes(base, config))}
+
+
+def _changes(base: Any, config: Any) -> dict[str, Any]:
+    """Settings that differ, with the options of the loss as settings of their own."""
+
+    def flat(c: Any) -> dict[str, Any]:
+        values = configs.to_dict(c)
+        return {**values, **{f"loss_options.{k}": v for k, v in values.pop("loss_options").items()}}
+
+    ours, theirs = flat(config), flat(base)
+    return {k: v for k, v in ours.items() if v != theirs.get(k)}
+
+
+def _name(base: Any, config: Any) -> str:
+    """The run's folder: what differs from the settings of the study, and always the seed."""
+    changes = {**_changes(base, config), "seed": config.seed}
+    return re.sub(
+        r"[^\w.=,+-]", "-", ",".join(f"{k}={v}" for k, v in sorted(changes.items(), key=lambda i: i[0] == "seed"))
+    )
+
+
+def _dataset_folder(data: str) -> str:
+    return "_".join(p for p in Path(data).parts[-2:] if p.strip("/."))
+
+
+def _finished(r: _Run, rows: "_Rows") -> bool:
+    return (r.folder / "metrics.json").exists() and (not r.read or rows.has(r))
+
+
+class _Loader:
+    """`datasets.load`, once a data set, however many runs use it."""
+
+    def __init__(self, least: int):
+        self._load = functools.lru_cache(maxsize=None)(functools.partial(datasets.load, min_size=least))
+
+    def __call__(self, data: str, *, min_size: int = 0) -> Dataset:
+        return self._load(data)
+
+
+class _Rows:
+    """What `results.csv` holds; a row of the same run and map replaces the one before."""
+
+    _KEY = ("study", "value", "dataset", "seed", "map")
+
+    def __init__(self, workdir: Path):
+        self._workdir = workdir
+        path = workdir / "results.csv"
+        found = results.read(path) if path.exists() else []
+        self._rows = {tuple(row[k] for k in self._KEY): row for row in found}
+
+    @property
+    def found(self) -> list[dict[str, Any]]:
+        return list(self._rows.values())
+
+    def put(self, row: dict[str, Any]) -> None:
+        self._rows[tuple(row[k] for k in self._KEY)] = {k: row[k] for k in COLUMNS}
+
+    def has(self, r: _Run) -> bool:
+        """Whether every value of a run that is read again has its rows."""
+        run = f"runs/{r.folder.parent.name}/{r.folder.name}"
+        there = {(row["study"], row["value"]) for row in self.found if row["run"] == run}
+        return {(study, str(v)) for study, _, values in r.parts for v in values} <= there
+
+    def write(self, studies: set[str]) -> None:
+        """All rows, the tables, and the figures of these studies."""
+        from steel_ad.report import studies as figures  # not before the first run
+
+        results.write(self._workdir / "results.csv", self.found)
+        files.write_text(self._workdir / "table.md", markdown(self.found))
+        for study in studies:
+            rows = [row for row in self.found if row["study"] == study]
+            if rows:
+                figures.study(self._workdir / f"study_{study}.png", **figure(rows))
+
+
+def figure(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Arguments of `report.studies.study` for the rows of one study."""
+    found: dict[tuple[str, str], dict[str, dict[str, list[float]]]] = {}
+    for (dataset, name), of_map in results.series(rows, "dataset", "map").items():
+        found[(dataset, name)] = {
+            value: {m: [row[m] for row in same if row[m] is not None] for m in SHOWN}
+            for (value,), same in results.series(of_map, "value").items()
+        }
+    seeds = len({row["seed"] for row in rows})
+    return {
+        "found": found,
+        "values": results.ordered(row["value"] for row in rows),
+        "metrics": SHOWN,
+        "axis": rows[0]["axis"],
+        "title": f"{rows[0]['experiment']}: {rows[0]['study']}"
+        + (f", median and range of {seeds} seeds" if seeds > 1 and rows[0]["axis"] != "seed" else ""),
+    }
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table a study: median over seeds, with the least and the greatest."""
+    parts = []
+    for (study,), of_study in results.series(rows, "study").items():
+        lines = []
+        groups = results.series(of_study, "dataset", "map", "value")
+        order = results.ordered(row["value"] for row in of_study)
+        for dataset, name in results.series(of_study, "dataset", "map"):
+            for value in order:
+                if same := groups.get((dataset, name, value)):
+                    line: dict[str, Any] = {"data": dataset, "map": name, of_study[0]["axis"]: value}
+                    line |= {label: results.spread(same, m) for m, label in SHOWN.items()}
+                    lines.append({**line, "training, s": results.spread(same, "train_seconds"), "seeds": len(same)})
+        parts.append(f"## {study}\n\n{tables.markdown(lines, list(lines[0]))}\n")
+    return "\n".join(parts)
+
+
+class _Clock:
+    """A line for each run of the study: which of how many, and about how long the rest will take."""
+
+    def __init__(self, total: int):
+        self._total = total
+        self._start = time.monotonic()
+
+    def announce(self, number: int, what: str) -> None:
+        left = ""
+        if number:
+            seconds = (time.monotonic() - self._start) / number * (self._total - number)
+            left = f"; about {seconds / 60:.0f} min left" if seconds >= 90 else f"; about {seconds:.0f} s left"
+        print(f"run {number + 1} of {self._total}: {what}{left}", file=sys.stderr, flush=True)
