@@ -54,7 +54,8 @@ def study(
         plain(axes)
     for axes in panels[len(metrics) :]:
         axes.set_axis_off()
-    figure.supxlabel(axis, fontsize=11)
+    for axes in panels[max(0, len(metrics) - 3) : len(metrics)]:
+        axes.set_xlabel(axis, fontsize=11)
     figure.legend(handles=_keys(list(found)), loc="outside lower center", ncols=2, frameon=False, fontsize=10)
     return save(figure, path)
 

@@ -1,8 +1,4 @@
-"""Results of many runs: rows of metrics, gathered into CSV files, and the page that is made of these alone.
-
-`gather` reads the runs' `metrics.json` and the studies' `results.csv`; `render` writes the page and its figures, the same
-bytes from the same CSV files.
-"""
+"""Results of many runs as rows: of one run, of a CSV file, and of all runs below some folders (`gather`)."""
 
 import csv
 import io
@@ -119,11 +115,11 @@ def ordered(values: Iterable[str]) -> list[str]:
 
 
 def spread(found: Sequence[Mapping[str, Any]], metric: str) -> str:
-    """Median of a metric over rows and, where there are several, the least and the greatest: "0.912 (0.905 to 0.931)"."""
+    """Median of a metric over rows and, where they differ, the least and the greatest: "0.912 (0.905 to 0.931)"."""
     values = [row[metric] for row in found if row[metric] is not None]
     if not values:
         return "-"
-    if len(values) == 1:
+    if min(values) == max(values):
         return _digits(values[0])
     return f"{_digits(float(np.median(values)))} ({_digits(min(values))} to {_digits(max(values))})"
 
@@ -139,6 +135,146 @@ def settings_text(changes: Mapping[str, Any]) -> str:
     return json.dumps(dict(changes), sort_keys=True)
 
 
-def write(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
-    """Rows to CSV, None as an empty cell; raises as `files.write_text`."""
-    files.write_csv(path, found)
+# What tells methods apart; a study's runs with other changes are no method of their own.
+_OF_A_METHOD = {"seed", "loss", "constants", "residual_constants", "model"}
+
+
+def gather(
+    folders: Sequence[Path], presets: Mapping[str, Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of all finished runs, and of all studies, below some folders; the same run twice counts once.
+
+    Args:
+      presets: experiment -> preset's name -> settings, for the commands.
+
+    Returns:
+      Rows with columns method, `ROW`, percentile and command; and rows as in the studies' `results.csv`. Both name folders by
+      their last part.
+
+    Raises:
+      InputError: no such folder, nothing there, or a file that cannot be read.
+    """
+    methods: dict[tuple, dict[str, Any]] = {}
+    studies: dict[tuple, dict[str, Any]] = {}
+
+    def add(row: dict[str, Any]) -> None:
+        methods.setdefault(tuple(row[k] for k in ("method", "dataset", "seed", "map", "command")), row)
+
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"there is no folder {folder}: give --runs=FOLDER[,FOLDER...] with runs or studies")
+        for path in sorted(folder.rglob("metrics.json")):
+            for row in _methods(path, presets):
+                add(row)
+        for path in sorted(folder.rglob("results.csv")):
+            if (path.parent / "sweep.json").exists():
+                for row in read(path):
+                    row = {**row, "command": public(row["command"])}
+                    studies.setdefault(tuple(row[k] for k in (*_STUDY, "command")), row)
+                    for again in _read_again(path.parent, row):
+                        add(again)
+    if not methods and not studies:
+        raise InputError(f"there is no finished run below {', '.join(map(str, folders))}: give other --runs")
+    return (
+        sorted(methods.values(), key=lambda r: tuple(str(r[k]) for k in ("experiment", "method", "dataset", "seed"))),
+        sorted(studies.values(), key=lambda r: tuple(str(r[k]) for k in ("experiment", "study", "dataset", "map"))),
+    )
+
+
+_STUDY = ("experiment", "study", "value", "dataset", "seed", "map")
+
+
+def _methods(path: Path, presets: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    record = files.read_json(path)
+    experiment = record.get("experiment", "") if isinstance(record, dict) else ""
+    # The parts of a transfer are in its own record.
+    if not experiment or experiment.startswith("transfer, ") or not record.get("finished", True):
+        return []
+    settings = record.get("config", {})
+    study = path.parents[3] / "sweep.json" if len(path.parents) > 3 else path
+    if study.name == "sweep.json" and study.exists():
+        base = files.read_json(study)
+        if {k for k, v in base.items() if k in settings and settings[k] != v} - _OF_A_METHOD:
+            return []
+    try:
+        line = _command(experiment, settings, record, presets)
+        return [
+            {
+                "method": _method(experiment, settings, row["map"]),
+                **row,
+                "seed": str(row["seed"]),
+                "percentile": str(settings.get("percentile", record.get("percentile", ""))),
+                "command": line,
+            }
+            for row in rows(record)
+        ]
+    except (KeyError, TypeError, AttributeError, InputError) as error:
+        raise InputError(f"{path} is no record of a run ({error}): remove it from --runs") from None
+
+
+def _command(
+    experiment: str, settings: Mapping[str, Any], record: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]]
+) -> str:
+    if "command" in record:
+        return public(record["command"])
+    where = {k: settings[k] for k in ("data", "source", "target", "defects") if settings.get(k)}
+    if not where:
+        where = {"data": record["dataset"]}
+    where |= {"workdir": "W"}
+    if experiment not in presets:
+        return public(
+            shlex.join(["python", "-m", f"experiments.{experiment}", *(f"--{k}={v}" for k, v in where.items())])
+        )
+    kind = type(next(iter(presets[experiment].values())))
+    config = configs.from_mapping(kind, {k: v for k, v in settings.items() if k not in where})
+    file = "segmentation" if experiment == "transfer" else experiment
+    return public(command(experiment, config, presets[experiment], where, file=file))
+
+
+def public(line: str) -> str:
+    """A command line with absolute paths named by their last part, and the working directory W."""
+    words = []
+    for word in shlex.split(line):
+        name, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+        value = ",".join(Path(v).name if v.startswith("/") else v for v in value.split(","))
+        words.append(f"{name}{equals}{'W' if name == '--workdir' else value}")
+    return shlex.join(words)
+
+
+_LOSSES = {"ssim": "SSIM", "l2": "L2", "l1": "L1", "ssim_l2": "SSIM and L2"}
+_NETWORKS = {"unet": "U-Net", "compact_cnn": "CompactCNN"}
+_MAPS = {"segmentation": "map", "classification": "classifier"}
+_UNTRAINED = {
+    "phase_only": "Phase-only transform",
+    "whitening": "Spectral whitening",
+    "lattice": "Lattice neighbours",
+}
+
+
+def _method(experiment: str, settings: Mapping[str, Any], name: str) -> str:
+    """What a reader calls the method that made a map."""
+    if experiment == "autoencoder":
+        loss = _LOSSES.get(settings["loss"], settings["loss"])
+        trained = f"{loss}-AE" + (f" ({settings['constants']})" if "ssim" in settings["loss"] else "")
+        return f"{trained}, " + (f"SSIM map ({settings['residual_constants']})" if name == "ssim" else "L2 map")
+    if experiment in ("segmentation", "transfer"):
+        network = f"{_NETWORKS[settings['model']]} ({settings['loss']})"
+        if experiment == "segmentation":
+            defects = "labelled defects" if settings.get("defects") == "labelled" else "inserted defects"
+            return f"{network}, {defects}, {_MAPS[name]}"
+        when, _, name = name.split(" ")
+        lines = " to ".join(Path(settings[k]).name for k in ("source", "target"))
+        return f"{network}, {lines}, {when} adapting, {_MAPS[name]}"
+    return _UNTRAINED.get(name, name)
+
+
+def _read_again(folder: Path, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A method's row of a study of the residual's constants, for constants that the run itself does not have."""
+    if row["axis"] != "residual_constants" or row["map"] != "ssim":
+        return []
+    settings = files.read_json(folder / row["run"] / "config.json")
+    if settings["residual_constants"] == row["value"]:
+        return []
+    method = _method("autoencoder", {**settings, "residual_constants": row["value"]}, "ssim")
+    kept = {k: row[k] for k in ROW}
+    return [{"method": method, **kept, "percentile": str(settings["percentile"]), "command": row["command"]}]

@@ -184,7 +184,7 @@ class _Run:
     read: bool
 
     def __str__(self) -> str:
-        what = "; ".join(f"{study} {', '.join(map(str, values))}" for study, _, values in self.parts)
+        what = "; ".join(f"{study} {', '.join(map(_text, values))}" for study, _, values in self.parts)
         return f"{self.data}, {what}, seed {self.config.seed}"
 
 
@@ -333,7 +333,7 @@ def _rows_of(
 
 
 def _row(study: str, axis: Axis, value: Any, base: Any, config: Any, row: Mapping[str, Any]) -> dict[str, Any]:
-    head = {"study": study, "axis": axis.field, "value": str(value)}
+    head = {"study": study, "axis": axis.field, "value": _text(value)}
     return {**head, **row, "seed": str(row["seed"]), "settings": results.settings_text(_changes(base, config))}
 
 
@@ -354,6 +354,10 @@ def _name(base: Any, config: Any) -> str:
     return re.sub(
         r"[^\w.=,+-]", "-", ",".join(f"{k}={v}" for k, v in sorted(changes.items(), key=lambda i: i[0] == "seed"))
     )
+
+
+def _text(value: Any) -> str:
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 def _dataset_folder(data: str) -> str:
@@ -396,13 +400,13 @@ class _Rows:
         """Whether every value of a run that is read again has its rows."""
         run = f"runs/{r.folder.parent.name}/{r.folder.name}"
         there = {(row["study"], row["value"]) for row in self.found if row["run"] == run}
-        return {(study, str(v)) for study, _, values in r.parts for v in values} <= there
+        return {(study, _text(v)) for study, _, values in r.parts for v in values} <= there
 
     def write(self, studies: set[str]) -> None:
         """All rows, the tables, and the figures of these studies."""
         from steel_ad.report import studies as figures  # not before the first run
 
-        results.write(self._workdir / "results.csv", self.found)
+        files.write_csv(self._workdir / "results.csv", self.found)
         files.write_text(self._workdir / "table.md", markdown(self.found))
         for study in studies:
             rows = [row for row in self.found if row["study"] == study]
