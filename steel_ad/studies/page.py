@@ -127,7 +127,10 @@ def _methods(methods: Rows, folder: Path, commands: _Commands) -> list[str]:
                 kept[m] += [row[m] for row in same if row[m] is not None]
         parts.append(f"### {dataset}\n\n{tables.markdown(lines, list(lines[0]))}\n")
     figures.methods(
-        folder / "methods.png", drawn, metrics=shown, title="Methods: median over seeds, bar from least to greatest"
+        folder / "methods.png",
+        drawn,
+        metrics=shown,
+        title="Methods: median over seeds and settings, bar from least to greatest",
     )
     return [parts[0], f"![Methods]({folder.name}/methods.png)\n", *parts[1:]]
 

@@ -73,6 +73,10 @@ def _count_fits(value: int, dataset: Dataset, config: Any) -> bool:
     return value <= len(train)
 
 
+def _stride_fits(value: int, dataset: Dataset, config: Any) -> bool:
+    return value <= config.patch_size
+
+
 _COUNTS = (10, 25, 50, 100, 200, 400, 800, 1600)
 _SUPERVISED = {
     "model": Axis("model", ("compact_cnn", "unet")),
@@ -97,7 +101,7 @@ STUDIES: dict[str, dict[str, Axis]] = {
         "seeds": Axis("seed", (0, 1, 2)),
         "percentile": Axis("percentile", (90.0, 95.0, 98.0, 99.0, 99.5, 99.9, 100.0)),
         "radius": Axis("radius", (0, 1, 2, 4, 6, 8)),
-        "stride": Axis("stride", (128, 64, 32, 16)),
+        "stride": Axis("stride", (128, 64, 32, 16), fits=_stride_fits),
         "map": Axis("residual_constants", ("thesis", "wang")),
     },
     "segmentation": {
@@ -232,13 +236,10 @@ def run(
     if path.exists() and (other := configs.difference(base, files.read_json(path))):
         raise InputError(f"{workdir} holds studies of another config, which differs in {other}: use a new --workdir")
     rows = _Rows(workdir)
-    tried = [a.apply(config, v) for a in studies.values() for v in a.values]
+    tried = [config, *(a.apply(config, v) for a in studies.values() if a.fits is None for v in a.values)]
     for c in tried:
         (autoencoder if experiment == "autoencoder" else segmentation).check_loss(c)
-    # Default values that an image is too small for are left out later, so they do not count.
-    strict = [a.apply(config, v) for a in studies.values() if a.fits is None for v in a.values]
-    least = max(c.patch_size for c in [config, *strict])
-    load = _Loader(least)
+    load = _Loader(max(c.patch_size for c in tried))
     plan: list[_Run] = []
     for d, name in zip(data, names, strict=True):
         plan += _plan(config, experiment, studies, d, workdir / "runs" / name, range(seeds), load)
@@ -280,7 +281,11 @@ def _plan(
             values = tuple(v for v in values if axis.fits(v, load(data), config))
             if len(values) < len(axis.values):
                 left_out = ", ".join(str(v) for v in axis.values if v not in values)
-                print(f"{data} is too small for {axis.field} {left_out}: left out", file=sys.stderr, flush=True)
+                print(
+                    f"{data} with these settings is too small for {axis.field} {left_out}: left out",
+                    file=sys.stderr,
+                    flush=True,
+                )
         starts = (
             [config] if axis.field == "seed" else [dataclasses.replace(config, seed=config.seed + s) for s in seeds]
         )

@@ -1,0 +1,305 @@
+"""Studies: what they write, that they resume, that reading a model again is what the run itself would give."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import jax
+import numpy as np
+import pytest
+
+from configs.autoencoder import PRESETS
+from configs.segmentation import PRESETS as SUPERVISED
+from steel_ad import config as configs
+from steel_ad.data import datasets, plates
+from steel_ad.detectors import autoencoder as detector
+from steel_ad.errors import InputError
+from steel_ad.studies import autoencoder, reading, results, segmentation, sweep
+
+ROOT = Path(__file__).parent.parent
+
+
+def tiny(**settings):
+    return configs.Autoencoder(**{**PRESETS["tiny"], **settings})
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "line"
+    good = np.asarray(plates.to_uint8(plates.render(jax.random.key(0), "teardrop1", size=64, num=8)))
+    bad, masks = plates.render_defective(jax.random.key(1), "teardrop1", "smear", size=64, num=3)
+
+    def write(path, image):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        assert cv2.imwrite(str(path), image)
+
+    for i in range(6):
+        write(root / "train" / "good" / f"{i}.png", good[i])
+    for i in range(2):
+        write(root / "test" / "good" / f"{i}.png", good[6 + i])
+    for i in range(3):
+        write(root / "test" / "smear" / f"{i}.png", np.asarray(plates.to_uint8(bad))[i])
+        write(root / "ground_truth" / "smear" / f"{i}_mask.png", np.asarray(masks)[i].astype(np.uint8) * 255)
+    return str(root)
+
+
+def run(data, workdir, study="", *, values=(), axis="", experiment="autoencoder", config=None, **options):
+    studies = sweep.select(experiment, study.split(",") if study else [], axis, values)
+    return sweep.run(
+        config or tiny(), experiment=experiment, studies=studies, data=[data], workdir=workdir, command="c", **options
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("sweep") / "w"
+    line = [sys.executable, "-m", "experiments.sweep", "--config=configs/autoencoder.py:tiny", "--axis=latent"]
+    line += ["--values=8,4", "--seeds=2", f"--data={data}", f"--workdir={workdir}"]
+    line.append(f"--compilation_cache={os.environ['STEEL_AD_TEST_CACHE']}")
+    return workdir, subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_binary_runs_a_study(finished, data):
+    workdir, result = finished
+    assert result.returncode == 0, result.stderr
+    assert "run 4 of 4" in result.stderr
+    assert "## latent" in result.stdout
+    rows = results.read(workdir / "results.csv")
+    assert [(r["value"], r["seed"], r["map"]) for r in rows] == [
+        (v, s, m) for v in ("8", "4") for s in ("0", "1") for m in ("ssim", "l2")
+    ]
+    assert set(rows[0]) == set(sweep.COLUMNS)
+    assert rows[0]["command"].startswith(
+        "python -m experiments.sweep --config=configs/autoencoder.py:tiny --axis=latent"
+    )
+    assert "compilation_cache" not in rows[0]["command"]
+    assert json.loads(rows[-1]["settings"]) == {"latent": 4, "seed": 1}
+    for row in rows:
+        record = json.loads((workdir / row["run"] / "metrics.json").read_text())
+        assert row["aupro_30"] == record["maps"][row["map"]]["aupro_30"]
+        assert row["found_iou_0"] == record["maps"][row["map"]]["defects_found"]["iou_0"]
+        assert (record["config"]["latent"], record["config"]["seed"]) == (int(row["value"]), int(row["seed"]))
+    names = {p.name for p in workdir.iterdir()}
+    assert names == {"runs", "sweep.json", "results.csv", "table.md", "study_latent.png"}
+    # A run with the study's own settings is the one that other studies share.
+    assert rows[0]["run"].endswith("seed=0")
+
+
+def test_nothing_is_trained_twice_and_other_studies_share_the_runs(finished, data, monkeypatch):
+    workdir, _ = finished
+    before = results.read(workdir / "results.csv")
+    monkeypatch.setattr(detector, "train", lambda *a, **k: pytest.fail("trained again"))
+    assert run(data, workdir, axis="latent", values=["8", "4"], seeds=2) == [{**r, "command": "c"} for r in before]
+    rows = run(data, workdir, "percentile,radius,stride,map")
+    assert {r["study"] for r in rows} == {"latent", "percentile", "radius", "stride", "map"}
+    record = json.loads((workdir / rows[0]["run"] / "metrics.json").read_text())
+    own = {"percentile": "98", "radius": "4", "stride": "16", "residual_constants": "thesis"}
+    same = [r for r in rows if own.get(r["axis"]) == r["value"]]
+    assert len(same) == 8
+    for row in same:
+        for metric in ("pixel_auroc", "aupro_30", "pixel_iou", "image_auroc", "threshold", "image_threshold"):
+            assert row[metric] == pytest.approx(record["maps"][row["map"]][metric], abs=2e-5), (row["axis"], metric)
+    values = [r["value"] for r in rows if r["study"] == "stride" and r["map"] == "ssim"]
+    assert values == ["32", "16"]  # those which fit into the patch, as the others do not
+    # Read once, rows are kept.
+    monkeypatch.setattr(reading, "Reader", lambda *a: pytest.fail("read again"))
+    assert run(data, workdir, "percentile,radius,stride,map") == rows
+
+
+@pytest.mark.parametrize("change", [{"radius": 1, "percentile": 60.0}, {"window_size": 5}, {"stride": 8}])
+def test_reading_again_is_evaluating_again(finished, data, change, tmp_path):
+    """In any order, what was kept from other settings does not leak into these."""
+    import shutil
+
+    workdir = finished[0] / "runs"
+    (folder,) = (p for p in workdir.glob("*/seed=0"))
+    shutil.copytree(folder, tmp_path / "w")
+    expected = autoencoder.run(tiny(**change), data=data, workdir=tmp_path / "w", evaluate_only=True)
+    dataset = datasets.load(data)
+    _, validation = datasets.split(6, 0.2, 0)
+    params = autoencoder.trained(tiny(), folder)
+    reader = reading.Reader(tiny(), params, [dataset.train[i] for i in validation], dataset.test, [8, 16, 24])
+    reader.read(tiny())
+    reader.read(tiny(stride=24))
+    found, limits = reader.read(tiny(**change))
+    assert list(found) == ["ssim", "l2"]
+    for name, metrics in found.items():
+        assert limits[name].pixel == pytest.approx(expected["thresholds"][name]["pixel"], rel=1e-4)
+        assert limits[name].image == pytest.approx(expected["thresholds"][name]["image"], rel=1e-4)
+        for metric in ("pixel_auroc", "aupro_05", "pixel_dice", "image_auroc", "false_regions_per_image"):
+            assert metrics[metric] == pytest.approx(expected["maps"][name][metric], abs=2e-4), metric
+
+
+def test_reconstructions_share_windows_of_any_image():
+    config = tiny()
+    params = detector.initial_state(config, jax.random.key(0)).params
+    image = np.random.default_rng(0).random((70, 53)).astype(np.float32)
+    found = detector.reconstructions(config, params, image, [8, 24, 32])
+    for stride, one in zip([8, 24, 32], found, strict=True):
+        expected = detector.reconstruct(dataclasses.replace(config, stride=stride), params, image)
+        np.testing.assert_allclose(one, expected, atol=1e-6)
+    assert list(reading._families([128, 48, 32, 96, 32])) == [[32, 96, 128], [48]]
+
+
+def test_an_interrupted_study_goes_on(data, tmp_path, monkeypatch):
+    whole, trained, loaded = autoencoder.run, [], []
+    train, load = detector.train, datasets.load
+
+    def interrupted(config, **options):
+        if config.seed == 1:
+            raise KeyboardInterrupt
+        return whole(config, **options)
+
+    monkeypatch.setattr(detector, "train", lambda c, *a, **k: (trained.append(c.seed), train(c, *a, **k))[1])
+    monkeypatch.setattr(datasets, "load", lambda d, **k: (loaded.append(d), load(d, **k))[1])
+    detector._step.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(autoencoder, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(data, tmp_path, "seeds")
+    assert [r["seed"] for r in results.read(tmp_path / "results.csv")] == ["0", "0"]
+    rows = run(data, tmp_path, "seeds")
+    assert trained == [0, 1, 2]
+    assert loaded == [data, data]  # once a call
+    assert [r["value"] for r in rows] == ["0", "0", "1", "1", "2", "2"]
+    assert rows[0]["pixel_auroc"] != rows[2]["pixel_auroc"]
+    # One step for all seeds, traced once.
+    assert detector._step.cache_info().misses == 1
+    assert detector._step(tiny(), 1)._cache_size() == 1
+
+
+def test_a_run_that_dies_does_not_end_the_study(data, tmp_path, monkeypatch):
+    def dies(config, *, workdir, **options):
+        if config.latent == 4:
+            raise InputError("training is dead", status=1)
+        maps = {"ssim": {"pixel_auroc": 0.5}}
+        return {"experiment": "autoencoder", "dataset": "line", "maps": maps, "config": {"seed": 0}}
+
+    monkeypatch.setattr(autoencoder, "run", dies)
+    with pytest.raises(InputError, match=r"1 of 3 runs failed.*latent=4.*dead") as error:
+        run(data, tmp_path, axis="latent", values=["2", "4", "6"])
+    assert error.value.status == 1
+    assert [r["value"] for r in results.read(tmp_path / "results.csv")] == ["2", "6"]
+
+
+def test_supervised_studies(data, tmp_path, monkeypatch):
+    config = configs.Segmentation(**SUPERVISED["tiny"])
+    rows = run(data, tmp_path / "s", "ratio", values=["1:1"], experiment="segmentation", config=config)
+    assert [(r["value"], r["map"]) for r in rows] == [("1:1", "segmentation"), ("1:1", "classification")]
+    assert rows[0]["pixel_auroc"] is not None
+    assert rows[1]["pixel_auroc"] is None
+    seen = []
+
+    def transfer(config, *, source, target, **options):
+        seen.append((config.optimizer, config.adadelta, source, target))
+        part = {"dataset": "line", "train_seconds": 1.0, "maps": {"segmentation": {"pixel_auroc": 0.5}}}
+        parts = {w: {"experiment": "transfer, x", **part} for w in ("source", "target")}
+        return {"experiment": "transfer", "config": {"seed": 0}, "before": parts, "after": parts}
+
+    monkeypatch.setattr(segmentation, "transfer", transfer)
+    rows = run(data, tmp_path / "t", "adadelta", experiment="transfer", config=config, source="other")
+    assert seen == [("adadelta", k, "other", data) for k in ("tf_keras", "old_keras", "pytorch")]
+    assert [r["map"] for r in rows[:4]] == [
+        f"{when} {where} segmentation" for when in ("before", "after") for where in ("source", "target")
+    ]
+
+
+def test_every_study_changes_what_it_says():
+    """And nothing but that and what makes it count; the settings accept every value."""
+    extra = {
+        "window_size": {"loss_options"},
+        "epochs": {"steps"},
+        "decay": {"weight_decay"},
+        "adadelta": {"optimizer", "learning_rate", "warmup_steps", "schedule"},
+        "adapt_epochs": {"adapt_steps"},
+    }
+    quick = {"autoencoder": PRESETS["quick"], "segmentation": SUPERVISED["quick"], "transfer": SUPERVISED["quick"]}
+    for experiment, studies in sweep.STUDIES.items():
+        base = sweep.KINDS[experiment](**quick[experiment])
+        for axis in studies.values():
+            for value in axis.values:
+                config = axis.apply(base, value)
+                assert getattr(config, axis.field) == value
+                before, after = configs.to_dict(base), configs.to_dict(config)
+                assert {k for k in after if after[k] != before[k]} <= {axis.field} | extra.get(axis.field, set())
+    window = sweep.STUDIES["autoencoder"]["window"].apply(tiny(), 7)
+    assert window.loss_options == {"window_size": 7}
+    assert sweep.STUDIES["autoencoder"]["window"].apply(tiny(loss="l2"), 7).loss_options == {}
+
+
+@pytest.mark.parametrize(
+    ("study", "axis", "values", "said"),
+    [
+        ("latnt", "", [], "no study 'latnt'.*latent"),
+        ("ratio", "", [], "no study 'ratio' of the experiment autoencoder"),
+        ("", "", [], "either --study"),
+        ("latent", "latent", ["1"], "either --study"),
+        ("latent,loss", "", ["1"], "--values are those of one study"),
+        ("", "latent", [], "needs --values"),
+        ("", "latnt", ["1"], "--axis=latnt.*latent"),
+        ("", "loss_options", ["1"], "--axis=loss_options"),
+        ("latent", "", ["many"], "--values=many must be a whole number"),
+        ("", "learning_rate", ["0.1", "x"], "--values=x must be a number"),
+        ("", "flips", ["yes"], "--values=yes must be true or false"),
+        ("latent", "", ["0"], "latent=0 must be at least 1"),
+        ("loss", "", ["l3"], "no loss 'l3'"),
+        ("samples", "", ["50"], "train_images=50.*only 5"),
+        ("patch_size", "", ["32", "128"], "smaller than the patch of 128"),
+    ],
+)
+def test_what_cannot_be_studied(data, tmp_path, study, axis, values, said):
+    with pytest.raises(InputError, match=said) as error:
+        run(data, tmp_path / "w", study, axis=axis, values=values)
+    assert "\n" not in str(error.value)
+    assert error.value.status == 2
+    assert not (tmp_path / "w" / "results.csv").exists()
+
+
+def test_studies_of_another_config_or_data(finished, data, tmp_path):
+    with pytest.raises(InputError, match=r"another config.*batch_size"):
+        run(data, finished[0], "latent", config=tiny(batch_size=2))
+    with pytest.raises(InputError, match="no test images"):
+        run(str(Path(data) / "train" / "good"), tmp_path / "w", "latent")
+    with pytest.raises(InputError, match="two data sets end in"):
+        sweep.run(
+            tiny(),
+            experiment="autoencoder",
+            studies=sweep.select("autoencoder", ["latent"], "", []),
+            data=["a/b/line", "c/b/line"],
+            workdir=tmp_path / "w",
+        )
+    assert not (tmp_path / "w").exists()
+
+
+def test_some_of_the_training_images(data, tmp_path):
+    train, _ = datasets.split(40, 0.2, 0)
+    few, more = (datasets.chosen(train, n, 0) for n in (5, 20))
+    assert len(few) == 5
+    assert set(few) < set(more) < set(train)
+    assert set(few) != set(train[:5])
+    np.testing.assert_array_equal(datasets.chosen(train, 0, 0), train)
+    workdir = tmp_path / "w"
+    record = autoencoder.run(tiny(train_images=2), data=data, workdir=workdir)
+    assert record["images"]["train"] == 2
+    uses = [row["use"] for row in json.loads((workdir / "manifest.json").read_text())]
+    assert sorted(uses) == ["none"] * 3 + ["train"] * 2 + ["validation"]
+
+
+def test_runs_from_before_a_setting_existed_go_on(finished, data, tmp_path):
+    import shutil
+
+    (folder,) = (finished[0] / "runs").glob("*/seed=0")
+    shutil.copytree(folder, tmp_path / "w")
+    for name in ("config.json", "metrics.json"):
+        record = json.loads((tmp_path / "w" / name).read_text())
+        del (record["config"] if name == "metrics.json" else record)["train_images"]
+        (tmp_path / "w" / name).write_text(json.dumps(record))
+    before = (tmp_path / "w" / "metrics.json").stat().st_mtime_ns
+    autoencoder.run(tiny(), data=data, workdir=tmp_path / "w")
+    assert (tmp_path / "w" / "metrics.json").stat().st_mtime_ns == before
+    with pytest.raises(InputError, match=r"train_images \(2 here, 0 there\)"):
+        autoencoder.run(tiny(train_images=2), data=data, workdir=tmp_path / "w")
