@@ -109,21 +109,28 @@ _TRAIN, _GOOD, _DEFECTIVE = 300, 60, 60
 
 
 def _procedural(data: str, min_size: int, train: bool) -> Dataset:
-    """300 good plates of a line to train, 60 good and 60 defective ones to test, 256x256, always the same ones."""
-    name = data.split("/", 1)[1]
+    """300 good plates of a line to train, 60 good and 60 defective ones to test, always the same ones.
+
+    `data` is "procedural/LINE", of 256x256 pixels, or "procedural/LINE/SIDE".
+    """
+    _, name, *side = data.split("/")
     if name not in plates.LINES:
         raise InputError(f"there is no line {data!r}: use one of {', '.join('procedural/' + n for n in plates.LINES)}")
-    if min_size > 256:
+    if side and not (len(side) == 1 and side[0].isdecimal() and int(side[0]) >= 32):
+        raise InputError(f"{data} must be procedural/LINE or procedural/LINE/SIDE with SIDE at least 32 pixels")
+    size = int(side[0]) if side else 256
+    if min_size > size:
         raise InputError(
-            f"procedural plates are 256x256 pixels, smaller than the patch of {min_size}: use a smaller --config.patch_size"
+            f"{data} has plates of {size}x{size} pixels, smaller than the patch of {min_size}: use a smaller "
+            f"--config.patch_size, or --data=procedural/{name}/{min_size}"
         )
     line = plates.LINES[name]
     root = jax.random.key(20)
 
     def draw(stream, num):
-        return np.asarray(plates.to_uint8(plates.render(jax.random.fold_in(root, stream), line, num=num)))
+        return np.asarray(plates.to_uint8(plates.render(jax.random.fold_in(root, stream), line, size, num)))
 
-    good = draw(0, _TRAIN) if train else np.zeros((0, 256, 256), np.uint8)
+    good = draw(0, _TRAIN) if train else np.zeros((0, size, size), np.uint8)
     manifest = [
         {"path": f"{data}/train/{i:04d}", "bytes": image.nbytes, "sha256": hashlib.sha256(image.tobytes()).hexdigest()}
         for i, image in enumerate(good)
@@ -134,7 +141,7 @@ def _procedural(data: str, min_size: int, train: bool) -> Dataset:
     kinds = line.anomalies
     for k, kind in enumerate(kinds):
         num = len(range(k, _DEFECTIVE, len(kinds)))
-        images, masks = plates.render_defective(jax.random.fold_in(root, 2 + k), line, kind, num=num)
+        images, masks = plates.render_defective(jax.random.fold_in(root, 2 + k), line, kind, size, num)
         test += [
             TestImage(f"{kind}/{i:03d}", kind, image, mask)
             for i, (image, mask) in enumerate(zip(np.asarray(plates.to_uint8(images)), np.asarray(masks), strict=True))
