@@ -321,10 +321,14 @@ def test_runs_from_before_a_setting_existed_go_on(finished, data, tmp_path):
 def test_procedural_plates_of_another_size(monkeypatch):
     for name in ("_TRAIN", "_GOOD", "_DEFECTIVE"):
         monkeypatch.setattr(datasets, name, 1)
-    dataset = datasets.load("procedural/teardrop1/64", min_size=64)
+    dataset = datasets.load("procedural/teardrop1/128", min_size=128)
     images = [*dataset.train, *(t.image for t in dataset.test), *(t.mask for t in dataset.test)]
-    assert {i.shape for i in images} == {(64, 64)}
-    assert dataset.name == "procedural_teardrop1_64"
-    for data, said in (("teardrop1/64", "smaller than the patch"), ("teardrop1/7", "SIDE"), ("teardrop1/64/2", "SIDE")):
+    assert {i.shape for i in images} == {(128, 128)}
+    assert dataset.name == "procedural_teardrop1_128"
+    for data, said in (
+        ("teardrop1/128", "smaller than the patch"),
+        ("teardrop1/7", "SIDE"),
+        ("teardrop1/128/2", "SIDE"),
+    ):
         with pytest.raises(InputError, match=said):
-            datasets.load(f"procedural/{data}", min_size=128)
+            datasets.load(f"procedural/{data}", min_size=144)

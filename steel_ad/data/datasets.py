@@ -116,8 +116,8 @@ def _procedural(data: str, min_size: int, train: bool) -> Dataset:
     _, name, *side = data.split("/")
     if name not in plates.LINES:
         raise InputError(f"there is no line {data!r}: use one of {', '.join('procedural/' + n for n in plates.LINES)}")
-    if side and not (len(side) == 1 and side[0].isdecimal() and int(side[0]) >= 32):
-        raise InputError(f"{data} must be procedural/LINE or procedural/LINE/SIDE with SIDE at least 32 pixels")
+    if side and not (len(side) == 1 and side[0].isdecimal() and int(side[0]) >= 128):
+        raise InputError(f"{data} must be procedural/LINE or procedural/LINE/SIDE with SIDE at least 128 pixels")
     size = int(side[0]) if side else 256
     if min_size > size:
         raise InputError(
