@@ -41,11 +41,12 @@ def run(main: Callable[..., int | None], commands: Sequence[str] = ()) -> None:
     )
 
 
-def define_config(default: str) -> flags.FlagHolder:
-    """The flag --config, a recipe as `FILE:PRESET`, and --config.FIELD for each of its settings."""
-    flags.DEFINE_multi_string(
-        "loss_option", [], "Option of the loss as name=value, of a loss of one's own too; repeatable."
-    )
+def define_config(default: str, *, loss: bool = True) -> flags.FlagHolder:
+    """The flag --config, a recipe as `FILE:PRESET`, and --config.FIELD for each of its settings; --loss_option with a `loss`."""
+    if loss:
+        flags.DEFINE_multi_string(
+            "loss_option", [], "Option of the loss as name=value, of a loss of one's own too; repeatable."
+        )
     try:
         return config_flags.DEFINE_config_file("config", default, "Recipe and preset, FILE:PRESET.", lock_config=True)
     except (AttributeError, KeyError, ValueError, TypeError, ImportError, SyntaxError, OSError) as error:
@@ -64,6 +65,8 @@ def settings(holder: flags.FlagHolder, kind: type[T]) -> T:
         values = dict(holder.value)
     except OSError as error:
         raise InputError(f"--config cannot be loaded: {str(error).splitlines()[-1].strip()}") from None
+    if "loss_options" not in values:
+        return configs.from_mapping(kind, values)
     options = dict(configs.plain(values["loss_options"]))
     for option in flags.FLAGS.loss_option:
         name, equals, value = option.partition("=")

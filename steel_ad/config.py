@@ -191,6 +191,43 @@ class Segmentation:
         return self.adapt_steps or self._steps(self.adapt_epochs)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spectrum:
+    """Settings of the detectors without training."""
+
+    seed: int = 0  # of the choice of good images that calibrate
+    maps: tuple[str, ...] = ("phase_only", "whitening", "lattice")
+    images: int = 24  # good images that are looked at
+    validation_fraction: float = 0.2  # of the good images, for the threshold
+    # Phase-only transform and whitening.
+    smoothing_px: int = 9  # side of the box that the energy is averaged in, twice
+    tile: int = 128  # pixels, even, of a whitened tile
+    # Lattice; lengths are in pitches of the pattern.
+    background: float = 1.5  # box whose mean is taken off the image first
+    window: float = 0.25  # box that deviations are averaged in
+    floor: float = 0.2  # of the deviation at a place of the cell, as a share of the cell's mean one
+    # Evaluation.
+    percentile: float = 98.0
+    radius: int = 4  # pixels, of the opening's disk
+
+    def __post_init__(self):
+        names = ("phase_only", "whitening", "lattice")
+        if not self.maps or set(self.maps) - set(names) or len(set(self.maps)) < len(self.maps):
+            raise InputError(f"--config.maps={','.join(self.maps)} must name some of {', '.join(names)}, each once")
+        _least(self, 0, "seed", "radius")
+        _least(self, 1, "images", "smoothing_px")
+        if self.smoothing_px % 2 == 0:
+            raise InputError(f"--config.smoothing_px={self.smoothing_px} must be odd")
+        if self.tile < 8 or self.tile % 2:
+            raise InputError(f"--config.tile={self.tile} must be even and at least 8")
+        if not (self.background > 0 and self.window > 0 and self.floor > 0):
+            raise InputError("--config.background, --config.window and --config.floor must be positive")
+        if not 0 < self.validation_fraction < 1:
+            raise InputError(f"--config.validation_fraction={self.validation_fraction} must lie between 0 and 1")
+        if not 0 <= self.percentile <= 100:
+            raise InputError(f"--config.percentile={self.percentile} must lie in 0..100")
+
+
 def defective_share(ratio: str, name: str = "ratio") -> float:
     """Share of defective samples in a ratio such as "1:3": 0.25.
 

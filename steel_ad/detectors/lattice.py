@@ -1,0 +1,160 @@
+"""The plate against itself: every pixel beside the pixels that lie whole lattice steps away in the same image.
+
+The image is folded into the unit cell of its pattern, all repeats one over the other; the median over the repeats is what the
+pattern looks like at each place of the cell, the median deviation how far sound repeats differ there.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from steel_ad.data.patches import Plates
+from steel_ad.errors import InputError
+from steel_ad.ops import spectrum
+from steel_ad.ops.filters import box_mean, sample
+
+# Halvings of the range of values that find a median: to 1/65536 of it.
+_HALVINGS = 16
+# How far images' lattices may differ from the line's, as a share of the distance from the image's middle.
+_SLACK = 0.06
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["vectors"], meta_fields=["cell"])
+@dataclasses.dataclass(frozen=True)
+class LatticeState:
+    """`vectors`: float32 `[2, 2]`, the line's lattice as `spectrum.Lattice` has it; `cell`: the same, rounded to pixels and
+    static, ((y, x), (y, x)), by which programs lay out their arrays."""
+
+    vectors: Array
+    cell: tuple[tuple[int, int], tuple[int, int]]
+
+
+def common_size(images: Plates, count: int) -> Iterator[Array]:
+    """Up to `count` of the images, evenly chosen: the middle of each, float32 in [0, 1], all of the smallest one's height and width."""
+    h, w = np.min(images.sizes, axis=0)
+    n = len(images.offsets)
+    for i in np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(int)):
+        height, width = images.sizes[i]
+        image = np.asarray(images.pixels[images.offsets[i] : images.offsets[i] + height * width]).reshape(height, width)
+        top, left = (height - h) // 2, (width - w) // 2
+        yield jnp.asarray(image[top : top + h, left : left + w], jnp.float32) / 255
+
+
+def line_lattice(images: Plates, count: int) -> tuple[spectrum.Lattice | None, Array]:
+    """The lattice that up to `count` good images have in common (None: there is none), and the mean of their autocorrelations."""
+    correlations = [spectrum.autocorrelation(image) for image in common_size(images, count)]
+    mean = sum(correlations[1:], correlations[0]) / len(correlations)
+    return spectrum.read_lattice(mean), mean
+
+
+@dataclasses.dataclass(frozen=True)
+class LatticeDetector:
+    """Root mean square, over a box of `window` cells, of the deviation from the cell's median in units of the median deviation.
+
+    Attributes:
+      images: good images that the line's lattice is read from; each image's own lattice is refined from it.
+      background: side of the box whose mean is taken off first, in pitches: slow changes of brightness go with it.
+      window: side of the box in which deviations are averaged, in pitches.
+      floor: deviation that sound repeats have everywhere, as a share of the cell's mean one.
+    """
+
+    images: int = 24
+    background: float = 1.5
+    window: float = 0.25
+    floor: float = 0.2
+
+    def fit(self, images: Plates) -> LatticeState:
+        """The line's lattice.
+
+        Raises:
+          InputError: the good images show no lattice.
+        """
+        found, _ = line_lattice(images, self.images)
+        if found is None:
+            raise InputError(
+                "the good images show no pattern that repeats in two directions, which the map 'lattice' needs: "
+                "use larger images, or leave it out with --config.maps=phase_only,whitening"
+            )
+        (a, b), (c, d) = (tuple(round(float(x)) for x in vector) for vector in found.vectors)
+        return LatticeState(jnp.asarray(found.vectors, jnp.float32), ((a, b), (c, d)))
+
+    def residual(self, state: LatticeState, image: Array) -> Array:
+        """Map float32 `[h, w]` of an image `[h, w]`, both sides at least 32."""
+        h, w = image.shape
+        first, second = (np.hypot(*vector) for vector in state.cell)
+        pitch = (first + second) / 2
+        shape = (max(4, round(first)), max(4, round(second)))
+        vectors = spectrum.refine_lattice(spectrum.autocorrelation(image), state.vectors).vectors
+        x = box_mean(box_mean(image, 3), 3)
+        x = x - box_mean(x, _odd(self.background * pitch, min(h, w)))
+
+        # Cell coordinates count from the image's middle, where an error of the vectors does least.
+        middle = np.array([(h - 1) / 2, (w - 1) / 2], np.float32)
+        places = _places(state.cell, (h, w), shape) @ vectors + middle  # [cells, phases, 2]
+        valid = ((places >= 0) & (places <= np.array([h - 1, w - 1]))).all(-1)
+        repeats = sample(x, places[..., 0], places[..., 1])
+        typical = _median(repeats, valid)
+        spread = _median(jnp.abs(repeats - typical[None]), valid).reshape(shape)
+        typical = typical.reshape(shape)
+        for _ in range(2):
+            spread = _wrapped_mean(spread)
+        spread = spread + self.floor * spread.mean() + 1e-4
+
+        grid = jnp.stack(jnp.meshgrid(jnp.arange(h) - middle[0], jnp.arange(w) - middle[1], indexing="ij"), -1)
+        at = grid @ spectrum.inverse(vectors)
+        at = (at - jnp.floor(at)) * np.array(shape, np.float32)
+        wrap = [(0, 1), (0, 1)]
+        expected, scale = (
+            sample(jnp.pad(cell, wrap, mode="wrap"), at[..., 0], at[..., 1]) for cell in (typical, spread)
+        )
+        deviation = (x - expected) / scale
+        return jnp.sqrt(box_mean(deviation * deviation, _odd(self.window * pitch, min(h, w))))
+
+
+def _odd(size: float, limit: int) -> int:
+    """The odd window nearest to `size`, which fits into `limit` pixels."""
+    return min(2 * round((size - 1) / 2) + 1, 2 * ((limit - 1) // 2) - 1)
+
+
+@functools.lru_cache
+def _places(cell: tuple, image: tuple[int, int], phases: tuple[int, int]) -> np.ndarray:
+    """Cell coordinates, from the image's middle, of all samples of all cells that may touch the image: `[cells, phases, 2]`."""
+    vectors = np.array(cell, np.float64)
+    inside = np.array(image) / 2 * (1 + _SLACK)
+    far = int(np.abs(np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]]) * inside @ np.linalg.inv(vectors)).max()) + 1
+    cells = np.stack(np.mgrid[-far : far + 1, -far : far + 1], -1).reshape(-1, 2)
+    u, v = (np.arange(n) / n for n in phases)
+    samples = np.stack(np.meshgrid(u, v, indexing="ij"), -1).reshape(-1, 2)
+    corners = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
+    # A cell touches the image where their bounding boxes do.
+    at = (cells[:, None] + corners[None]) @ vectors
+    touches = ((at.min(1) <= inside) & (at.max(1) >= -inside)).all(1)
+    return (cells[touches][:, None] + samples[None]).astype(np.float32)
+
+
+def _median(values: Array, valid: Array) -> Array:
+    """Median over axis 0 of the valid values (the lower one of two), by halving: sorting is slow on CPU. 0 where none is."""
+    wanted = (valid.sum(0) + 1) // 2
+    low = jnp.where(valid, values, jnp.inf).min(0)
+    high = jnp.where(valid, values, -jnp.inf).max(0)
+
+    def halve(_, ends):
+        low, high = ends
+        middle = (low + high) / 2
+        enough = ((values <= middle[None]) & valid).sum(0) >= wanted
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    _, high = lax.fori_loop(0, _HALVINGS, halve, (low, high))
+    return jnp.where(wanted > 0, high, 0)
+
+
+def _wrapped_mean(x: Array) -> Array:
+    """3x3 mean of a cell `[u, v]` that repeats."""
+    for axis in (0, 1):
+        x = (x + jnp.roll(x, 1, axis) + jnp.roll(x, -1, axis)) / 3
+    return x

@@ -1,0 +1,33 @@
+"""Phase-only transform: what does not repeat keeps its energy when every frequency gets the same (Aiger and Talbot 2010)."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import Array
+
+from steel_ad.data.patches import Plates
+from steel_ad.ops.filters import box_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseOnlyDetector:
+    """Root mean square, over two box means of `smoothing_px`, of the image with every amplitude of its DFT set to 1.
+
+    A pattern is few, strong frequencies; a defect is faint in many. The residual's mean square is 1, whatever the image.
+    """
+
+    smoothing_px: int = 9
+
+    def fit(self, images: Plates) -> tuple[()]:
+        """Nothing: an image is judged by itself."""
+        return ()
+
+    def residual(self, state: tuple[()], image: Array) -> Array:
+        """Map float32 `[h, w]` of an image `[h, w]`, both sides at least `smoothing_px`."""
+        spectrum = jnp.fft.fft2(image)
+        amplitude = jnp.abs(spectrum)
+        # Frequencies that rounding alone fills have no phase.
+        phasor = spectrum / jnp.maximum(amplitude, 1e-6 * amplitude.max() + 1e-12)
+        flat = jnp.fft.ifft2(phasor).real
+        energy = flat * flat * jnp.asarray(image.size, image.dtype)
+        return jnp.sqrt(box_mean(box_mean(energy, self.smoothing_px), self.smoothing_px))

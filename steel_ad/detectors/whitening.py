@@ -1,0 +1,51 @@
+"""Spectral whitening: an image's DFT divided by what the line's plates have at each frequency on average."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from steel_ad.data.patches import Plates
+from steel_ad.detectors.lattice import common_size
+from steel_ad.ops import sliding, spectrum
+from steel_ad.ops.filters import box_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class WhiteningDetector:
+    """Root mean square, over two box means of `smoothing_px`, of the image whitened in windowed tiles that overlap by half.
+
+    Windowed, so that a tile's borders do not ring; in tiles, so that images of any size from `tile` up share one spectrum.
+    """
+
+    tile: int = 128
+    smoothing_px: int = 9
+    images: int = 24
+
+    def fit(self, images: Plates) -> Array:
+        """Mean amplitude spectrum of the tiles of up to `images` good images, `[tile, tile // 2 + 1]`."""
+        total, count = jnp.zeros((self.tile, self.tile // 2 + 1)), 0
+        amplitude = jax.jit(lambda image: spectrum.mean_amplitude(self._tiles(image)))
+        for image in common_size(images, self.images):
+            total, count = total + amplitude(image), count + 1
+        return total / count
+
+    def _tiles(self, image: Array) -> Array:
+        return sliding.windows(image, size=self.tile, stride=self.tile // 2)
+
+    def residual(self, state: Array, image: Array) -> Array:
+        """Map float32 `[h, w]` of an image `[h, w]`, both sides at least `tile`."""
+        tiles = self._tiles(image)
+        weight = jnp.asarray(spectrum.window((self.tile, self.tile)))
+        tiles = (tiles - tiles.mean((1, 2), keepdims=True)) * weight[None]
+        # No frequency counts as emptier than a thousandth of the fullest: there is noise enough.
+        white = jnp.fft.rfft2(tiles) / jnp.maximum(state, 1e-3 * state.max())[None]
+        white = jnp.fft.irfft2(white, (self.tile, self.tile)) * np.float32(self.tile)
+        shape, stride = (image.shape[0], image.shape[1]), self.tile // 2
+        whole = sliding.average(white, shape=shape, stride=stride)
+        weights = sliding.average(jnp.broadcast_to(weight, white.shape), shape=shape, stride=stride)
+        # At the image's border the window leaves little of it, and what leaks there would be blown up.
+        whole = whole / jnp.maximum(weights, 0.25)
+        return jnp.sqrt(box_mean(box_mean(whole * whole, self.smoothing_px), self.smoothing_px))

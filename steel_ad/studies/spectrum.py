@@ -1,0 +1,161 @@
+"""The spectrum experiment: spectra of each line, its lattice, and three detectors without training (SPEC section 5)."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from steel_ad import config as configs
+from steel_ad.data import datasets, patches
+from steel_ad.data.patches import Plates
+from steel_ad.detectors import Detector
+from steel_ad.detectors.lattice import LatticeDetector, common_size, line_lattice
+from steel_ad.detectors.phase_only import PhaseOnlyDetector
+from steel_ad.detectors.whitening import WhiteningDetector
+from steel_ad.errors import InputError
+from steel_ad.ops import spectrum
+from steel_ad.report import spectra
+from steel_ad.report.spectra import View
+from steel_ad.studies import evaluation, runs
+
+LATTICE_COLUMNS = ("data", "vector", "pitch_px", "pitch_error_px", "angle_deg", "angle_error_deg", "echo")
+
+
+def detectors(config: configs.Spectrum) -> dict[str, Detector]:
+    """The settings' detectors, by the name of their map."""
+    known: dict[str, Detector] = {
+        "phase_only": PhaseOnlyDetector(config.smoothing_px),
+        "whitening": WhiteningDetector(config.tile, config.smoothing_px, config.images),
+        "lattice": LatticeDetector(config.images, config.background, config.window, config.floor),
+    }
+    return {name: known[name] for name in config.maps}
+
+
+def run(config: configs.Spectrum, *, data: Sequence[str], workdir: Path) -> dict[Path, tuple[dict[str, Any], bool]]:
+    """Looks at every data set and writes everything to `workdir`, or of several to a folder in it for each.
+
+    Writes `config.json`, `manifest.json`, `metrics.json` (with the lattice), `scores.csv` and `figures/` of each, and
+    `figures/spectra.png` and `phases.png` of all. Finished ones are only read.
+
+    Returns:
+      Folder -> what its `metrics.json` holds, and whether it was finished before.
+
+    Raises:
+      InputError: data that cannot be used, two data sets of one name, a workdir of other settings or images, a full disk.
+    """
+    if not data:
+        raise InputError("--data names no data set: give at least one")
+    if len(data) == 1:
+        places = {workdir: data[0]}
+    else:
+        places = {workdir / _name(d): d for d in data}
+        if len(places) < len(data):
+            raise InputError(f"two of {', '.join(data)} have the same name: look at them in two calls")
+    settings = {folder: {**configs.to_dict(config), "data": os.path.normpath(d)} for folder, d in places.items()}
+    finished = {
+        folder: runs.begin(folder, values, evaluate_only=False, reading=()) for folder, values in settings.items()
+    }
+    figure = workdir / "figures" / "spectra.png"
+    if all(finished.values()) and figure.exists():
+        return {folder: (result, True) for folder, result in finished.items() if result}
+    results, views = {}, []
+    for folder, source in places.items():
+        # What needs no tile should not fail for one.
+        least = max(32, config.smoothing_px, config.tile if "whitening" in config.maps else 0)
+        dataset = datasets.load(source, min_size=least)
+        training, validation = datasets.split(len(dataset.train), config.validation_fraction, config.seed)
+        plates = patches.stack([dataset.train[i] for i in training])
+        view = _view(dataset.name, plates, config.images)
+        views.append(view)
+        done = finished[folder]
+        results[folder] = (
+            done or _evaluate(config, dataset, plates, validation, view.lattice, folder, settings[folder]),
+            done is not None,
+        )
+    spectra.phases(workdir / "figures" / "phases.png", views)
+    # Last, since its presence says that the pictures are complete.
+    spectra.spectra(figure, views)
+    return results
+
+
+def lattice_rows(results: Mapping[Path, tuple[dict[str, Any], bool]]) -> list[dict[str, Any]]:
+    """Rows of a table of `LATTICE_COLUMNS`, two a data set, of what `run` returned."""
+    rows = []
+    for result, _ in results.values():
+        found = result["lattice"] or {"vectors": [{}, {}], "echo": None}
+        for name, vector in zip(("first", "second"), found["vectors"], strict=True):
+            rows.append({"data": result["dataset"], "vector": name, "echo": found["echo"], **vector})
+    return rows
+
+
+def _name(data: str) -> str:
+    return Path(data).resolve().name if Path(data).is_dir() else data.replace("/", "_")
+
+
+def _view(name: str, plates: Plates, count: int) -> View:
+    """What the figures show of a line: its first plate, mean spectrum, mean autocorrelation and lattice."""
+    images = list(common_size(plates, count))
+    lattice, echo = line_lattice(plates, count)
+    mean = spectrum.centred(spectrum.mean_amplitude(jnp.stack(images)), images[0].shape[1])
+    return View(
+        name=name,
+        image=np.asarray(images[0]),
+        log_amplitude=np.asarray(spectrum.log_amplitude(images[0] - images[0].mean())),
+        phase=np.asarray(spectrum.phase(images[0])),
+        mean_log_amplitude=np.log1p(np.asarray(mean)),
+        images=len(images),
+        autocorrelation=np.asarray(echo),
+        lattice=lattice,
+    )
+
+
+def _evaluate(
+    config: configs.Spectrum,
+    dataset: datasets.Dataset,
+    plates: Plates,
+    validation: np.ndarray,
+    lattice: spectrum.Lattice | None,
+    folder: Path,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Fits, calibrates and tests every detector, and writes what `evaluation.report` writes."""
+    good, test = [dataset.train[i] for i in validation], [t.image for t in dataset.test]
+    limits, maps, seconds, speed = {}, {}, {}, {}
+    for name, detector in detectors(config).items():
+        start = time.perf_counter()
+        states = {name: detector.fit(plates)}
+        seconds[name] = time.perf_counter() - start
+        mapper = evaluation.Mapper({name: detector}, config.radius)
+        calibration = mapper(states, good, label=f"{name}: calibrate")
+        limits[name] = evaluation.thresholds(calibration[name], config.percentile)
+        start = time.perf_counter()
+        maps.update(mapper(states, test, label=f"{name}: test"))
+        elapsed = time.perf_counter() - start
+        speed[name] = sum(image.size for image in test) / 1e6 / elapsed if test else None
+    # Once nothing that could be wrong with the data is left.
+    runs.claim(folder, settings)
+    runs.keep(folder / "manifest.json", runs.uses(dataset.manifest, validation), "good images")
+    vectors = None if lattice is None else spectrum.pitch_and_angle(lattice)
+    return evaluation.report(
+        folder,
+        maps,
+        dataset.test,
+        limits,
+        record={
+            "experiment": "spectrum",
+            "finished": True,
+            "dataset": dataset.name,
+            "images": {"train": len(plates.offsets), "validation": len(good), "test": len(test)},
+            "lattice": lattice and {"vectors": vectors, "echo": float(lattice.echo)},
+            "config": settings,
+            "percentile": config.percentile,
+            "fit_seconds": seconds,
+            "test_megapixels_per_second": speed,
+            "parameters": 0,
+            "versions": runs.versions(),
+        },
+    )
