@@ -203,9 +203,10 @@ class Spectrum:
     smoothing_px: int = 9  # side of the box that the energy is averaged in, twice
     tile: int = 128  # pixels, even, of a whitened tile
     # Lattice; lengths are in pitches of the pattern.
-    background: float = 1.5  # box whose mean is taken off the image first
+    background: float = 3.0  # box whose mean is taken off the image first
     window: float = 0.25  # box that deviations are averaged in
     floor: float = 0.2  # of the deviation at a place of the cell, as a share of the cell's mean one
+    detail: float = 1.0  # weight of the whitened energy, 0: none
     # Evaluation.
     percentile: float = 98.0
     radius: int = 4  # pixels, of the opening's disk
@@ -214,7 +215,7 @@ class Spectrum:
         names = ("phase_only", "whitening", "lattice")
         if not self.maps or set(self.maps) - set(names) or len(set(self.maps)) < len(self.maps):
             raise InputError(f"--config.maps={','.join(self.maps)} must name some of {', '.join(names)}, each once")
-        _least(self, 0, "seed", "radius")
+        _least(self, 0, "seed", "radius", "detail")
         _least(self, 1, "images", "smoothing_px")
         if self.smoothing_px % 2 == 0:
             raise InputError(f"--config.smoothing_px={self.smoothing_px} must be odd")

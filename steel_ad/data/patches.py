@@ -1,6 +1,6 @@
 """Random patches of a resident set of plates, drawn inside the jitted step (SPEC section 1, row 7)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import dm_pix as pix
@@ -43,6 +43,17 @@ def stack(images: Sequence[np.ndarray]) -> Plates:
         raise InputError(f"the images have {ends[-1] / 1e9:.1f} gigapixels, more than 2.1: use fewer")
     sizes = np.array([image.shape for image in images], np.int32)
     return Plates(np.concatenate([image.ravel() for image in images]), np.append(0, ends[:-1]).astype(np.int32), sizes)
+
+
+def common_size(images: Plates, count: int) -> Iterator[Array]:
+    """Up to `count` of the images, evenly chosen: the middle of each, float32 in [0, 1], all of the smallest one's height and width."""
+    h, w = np.min(images.sizes, axis=0)
+    n = len(images.offsets)
+    for i in np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(int)):
+        height, width = images.sizes[i]
+        image = np.asarray(images.pixels[images.offsets[i] : images.offsets[i] + height * width]).reshape(height, width)
+        top, left = (height - h) // 2, (width - w) // 2
+        yield jnp.asarray(image[top : top + h, left : left + w], jnp.float32) / 255
 
 
 def random_crops(key: Array, plates: Plates, *, num: int, patch_size: int) -> Crops:

@@ -6,14 +6,14 @@ pattern looks like at each place of the cell, the median deviation how far sound
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from steel_ad.data.patches import Plates
+from steel_ad.data.patches import Plates, common_size
+from steel_ad.detectors.whitening import WhiteningDetector
 from steel_ad.errors import InputError
 from steel_ad.ops import spectrum
 from steel_ad.ops.filters import box_mean, sample
@@ -24,25 +24,15 @@ _HALVINGS = 16
 _SLACK = 0.06
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["vectors"], meta_fields=["cell"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["vectors", "amplitude"], meta_fields=["cell"])
 @dataclasses.dataclass(frozen=True)
 class LatticeState:
-    """`vectors`: float32 `[2, 2]`, the line's lattice as `spectrum.Lattice` has it; `cell`: the same, rounded to pixels and
-    static, ((y, x), (y, x)), by which programs lay out their arrays."""
+    """`vectors`: float32 `[2, 2]`, the line's lattice as `spectrum.Lattice` has it; `amplitude`: the whitening's state; `cell`: the
+    vectors rounded to pixels and static, ((y, x), (y, x)), by which programs lay out their arrays."""
 
     vectors: Array
+    amplitude: Array
     cell: tuple[tuple[int, int], tuple[int, int]]
-
-
-def common_size(images: Plates, count: int) -> Iterator[Array]:
-    """Up to `count` of the images, evenly chosen: the middle of each, float32 in [0, 1], all of the smallest one's height and width."""
-    h, w = np.min(images.sizes, axis=0)
-    n = len(images.offsets)
-    for i in np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(int)):
-        height, width = images.sizes[i]
-        image = np.asarray(images.pixels[images.offsets[i] : images.offsets[i] + height * width]).reshape(height, width)
-        top, left = (height - h) // 2, (width - w) // 2
-        yield jnp.asarray(image[top : top + h, left : left + w], jnp.float32) / 255
 
 
 def line_lattice(images: Plates, count: int) -> tuple[spectrum.Lattice | None, Array]:
@@ -54,19 +44,23 @@ def line_lattice(images: Plates, count: int) -> tuple[spectrum.Lattice | None, A
 
 @dataclasses.dataclass(frozen=True)
 class LatticeDetector:
-    """Root mean square, over a box of `window` cells, of the deviation from the cell's median in units of the median deviation.
+    """Root mean square, over a box of `window` pitches, of the deviation from the cell's median in units of the median deviation;
+    and, `detail` times, the whitened energy: fine marks on a smooth plate, beside which its lugs differ more than the marks do.
 
     Attributes:
       images: good images that the line's lattice is read from; each image's own lattice is refined from it.
       background: side of the box whose mean is taken off first, in pitches: slow changes of brightness go with it.
       window: side of the box in which deviations are averaged, in pitches.
       floor: deviation that sound repeats have everywhere, as a share of the cell's mean one.
+      detail: weight of the whitened energy, which is about 1 on a good plate, as the deviation is.
     """
 
     images: int = 24
-    background: float = 1.5
+    background: float = 3.0
     window: float = 0.25
     floor: float = 0.2
+    detail: float = 1.0
+    whitening: WhiteningDetector = dataclasses.field(default_factory=WhiteningDetector)
 
     def fit(self, images: Plates) -> LatticeState:
         """The line's lattice.
@@ -81,10 +75,10 @@ class LatticeDetector:
                 "use larger images, or leave it out with --config.maps=phase_only,whitening"
             )
         (a, b), (c, d) = (tuple(round(float(x)) for x in vector) for vector in found.vectors)
-        return LatticeState(jnp.asarray(found.vectors, jnp.float32), ((a, b), (c, d)))
+        return LatticeState(jnp.asarray(found.vectors, jnp.float32), self.whitening.fit(images), ((a, b), (c, d)))
 
     def residual(self, state: LatticeState, image: Array) -> Array:
-        """Map float32 `[h, w]` of an image `[h, w]`, both sides at least 32."""
+        """Map float32 `[h, w]` of an image `[h, w]`, both sides at least 32 and the whitening's tile."""
         h, w = image.shape
         first, second = (np.hypot(*vector) for vector in state.cell)
         pitch = (first + second) / 2
@@ -95,8 +89,8 @@ class LatticeDetector:
 
         # Cell coordinates count from the image's middle, where an error of the vectors does least.
         middle = np.array([(h - 1) / 2, (w - 1) / 2], np.float32)
-        places = _places(state.cell, (h, w), shape) @ vectors + middle  # [cells, phases, 2]
-        valid = ((places >= 0) & (places <= np.array([h - 1, w - 1]))).all(-1)
+        places = jnp.asarray(_places(state.cell, (h, w), shape)) @ vectors + middle[None, None]  # [cells, phases, 2]
+        valid = ((places >= 0) & (places <= 2 * middle[None, None])).all(-1)
         repeats = sample(x, places[..., 0], places[..., 1])
         typical = _median(repeats, valid)
         spread = _median(jnp.abs(repeats - typical[None]), valid).reshape(shape)
@@ -105,15 +99,16 @@ class LatticeDetector:
             spread = _wrapped_mean(spread)
         spread = spread + self.floor * spread.mean() + 1e-4
 
-        grid = jnp.stack(jnp.meshgrid(jnp.arange(h) - middle[0], jnp.arange(w) - middle[1], indexing="ij"), -1)
-        at = grid @ spectrum.inverse(vectors)
-        at = (at - jnp.floor(at)) * np.array(shape, np.float32)
+        grid = np.stack(np.mgrid[:h, :w], -1).astype(np.float32) - middle
+        at = jnp.asarray(grid) @ spectrum.inverse(vectors)
+        at = (at - jnp.floor(at)) * np.array(shape, np.float32)[None, None]
         wrap = [(0, 1), (0, 1)]
         expected, scale = (
             sample(jnp.pad(cell, wrap, mode="wrap"), at[..., 0], at[..., 1]) for cell in (typical, spread)
         )
         deviation = (x - expected) / scale
-        return jnp.sqrt(box_mean(deviation * deviation, _odd(self.window * pitch, min(h, w))))
+        coarse = jnp.sqrt(box_mean(deviation * deviation, _odd(self.window * pitch, min(h, w))))
+        return coarse + self.detail * self.whitening.residual(state.amplitude, image)
 
 
 def _odd(size: float, limit: int) -> int:

@@ -126,7 +126,7 @@ def _peak(correlation: Array, place: Array) -> tuple[Array, Array]:
     curved = (hyy < 0) & (determinant > 0)
     safe = jnp.where(curved, determinant, 1)
     top = jnp.stack([hxy * gx - hxx * gy, hxy * gy - hyy * gx]) / safe
-    lag = (corner + jnp.stack([row, column]) - middle).astype(correlation.dtype) + jnp.clip(top, -1, 1)
+    lag = (corner + jnp.stack([row, column]) - middle.astype(np.int32)).astype(correlation.dtype) + jnp.clip(top, -1, 1)
     return lag, jnp.where(inside & curved, jnp.maximum(p[1, 1], 0), 0)
 
 
@@ -149,14 +149,14 @@ def refine_lattice(correlation: Array, vectors: Array, *, order: int = 3) -> Lat
       The lattice; vectors stay what they were as far as no peak says otherwise. Jittable; `jax.vmap` makes the batch.
     """
     smooth = _smoothed(correlation)
-    reach = np.array(correlation.shape) // 2
     dtype = correlation.dtype
+    reach = jnp.asarray(np.array(correlation.shape) // 2, dtype)[None]
 
     def fit(vectors: Array, order: int) -> Lattice:
         steps = jnp.asarray(_steps(order), dtype)
         places = steps @ vectors
         lags, heights = jax.vmap(lambda place: _peak(smooth, place))(places)
-        inside = (jnp.abs(places) < (reach - 2 * _SEARCH)).all(1)
+        inside = (jnp.abs(places) < reach - 2 * _SEARCH).all(1)
         # A long lag has few pixels to tell it.
         overlap = (1 - jnp.abs(places) / (2 * reach)).prod(1)
         weights = jnp.where(inside, heights * overlap, 0)
@@ -167,7 +167,8 @@ def refine_lattice(correlation: Array, vectors: Array, *, order: int = 3) -> Lat
         error = lags - places - steps @ moved
         count = (weights > 0).sum()
         # Both coordinates of a peak are misread alike; two vectors of two coordinates are fitted.
-        variance = (weights[:, None] * error**2).sum() / (2 * weights.sum() + 1e-9) * count / jnp.maximum(count - 2, 1)
+        variance = (weights[:, None] * error**2).sum() / (2 * weights.sum() + 1e-9)
+        variance = variance * (count / jnp.maximum(count - 2, 1)).astype(dtype)
         # All peaks come of the same pixels, so that their errors do not average out.
         deviation = jnp.abs(to_vectors @ (steps * weights[:, None]).T).sum(1) * jnp.sqrt(variance)
         echo = (weights * heights).sum() / (weights.sum() + 1e-9)

@@ -11,9 +11,9 @@ import numpy as np
 
 from steel_ad import config as configs
 from steel_ad.data import datasets, patches
-from steel_ad.data.patches import Plates
+from steel_ad.data.patches import Plates, common_size
 from steel_ad.detectors import Detector
-from steel_ad.detectors.lattice import LatticeDetector, common_size, line_lattice
+from steel_ad.detectors.lattice import LatticeDetector, line_lattice
 from steel_ad.detectors.phase_only import PhaseOnlyDetector
 from steel_ad.detectors.whitening import WhiteningDetector
 from steel_ad.errors import InputError
@@ -27,10 +27,12 @@ LATTICE_COLUMNS = ("data", "vector", "pitch_px", "pitch_error_px", "angle_deg", 
 
 def detectors(config: configs.Spectrum) -> dict[str, Detector]:
     """The settings' detectors, by the name of their map."""
+    whitening = WhiteningDetector(config.tile, config.smoothing_px, config.images)
+    lattice = LatticeDetector(config.images, config.background, config.window, config.floor, config.detail, whitening)
     known: dict[str, Detector] = {
         "phase_only": PhaseOnlyDetector(config.smoothing_px),
-        "whitening": WhiteningDetector(config.tile, config.smoothing_px, config.images),
-        "lattice": LatticeDetector(config.images, config.background, config.window, config.floor),
+        "whitening": whitening,
+        "lattice": lattice,
     }
     return {name: known[name] for name in config.maps}
 
@@ -64,9 +66,8 @@ def run(config: configs.Spectrum, *, data: Sequence[str], workdir: Path) -> dict
         return {folder: (result, True) for folder, result in finished.items() if result}
     results, views = {}, []
     for folder, source in places.items():
-        # What needs no tile should not fail for one.
-        least = max(32, config.smoothing_px, config.tile if "whitening" in config.maps else 0)
-        dataset = datasets.load(source, min_size=least)
+        dataset = datasets.load(source)
+        _check_sizes(config, dataset)
         training, validation = datasets.split(len(dataset.train), config.validation_fraction, config.seed)
         plates = patches.stack([dataset.train[i] for i in training])
         view = _view(dataset.name, plates, config.images)
@@ -94,6 +95,20 @@ def lattice_rows(results: Mapping[Path, tuple[dict[str, Any], bool]]) -> list[di
 
 def _name(data: str) -> str:
     return Path(data).resolve().name if Path(data).is_dir() else data.replace("/", "_")
+
+
+def _check_sizes(config: configs.Spectrum, dataset: datasets.Dataset) -> None:
+    """Raises InputError where an image is too small for a map that is asked for."""
+    least = {"patch of 32 that a lattice needs": 32, f"smoothing of {config.smoothing_px}": config.smoothing_px}
+    if set(config.maps) - {"phase_only"}:
+        least[f"tile of {config.tile}"] = config.tile
+    what = max(least, key=lambda name: least[name])
+    for image in [*dataset.train, *(t.image for t in dataset.test)]:
+        if min(image.shape) < least[what]:
+            raise InputError(
+                f"an image of {dataset.name} is {image.shape[0]}x{image.shape[1]} pixels, smaller than the {what}: leave it "
+                "out or use a smaller --config.tile"
+            )
 
 
 def _view(name: str, plates: Plates, count: int) -> View:
