@@ -27,7 +27,7 @@ class PhaseOnlyDetector:
         spectrum = jnp.fft.fft2(image)
         amplitude = jnp.abs(spectrum)
         # Frequencies that rounding alone fills have no phase.
-        phasor = spectrum / jnp.maximum(amplitude, 1e-6 * amplitude.max() + 1e-12)
+        phasor = spectrum / jnp.maximum(amplitude, 1e-6 * amplitude.max() + 1e-12).astype(spectrum.dtype)
         flat = jnp.fft.ifft2(phasor).real
         energy = flat * flat * jnp.asarray(image.size, image.dtype)
         return jnp.sqrt(box_mean(box_mean(energy, self.smoothing_px), self.smoothing_px))

@@ -21,7 +21,7 @@ LEAST_PITCH_PX = 8.0
 # Correlation below which an echo is chance.
 _ECHO = 0.1
 # Share of the best lattice's mean echo that a smaller cell must reach: half a teardrop's cell stays below, noise above.
-_SAME = 0.8
+_SAME = 0.85
 # A lattice point's peak is looked for so far around its place, in pixels.
 _SEARCH = 3
 
@@ -214,6 +214,9 @@ def read_lattice(correlation: Array | np.ndarray) -> Lattice | None:
     top &= (
         (np.hypot(y[:, None], x) >= LEAST_PITCH_PX) & (np.abs(y)[:, None] < middle[0] - 1) & (np.abs(x) < middle[1] - 1)
     )
+    # Along a stripe the correlation hardly falls, whatever noise makes of its top.
+    ring = np.pad(np.zeros((9, 9), bool), 1, constant_values=True)
+    top &= ndimage.maximum_filter(smooth, footprint=ring, mode="constant", cval=-1.0) < 0.95 * smooth
     places = np.argwhere(top)
     places = places[np.argsort(-smooth[top], kind="stable")[:30]] - middle
     near = ndimage.maximum_filter(smooth, 5)
