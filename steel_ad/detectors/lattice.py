@@ -99,7 +99,7 @@ class LatticeDetector:
             spread = _wrapped_mean(spread)
         spread = spread + self.floor * spread.mean() + 1e-4
 
-        grid = np.stack(np.mgrid[:h, :w], -1).astype(np.float32) - middle
+        grid = np.moveaxis(np.mgrid[:h, :w], 0, -1).astype(np.float32) - middle
         at = jnp.asarray(grid) @ spectrum.inverse(vectors)
         at = (at - jnp.floor(at)) * np.array(shape, np.float32)[None, None]
         wrap = [(0, 1), (0, 1)]
@@ -122,7 +122,7 @@ def _places(cell: tuple, image: tuple[int, int], phases: tuple[int, int]) -> np.
     vectors = np.array(cell, np.float64)
     inside = np.array(image) / 2 * (1 + _SLACK)
     far = int(np.abs(np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]]) * inside @ np.linalg.inv(vectors)).max()) + 1
-    cells = np.stack(np.mgrid[-far : far + 1, -far : far + 1], -1).reshape(-1, 2)
+    cells = np.moveaxis(np.mgrid[-far : far + 1, -far : far + 1], 0, -1).reshape(-1, 2)
     u, v = (np.arange(n) / n for n in phases)
     samples = np.stack(np.meshgrid(u, v, indexing="ij"), -1).reshape(-1, 2)
     corners = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])

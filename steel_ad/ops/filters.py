@@ -15,9 +15,28 @@ def box_mean(x: Array, size: int) -> Array:
         raise ValueError(f"the window of {size} must be odd and at most {2 * min(x.shape) - 1} on a map {x.shape}")
     zero = np.zeros((), x.dtype)
     x = jnp.pad(x, size // 2, mode="reflect")
-    x = lax.reduce_window(x, zero, lax.add, (size, 1), (1, 1), "VALID")
-    x = lax.reduce_window(x, zero, lax.add, (1, size), (1, 1), "VALID")
+    if size > 31:
+        x = _run_sum(_run_sum(x, size, 0), size, 1)
+    else:
+        x = lax.reduce_window(x, zero, lax.add, (size, 1), (1, 1), "VALID")
+        x = lax.reduce_window(x, zero, lax.add, (1, size), (1, 1), "VALID")
     return x * np.asarray(1 / size**2, x.dtype)
+
+
+def _run_sum(x: Array, size: int, axis: int) -> Array:
+    """Sums of `size` values in a row, from runs of 1, 2, 4, ...: a few passes, however long."""
+    outputs = x.shape[axis] - size + 1
+    total, done, run = None, 0, 1
+    while done < size:
+        if size & run:
+            part = lax.slice_in_dim(x, done, done + outputs, axis=axis)
+            total, done = part if total is None else total + part, done + run
+        if done < size:
+            n = x.shape[axis]
+            x = lax.slice_in_dim(x, 0, n - run, axis=axis) + lax.slice_in_dim(x, run, n, axis=axis)
+            run *= 2
+    assert total is not None
+    return total
 
 
 def sample(x: Array, y_px: Array, x_px: Array) -> Array:

@@ -177,7 +177,7 @@ def refine_lattice(correlation: Array, vectors: Array, *, order: int = 3) -> Lat
     # Near peaks first: an error of the vectors grows with the lag.
     found = fit(vectors, 1)
     for further in range(2, order + 1):
-        found = fit(found.vectors, further)
+        found = fit(jnp.asarray(found.vectors), further)
     return found
 
 
@@ -251,7 +251,9 @@ def read_lattice(correlation: Array | np.ndarray) -> Lattice | None:
 def pitch_and_angle(lattice: Lattice) -> list[dict[str, float]]:
     """Of each vector: pitch_px, angle_deg (0 points right, 90 down), and their standard errors."""
     rows = []
-    for vector, deviation in zip(np.float64(lattice.vectors), np.float64(lattice.deviation), strict=True):
+    for vector, deviation in zip(
+        np.asarray(lattice.vectors, np.float64), np.asarray(lattice.deviation, np.float64), strict=True
+    ):
         pitch = float(np.hypot(*vector))
         along = float(np.hypot(*(vector * deviation)) / pitch)
         aside = float(np.hypot(vector[1] * deviation[0], vector[0] * deviation[1]) / pitch)
