@@ -54,7 +54,7 @@ def test_observed_false_alarms_are_the_promised_ones(draw):
     assert np.mean(rates[None]) == pytest.approx(rank / (n + 1), abs=4 * spread)
     sure = calibration.promise(np.arange(n), rate, 0.95)
     kept = stats.beta.cdf(rate, sure.rank, n + 1 - sure.rank)
-    assert 0.95 <= kept
+    assert kept >= 0.95
     assert np.mean(np.array(rates[0.95]) <= rate) == pytest.approx(kept, abs=4 * np.sqrt(kept * (1 - kept) / runs))
 
 
