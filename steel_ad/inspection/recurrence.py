@@ -1,0 +1,238 @@
+"""Does a defect come back along the strip with a period, as from a damaged roll?
+
+A roll prints its damage once a turn at the same place across. Of the defects that share a place (and, if asked for, a look),
+the positions along the strip are compared with a lattice of every admissible period: a periodogram proposes, a likelihood
+with false and missed detections decides, and surrogate strips, with the same number of defects at places redrawn along the
+strip, say how often chance does as well. The p-value is exact for defects that lie independently and uniformly along the
+strip, whatever their places across and looks: a streak of defects at one place is no period.
+
+Sources: Rayleigh's periodogram for point events (Brazier 1994); Monte Carlo tests, Davison and Hinkley 1997, chapter 4.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+# Share of the defects at one place that the roll is taken to have made, and the share of its turns that are to be seen.
+_SHARE = 0.8
+_LEAST_SEEN = 0.5
+_LEAST_MEMBERS = 5
+# Cells of the periodogram a turn; peaks looked at; narrowing widths of the likelihood, as multiples of the jitter.
+_OVERSAMPLING = 4
+# Nats that each member or turn too few costs.
+_LACKING = 5.0
+# Surrogates times turns in memory.
+_AT_ONCE = 2**17
+_PEAKS = 4
+_WIDTHS = (8.0, 4.0, 2.0, 1.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recurrence:
+    """What `find` says of a strip.
+
+    Attributes:
+      p_value: the share of surrogate strips, this one counted among them, with a period at least as good.
+      periodic: whether `p_value` is at most the level asked for.
+      period_mm: from turn to turn.
+      phase_mm: of the first turn on the strip, in [0, period).
+      members: indices of the defects that the roll made, in order along the strip.
+      turns: turns on the strip, seen or missed.
+    """
+
+    p_value: float
+    periodic: bool
+    period_mm: float
+    phase_mm: float
+    members: tuple[int, ...]
+    turns: int
+
+    @property
+    def roll_diameter_mm(self) -> float:
+        """Of a roll with the period as its circumference."""
+        return self.period_mm / math.pi
+
+
+def find(
+    along_mm: ArrayLike,
+    across_mm: ArrayLike,
+    length_mm: float,
+    *,
+    tolerance_mm: float = 10.0,
+    look: ArrayLike | None = None,
+    look_tolerance: float = 1.0,
+    jitter: float = 0.015,
+    least_turns: int = 6,
+    pitch_mm: float | None = None,
+    level: float = 0.001,
+    surrogates: int = 999,
+    seed: int = 0,
+) -> Recurrence | None:
+    """The period of the defects of one strip, the best where there are several, with its p-value.
+
+    Args:
+      along_mm: positions `[n]` along the strip, in [0, length_mm].
+      across_mm: positions `[n]` across.
+      length_mm: of the strip.
+      tolerance_mm: two defects share a place if they are no further apart across.
+      look: descriptors `[n, k]`, such as log area and log length, or None.
+      look_tolerance: two defects look alike if no descriptor differs by more.
+      jitter: standard deviation of a position about its turn, as a share of the period; 0.001..0.05.
+      least_turns: a period comes at least so often on the strip, >= 4.
+      pitch_mm: of the plate's own pattern along the strip. Surrogates then are moved by whole pitches, so that detections
+        tied to the pattern are no evidence, and periods below two and a half pitches are not considered. Its higher multiples
+        remain possible: the roll that embosses the pattern has one of them as its circumference.
+      level: of the test.
+      surrogates: number of redrawn strips; the least p-value is 1 / (surrogates + 1).
+
+    Returns:
+      None where no place has the five defects that a period takes.
+
+    Raises:
+      ValueError: arrays that do not fit together, positions beyond the strip, or options out of range.
+    """
+    along, across = np.asarray(along_mm, np.float64), np.asarray(across_mm, np.float64)
+    looks = np.zeros((along.size, 0)) if look is None else np.asarray(look, np.float64)
+    if along.ndim != 1 or across.shape != along.shape or looks.shape[:1] != along.shape or looks.ndim != 2:
+        raise ValueError(f"along {along.shape}, across {across.shape} and look {looks.shape} do not fit together")
+    if not (length_mm > 0 and ((along >= 0) & (along <= length_mm)).all()):
+        raise ValueError(f"a position is not on the strip of {length_mm} mm")
+    if not (0.001 <= jitter <= 0.05 and least_turns >= 4 and surrogates >= 1 and (pitch_mm is None or pitch_mm > 0)):
+        raise ValueError("jitter must lie in 0.001..0.05, least_turns be at least 4, surrogates and pitch_mm positive")
+    places = _places(across, looks, tolerance_mm, look_tolerance)
+    if not places:
+        return None
+    rng = np.random.default_rng([seed, 0x2011])
+    found, chance = [], np.full(surrogates, -np.inf)
+    for members in places:
+        y = along[members] / length_mm
+        pitch = None if pitch_mm is None else pitch_mm / length_mm
+        limits = (float(least_turns), min(members.size / _LEAST_SEEN, np.inf if pitch is None else 0.4 / pitch))
+        if limits[1] <= limits[0]:
+            continue
+        found.append((members, *(v[0] for v in _fit(y[None], limits, jitter))))
+        # A place with very many defects has a long spectrum: some strips at a time.
+        at_once = max(1, int(_AT_ONCE / limits[1]))
+        drawn = [_redrawn(y, pitch, min(at_once, surrogates - i), rng) for i in range(0, surrogates, at_once)]
+        chance = np.maximum(chance, np.concatenate([_fit(rows, limits, jitter)[0] for rows in drawn]))
+    if not found:
+        return None
+    members, value, frequency, phase = max(found, key=lambda f: f[1])
+    p_value = float(1 + np.count_nonzero(chance >= value)) / (surrogates + 1)
+    period = 1 / frequency
+    first = (phase / frequency) % period
+    offset = (along[members] / length_mm - first) * frequency
+    hits = members[np.abs(offset - np.rint(offset)) <= 3.5 * jitter]
+    return Recurrence(
+        p_value,
+        p_value <= level,
+        float(period * length_mm),
+        float(first * length_mm),
+        tuple(hits[np.argsort(along[hits])].tolist()),
+        1 + math.floor((1 - first) * frequency),
+    )
+
+
+def _places(across: np.ndarray, look: np.ndarray, tolerance: float, look_tolerance: float) -> list[np.ndarray]:
+    """Index sets of defects alike in place and look, the largest first; where two would share most members, one of them.
+
+    Positions along the strip play no part, so that surrogates have the same sets.
+    """
+    near = np.abs(across[:, None] - across[None, :]) <= tolerance
+    near &= (np.abs(look[:, None] - look[None, :]) <= look_tolerance).all(-1)
+    open_, sets = np.ones(across.size, bool), []
+    while open_.any():
+        size = np.where(open_, near.sum(1), 0)
+        centre = int(np.argmax(size))
+        if size[centre] < _LEAST_MEMBERS:
+            break
+        sets.append(np.flatnonzero(near[centre]))
+        open_ &= ~near[centre]
+    return sets
+
+
+def _redrawn(y: np.ndarray, pitch: float | None, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Surrogates `[count, n]` of positions `[n]` in [0, 1]: uniform, or moved by whole pitches."""
+    u = rng.random((count, y.size))
+    if pitch is None:
+        return u
+    phase = y % pitch
+    return phase + pitch * np.floor(u * (np.floor((1 - phase) / pitch) + 1))
+
+
+def _fit(y: np.ndarray, limits: tuple[float, float], jitter: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The best lattice of each row.
+
+    Args:
+      y: positions `[b, n]` in [0, 1].
+      limits: least and highest frequency, in turns on the strip.
+
+    Returns:
+      Log-likelihood ratio against uniform positions, frequency in turns, and phase of the first turn in turns: `[b]` each.
+      Rows without an admissible lattice have a ratio of -inf.
+    """
+    frequency, phase = _proposals(y, limits)  # [b, k]
+    at = y[:, None, :]
+    for width in _WIDTHS:
+        sigma = width * jitter
+        turn = at * frequency[..., None] - phase[..., None]
+        off = turn - np.rint(turn)
+        weight = _responsibility(off, sigma)
+        total = weight.sum(-1) + 1e-9
+        mean_y, mean_off = (weight * at).sum(-1) / total, (weight * off).sum(-1) / total
+        centred = at - mean_y[..., None]
+        slope = (weight * centred * off).sum(-1) / ((weight * centred**2).sum(-1) + 1e-6)
+        # A slope may turn the far end by a part of the width only, or the lattice would jump to another one.
+        slope = np.clip(slope, -2 * sigma, 2 * sigma)
+        frequency, phase = frequency - slope, phase + mean_off - slope * mean_y
+    turn = at * frequency[..., None] - phase[..., None]
+    off = turn - np.rint(turn)
+    density = np.exp(-0.5 * (off / jitter) ** 2) / (jitter * math.sqrt(2 * math.pi))
+    ratio = np.log1p(_SHARE * (density - 1)).sum(-1)
+    seen = (np.abs(off) <= 3.5 * jitter).sum(-1)
+    # Soft, so that strips without any lattice still differ and their p-values are uniform.
+    lacking = np.maximum(_LEAST_SEEN * frequency, _LEAST_MEMBERS) - seen
+    outside = np.maximum(np.maximum(limits[0] - 0.5 - frequency, frequency - limits[1] - 0.5), 0)
+    ratio = ratio - _LACKING * (np.maximum(lacking, 0) + outside)
+    best = ratio.argmax(-1)[:, None]
+    return tuple(np.take_along_axis(a, best, 1)[:, 0] for a in (ratio, frequency, phase))  # type: ignore[return-value]
+
+
+def _responsibility(off: np.ndarray, sigma: float) -> np.ndarray:
+    """How much of each position is the roll's: `off` from the nearest turn, in turns."""
+    roll = _SHARE * np.exp(-0.5 * (off / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
+    return roll / (roll + 1 - _SHARE)
+
+
+def _proposals(y: np.ndarray, limits: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Frequencies and phases `[b, k]` at the highest peaks of the periodogram of positions `[b, n]` in [0, 1]."""
+    first, last = math.floor(limits[0] * _OVERSAMPLING), math.ceil(limits[1] * _OVERSAMPLING)
+    frequencies = np.arange(first, last + 1) / _OVERSAMPLING
+    bins = 1 << max(6, math.ceil(math.log2(4 * limits[1])))
+    rows = np.arange(len(y))[:, None] * bins
+    cells = np.minimum((y * bins).astype(np.int64), bins - 1)
+    counts = np.bincount((rows + cells).ravel(), minlength=len(y) * bins).reshape(len(y), bins)
+    spectrum = np.fft.rfft(counts, bins * _OVERSAMPLING)[:, first : last + 1]
+    power = np.abs(spectrum)
+    inner = power.copy()
+    inner[:, 1:][power[:, 1:] < power[:, :-1]] = 0
+    inner[:, :-1][power[:, :-1] <= power[:, 1:]] = 0
+    k = min(_PEAKS, inner.shape[1])
+    chosen = np.argpartition(-inner, k - 1, axis=1)[:, :k]
+    phase = -np.angle(np.take_along_axis(spectrum, chosen, 1)) / (2 * math.pi)
+    # Cells are named by their left edges.
+    return frequencies[chosen], phase + 0.5 * frequencies[chosen] / bins
+
+
+def summary(found: Recurrence | None) -> str:
+    """One sentence for a person."""
+    if found is None:
+        return "No place across has enough defects for a period."
+    if not found.periodic:
+        return f"No period along the strip (p = {found.p_value:.3g})."
+    return (
+        f"A period of {found.period_mm:.1f} mm (a roll of {found.roll_diameter_mm:.1f} mm in diameter): {len(found.members)} "
+        f"defects in {found.turns} turns, p = {found.p_value:.3g}."
+    )
