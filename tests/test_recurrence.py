@@ -121,5 +121,5 @@ def test_too_few_defects_at_a_place_are_no_evidence():
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, options):
-    with pytest.raises(ValueError, match="fit together|strip|must lie"):
+    with pytest.raises(ValueError, match=r"fit together|strip|must lie"):
         recurrence.find(*arguments, **options)
