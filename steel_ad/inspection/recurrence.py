@@ -15,8 +15,9 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-# Share of the defects at one place that the roll is taken to have made, and the share of its turns that are to be seen.
+# Shares: of the defects at one place that the roll is taken to have made, and of its turns that are taken to be seen.
 _SHARE = 0.8
+_SEEN = 0.8
 _LEAST_SEEN = 0.5
 _LEAST_MEMBERS = 5
 # Cells of the periodogram a turn; peaks looked at; narrowing widths of the likelihood, as multiples of the jitter.
@@ -170,8 +171,8 @@ def _fit(y: np.ndarray, limits: tuple[float, float], jitter: float) -> tuple[np.
       limits: least and highest frequency, in turns on the strip.
 
     Returns:
-      Log-likelihood ratio against uniform positions, frequency in turns, and phase of the first turn in turns: `[b]` each.
-      Rows without an admissible lattice have a ratio of -inf.
+      `[b]` each: log-likelihood ratio against uniform positions of the best lattice; and of the lattice that explains the
+      misses too, its frequency in turns on the strip and the phase of its first turn, in turns.
     """
     frequency, phase = _proposals(y, limits)  # [b, k]
     at = y[:, None, :]
@@ -193,11 +194,12 @@ def _fit(y: np.ndarray, limits: tuple[float, float], jitter: float) -> tuple[np.
     ratio = np.log1p(_SHARE * (density - 1)).sum(-1)
     seen = (np.abs(off) <= 3.5 * jitter).sum(-1)
     # Soft, so that strips without any lattice still differ and their p-values are uniform.
-    lacking = np.maximum(_LEAST_SEEN * frequency, _LEAST_MEMBERS) - seen
-    outside = np.maximum(np.maximum(limits[0] - 0.5 - frequency, frequency - limits[1] - 0.5), 0)
-    ratio = ratio - _LACKING * (np.maximum(lacking, 0) + outside)
-    best = ratio.argmax(-1)[:, None]
-    return tuple(np.take_along_axis(a, best, 1)[:, 0] for a in (ratio, frequency, phase))  # type: ignore[return-value]
+    lacking = np.maximum(np.maximum(_LEAST_SEEN * frequency, _LEAST_MEMBERS) - seen, 0)
+    outside = np.maximum(np.maximum(limits[0] - frequency, frequency - limits[1]) - 0.5, 0)
+    evidence = ratio - _LACKING * (lacking + outside)
+    # Whether there is a period is one question, which one another: half a period misses half of its turns.
+    best = (evidence + math.log(1 - _SEEN) * np.maximum(frequency - seen, 0)).argmax(-1)[:, None]
+    return evidence.max(-1), *(np.take_along_axis(a, best, 1)[:, 0] for a in (frequency, phase))
 
 
 def _responsibility(off: np.ndarray, sigma: float) -> np.ndarray:
