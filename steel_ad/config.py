@@ -229,6 +229,35 @@ class Spectrum:
             raise InputError(f"--config.percentile={self.percentile} must lie in 0..100")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """Settings of an inspection; every field is a flag of its own."""
+
+    map: str = ""  # of an autoencoder: "ssim" or "l2"; "": the run's first
+    tile_px: int = 256  # side of a tile, the unit of calibration and of inspection
+    halo_px: int = 64  # of surroundings that the detector sees beside a tile
+    false_alarm_rate: float = 0.01  # of good tiles
+    confidence: float | None = None  # of the promise over calibrations; None: it holds on average
+    false_alarms_per_m2: float = 0.0  # of plate; above 0 in place of false_alarm_rate, by a model of the tail
+    mm_per_px: float = 0.0  # 0: not known
+    strip: bool = False  # a folder's images follow each other along one strip
+    pitch_mm: float = 0.0  # of the plate's pattern along the strip, for recurrence; 0: not known
+    seed: int = 0  # of the draws of calibration and recurrence
+
+    def __post_init__(self):
+        for name, least in (("tile_px", 16), ("halo_px", 0), ("seed", 0), ("mm_per_px", 0), ("pitch_mm", 0)):
+            if not getattr(self, name) >= least:
+                raise InputError(f"--{name}={getattr(self, name)} must be at least {least}")
+        if not 0 < self.false_alarm_rate < 1:
+            raise InputError(f"--false_alarm_rate={self.false_alarm_rate} must lie between 0 and 1")
+        if self.confidence is not None and not 0 < self.confidence < 1:
+            raise InputError(f"--confidence={self.confidence} must be average or lie between 0 and 1, such as 0.95")
+        if self.false_alarms_per_m2 < 0 or (self.false_alarms_per_m2 and not self.mm_per_px):
+            raise InputError(
+                f"--false_alarms_per_m2={self.false_alarms_per_m2} must be positive and needs --mm_per_px, the size of a pixel"
+            )
+
+
 def defective_share(ratio: str, name: str = "ratio") -> float:
     """Share of defective samples in a ratio such as "1:3": 0.25.
 

@@ -107,7 +107,6 @@ def test_too_few_defects_at_a_place_are_no_evidence():
     assert recurrence.find(np.arange(4.0), np.zeros(4), 10.0) is None
     assert recurrence.find([], [], 10.0) is None
     assert recurrence.find(np.arange(10.0), 100 * np.arange(10.0), 10.0) is None
-    assert "enough" in recurrence.summary(None)
 
 
 @pytest.mark.parametrize(

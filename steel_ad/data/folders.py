@@ -230,6 +230,11 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
             temporary.unlink()
 
 
+def png(image: np.ndarray) -> bytes:
+    """An image uint8 [h, w] as the bytes of a PNG file."""
+    return cv2.imencode(".png", image)[1].tobytes()
+
+
 def fingerprint(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, in hex.
 

@@ -17,6 +17,12 @@ from steel_ad.errors import InputError
 
 _EIGHT_CONNECTED = np.ones((3, 3), bool)
 _SIDES = ("top", "bottom")
+# Of `row`, in its order.
+COLUMNS = (
+    *("camera", "side", "image", "top_px", "left_px", "bottom_px", "right_px", "along_px", "across_px", "area_px"),
+    *("length_px", "width_px", "orientation_deg", "peak", "mean", "p_value"),
+    *("along_mm", "across_mm", "area_mm2", "length_mm", "width_mm"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,15 +160,14 @@ class Camera:
             raise InputError(f"camera {self.name}: mm_per_px={self.mm_per_px} must be positive")
 
 
-def row(region: Region, camera: Camera, *, image: str, p_value: float) -> dict[str, Any]:
+def row(region: Region, camera: Camera, *, image: str, p_value: float | None) -> dict[str, Any]:
     """A region as a row of the ledger.
 
     Returns:
-      camera, side, image; bounding box (`top_px`, `left_px`, `bottom_px`, `right_px`); centroid `along_px`, `across_px`, that of
-      the first pixel being 0.5; `area_px`; `length_px`, `width_px` of the rectangle with the region's second moments;
-      `orientation_deg` of its length, in (-90, 90], 0 along the strip, positive where across grows with along; `peak`, `mean`
-      of the opened map; `p_value`; and in mm `along_mm`, `across_mm`, `area_mm2`, `length_mm`, `width_mm`, None where
-      the scale is not known.
+      The keys `COLUMNS`: bounding box, bottom and right exclusive; centroid `along_px`, `across_px`, that of the first pixel
+      being 0.5; `length_px`, `width_px` of the rectangle with the region's second moments; `orientation_deg` of its length, in
+      (-90, 90], 0 along the strip, positive where across grows with along; `peak`, `mean` of the opened map; `p_value`, None
+      without calibration; the same in mm, None where the scale is not known.
     """
     n, (sy, sx, syy, sxx, sxy) = region.area, region.sums
     # In whole numbers up to here: far along a strip, the squares are large and their differences small.

@@ -228,13 +228,11 @@ def _proposals(y: np.ndarray, limits: tuple[float, float]) -> tuple[np.ndarray, 
     return frequencies[chosen], phase + 0.5 * frequencies[chosen] / bins
 
 
-def summary(found: Recurrence | None) -> str:
+def summary(found: Recurrence, unit: str = "mm") -> str:
     """One sentence for a person."""
-    if found is None:
-        return "No place across has enough defects for a period."
     if not found.periodic:
         return f"No period along the strip (p = {found.p_value:.3g})."
     return (
-        f"A period of {found.period_mm:.1f} mm (a roll of {found.roll_diameter_mm:.1f} mm in diameter): {len(found.members)} "
-        f"defects in {found.turns} turns, p = {found.p_value:.3g}."
+        f"A period of {found.period_mm:.1f} {unit} (a roll of {found.roll_diameter_mm:.1f} {unit} in diameter): "
+        f"{len(found.members)} defects in {found.turns} turns, p = {found.p_value:.3g}."
     )

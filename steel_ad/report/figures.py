@@ -107,6 +107,30 @@ class Insertion:
     truth: np.ndarray
 
 
+@dataclass(frozen=True, kw_only=True)
+class Coil:
+    """One side of a strip, or images of one laid end to end, with its defects.
+
+    Attributes:
+        name: of the side.
+        length, width: along and across, in the unit.
+        across: of the first column, in the unit.
+        joints: where one image ends and the next begins, along.
+        boxes: [n, 4] of the defects: first along, first across, last along, last across.
+        scores: [n], their peaks.
+        periodic: bool [n], those that a roll made.
+    """
+
+    name: str
+    length: float
+    width: float
+    across: float
+    joints: Sequence[float]
+    boxes: np.ndarray
+    scores: np.ndarray
+    periodic: np.ndarray
+
+
 def training_curve(path: str | os.PathLike[str], history: Mapping[str, Any], *, title: str) -> Path:
     """Loss against step, as logged and smoothed over 2 % of the run; logarithmic where it falls tenfold or more.
 
@@ -186,6 +210,14 @@ def insertion(path: str | os.PathLike[str], rows: Sequence[Insertion], *, title:
     Raises ValueError where a label is empty.
     """
     return save(_insertion(rows, title=title), path)
+
+
+def coil_map(path: str | os.PathLike[str], sides: Sequence[Coil], *, unit: str, title: str) -> Path:
+    """Where the defects lie: along the strip from left to right, one panel a side; the periodic ones are ringed.
+
+    Defects too small to be seen at the figure's scale are drawn as dots.
+    """
+    return save(_coil_map(sides, unit=unit, title=title), path)
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
@@ -438,6 +470,41 @@ def _insertion(rows: Sequence[Insertion], *, title: str) -> Figure:
         cut_out.set_facecolor("#FFF7DC")
         _grey(plate, row.plate, _limits(row.plate))
         _grey(truth, row.truth.astype(np.float32), (0, 1))
+    return figure
+
+
+def _coil_map(sides: Sequence[Coil], *, unit: str, title: str) -> Figure:
+    figure = Figure(figsize=(WIDTH_IN, 0.9 + 2.3 * len(sides)), layout="constrained")
+    figure.suptitle(title, fontsize=13)
+    panels = figure.subplots(len(sides), 1, squeeze=False)[:, 0]
+    scores = np.concatenate([side.scores for side in sides])
+    norm = Normalize(*_widened(float(scores.min()), float(scores.max()))) if scores.size else None
+    thousand = unit == "mm" and max(side.length for side in sides) >= 5000
+    for axes, side in zip(panels, sides, strict=True):
+        along = 1000.0 if thousand else 1.0
+        boxes = side.boxes.reshape(-1, 4) / (along, 1, along, 1)
+        length = side.length / along
+        axes.set_xlim(0, length)
+        axes.set_ylim(side.across + side.width, side.across)
+        axes.set_facecolor("#F4F4F4")
+        for joint in side.joints if len(side.joints) <= 60 else ():
+            axes.axvline(joint / along, color="white", lw=1)
+        middle = (boxes[:, :2] + boxes[:, 2:]) / 2
+        if norm is not None and len(boxes):
+            for (x0, y0, x1, y1), score in zip(boxes, side.scores, strict=True):
+                colour = RESIDUAL_COLOURS(norm(score))
+                axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=colour, edgecolor=colour, lw=0.5))
+            axes.scatter(*middle.T, s=14, c=side.scores, cmap=RESIDUAL_COLOURS, norm=norm, zorder=3, lw=0)
+            rings = middle[side.periodic]
+            if len(rings):
+                axes.scatter(*rings.T, s=90, facecolor="none", edgecolor=VERMILLION, lw=1.3, zorder=4, label="periodic")
+                axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1)
+        axes.set_ylabel(f"{side.name}: across ({unit})")
+        plain(axes)
+        axes.grid(False)
+    panels[-1].set_xlabel(f"along ({'m' if thousand else unit})")
+    if norm is not None:
+        figure.colorbar(ScalarMappable(norm, RESIDUAL_COLOURS), ax=list(panels), label="peak", aspect=30, pad=0.01)
     return figure
 
 

@@ -19,10 +19,15 @@ def write_text(path: Path, text: str) -> None:
     Raises:
       InputError: the folder is not writable or the disk is full.
     """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """`write_text` of bytes."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -50,11 +55,11 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} cannot be read ({error}): restore it or use a new --workdir") from None
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line a row, the first row's keys as header; raises as `write_text`."""
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
+    """One line a row below a header, `columns` or else the first row's keys; raises as `write_text`."""
     text = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    if columns or rows:
+        writer = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     write_text(path, text.getvalue())

@@ -1,0 +1,98 @@
+"""A working directory of a finished training as a detector."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from steel_ad import config as configs
+from steel_ad.detectors import Detector, autoencoder, segmentation
+from steel_ad.detectors.autoencoder import AutoencoderDetector
+from steel_ad.detectors.segmentation import SegmentationDetector
+from steel_ad.errors import InputError
+from steel_ad.studies import files
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained detector and what has to be known of it.
+
+    Attributes:
+      state: of `detector.residual`.
+      radius: of the opening's disk, in pixels.
+      least_px: least side of an image that the detector takes.
+      threshold: the run's own pixel threshold (SPEC section 4), or None where it has not been evaluated.
+      settings: of the run.
+      sha256: of the settings that the map depends on, and the weights.
+      trained_on: hashes of the images that the run was trained on.
+    """
+
+    detector: Detector
+    state: Any
+    radius: int
+    least_px: int
+    threshold: float | None
+    settings: dict[str, Any]
+    sha256: str
+    trained_on: frozenset[str]
+
+
+def load(workdir: Path, map_name: str = "") -> Trained:
+    """The detector of a run of `experiments.autoencoder` or `experiments.segmentation`, at its newest checkpoint.
+
+    Args:
+      map_name: of an autoencoder's residual maps, "ssim" or "l2"; "" for the run's first.
+
+    Raises:
+      InputError: no such run, a damaged checkpoint, or a map that the run does not have.
+    """
+    from steel_ad.train.checkpoint import Checkpoints
+
+    path = workdir / "config.json"
+    if not path.exists():
+        raise InputError(f"there is no trained model in {workdir}: name the --workdir of a run")
+    settings = files.read_json(path)
+    if "source" in settings:
+        raise InputError(f"{workdir} is a run of experiments.transfer: name one of autoencoder or segmentation")
+    fields = {k: v for k, v in settings.items() if k not in ("data", "defects")}
+    detector: Detector
+    if "defects" in settings:
+        config = configs.from_mapping(configs.Segmentation, fields)
+        name, radius, least = "segmentation", config.radius, 16
+        detector = SegmentationDetector(config)
+        like = segmentation.initial_segmentation(config, config.total_steps)
+    else:
+        coded = configs.from_mapping(configs.Autoencoder, fields)
+        name, radius, least = map_name or coded.maps[0], coded.radius, coded.patch_size
+        if name not in ("ssim", "l2"):
+            raise InputError(f"--map={name} must be ssim or l2")
+        detector = AutoencoderDetector(coded, name)
+        like = autoencoder.initial_state(coded, jax.random.key(coded.seed))
+    if map_name and map_name != name:
+        raise InputError(f"--map={map_name} is for autoencoders: {workdir} has the map {name} only")
+    if not (workdir / "checkpoints").is_dir():
+        raise InputError(f"there is no checkpoint in {workdir}: train first")
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        if checkpoints.latest() is None:
+            raise InputError(f"there is no checkpoint in {workdir}: train first")
+        train_state, _ = checkpoints.restore(like)
+    state = segmentation.variables(train_state) if "defects" in settings else train_state.params
+    digest = hashlib.sha256(json.dumps([name, radius, fields], sort_keys=True).encode())
+    for leaf in jax.tree.leaves(state):
+        digest.update(np.asarray(leaf).tobytes())
+    metrics = workdir / "metrics.json"
+    limits = files.read_json(metrics)["thresholds"] if metrics.exists() else {}
+    return Trained(
+        detector,
+        state,
+        radius,
+        least,
+        limits.get(name, {}).get("pixel"),
+        settings,
+        digest.hexdigest(),
+        frozenset(r["sha256"] for r in files.read_json(workdir / "manifest.json") if r["use"] == "train"),
+    )

@@ -1,0 +1,372 @@
+"""The inspection as a plant meets it: the same ledger however a strip is cut, resumed or read, and a report that opens offline."""
+
+import base64
+import csv
+import html.parser
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import jax
+import numpy as np
+import pytest
+
+from steel_ad import config as configs
+from steel_ad.config import Inspection
+from steel_ad.data import folders, plates
+from steel_ad.errors import InputError
+from steel_ad.inspection import ledger, tiles
+from steel_ad.studies import autoencoder, inspection, segmentation, trained
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ("ledger.csv", "ledger.jsonl", "coil_map.png", "scores.png", "report.html")
+
+
+def tile_settings(**settings):
+    return Inspection(**{"tile_px": 48, "halo_px": 8, "false_alarm_rate": 0.2, **settings})
+
+
+def write(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), image)
+
+
+@pytest.fixture(scope="module")
+def plates_64():
+    return np.asarray(plates.to_uint8(plates.render(jax.random.key(0), "teardrop1", size=64, num=20)))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, plates_64):
+    """A workdir of the tiny autoencoder, and beside it the good images that it was trained on and others."""
+    from configs.autoencoder import PRESETS
+
+    root = tmp_path_factory.mktemp("model")
+    for i, image in enumerate(plates_64[:6]):
+        write(root / "line" / "train" / "good" / f"{i}.png", image)
+    for i, image in enumerate(plates_64[6:]):
+        write(root / "good" / f"new_{i:02d}.png", image)
+    for i in range(6):
+        path = root / "line" / "train" / "good" / f"{i}.png"
+        (root / "good" / f"old_{i}.png").write_bytes(path.read_bytes())
+    config = configs.Autoencoder(**{**PRESETS["tiny"], "radius": 1, "maps": ("l2", "ssim")})
+    autoencoder.run(config, data=str(root / "line"), workdir=root / "ae")
+    return root
+
+
+@pytest.fixture(scope="module")
+def strip(plates_64):
+    """A strip 330 pixels long and 100 wide, with a bright and a dark mark across tile borders."""
+    image = np.asarray(plates.to_uint8(plates.render(jax.random.key(3), "teardrop1", shape=(330, 100))))[0].copy()
+    image[140:152, 40:60] = 255
+    image[300:306, 2:20] = 0
+    return image
+
+
+def inspect(model, source, out, **settings):
+    return inspection.run(
+        tile_settings(**settings), model=model / "ae", source=str(source), calibrate_on=str(model / "good"), out=out
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(model, strip, tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole")
+    write(root / "in" / "a.png", strip)
+    return inspect(model, root / "in", root / "out", strip=True), root / "out"
+
+
+def test_marks_are_found_where_they_are(whole):
+    summary, out = whole
+    rows = list(csv.DictReader((out / "ledger.csv").read_text().splitlines()))
+    assert len(rows) == summary["defects"] > 0
+    worst = max(rows, key=lambda r: float(r["peak"]))
+    assert 135 <= int(worst["top_px"]) <= int(worst["bottom_px"]) <= 157
+    assert [int(r["defect"]) for r in rows] == list(range(1, len(rows) + 1))
+    assert [json.loads(line)["peak"] for line in (out / "ledger.jsonl").read_text().splitlines()] == [
+        float(r["peak"]) for r in rows
+    ]
+    assert float(worst["p_value"]) == 1 / (1 + summary["calibration"]["groups"])
+    assert summary["tiles"] == 7 * 3
+    assert 0 < summary["tiles_with_an_alarm"] < summary["tiles"]
+
+
+@pytest.mark.parametrize("heights", [[1] * 330, [47, 283], [48] * 6 + [42]])
+def test_the_result_does_not_depend_on_how_the_strip_is_cut(model, strip, whole, tmp_path, heights, monkeypatch):
+    pieces = np.split(strip, np.cumsum(heights)[:-1])
+    monkeypatch.setattr(inspection.Strip, "frames", lambda self: iter(pieces if self.image == "" else [strip]))
+    write(tmp_path / "in" / "a.png", strip)
+    (tmp_path / "out").mkdir()
+    # The fixture's calibration, since reading is replaced here.
+    (tmp_path / "out" / "calibration.json").write_text((whole[1] / "calibration.json").read_text())
+    inspect(model, tmp_path / "in", tmp_path / "out", strip=True)
+    for name in RESULTS[:-1]:
+        assert (tmp_path / "out" / name).read_bytes() == (whole[1] / name).read_bytes()
+
+
+@pytest.mark.parametrize("kept_lines", [0, 1, 3.5, 5, 7])
+def test_an_interrupted_inspection_goes_on_without_losing_or_doubling_a_row(
+    model, strip, whole, tmp_path, kept_lines
+):
+    write(tmp_path / "in" / "a.png", strip)
+    out = tmp_path / "out"
+    out.mkdir()
+    settings = json.loads((whole[1] / "inspection.json").read_text()) | {"source": str(tmp_path / "in")}
+    (out / "inspection.json").write_text(json.dumps(settings))
+    (out / "calibration.json").write_text((whole[1] / "calibration.json").read_text())
+    lines = (whole[1] / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) == 8  # seven bands and the end
+    cut = b"".join(lines[: int(kept_lines)])
+    if kept_lines % 1:
+        cut += lines[int(kept_lines)][:40]
+    (out / "journal.jsonl").write_bytes(cut)
+    inspect(model, tmp_path / "in", out, strip=True)
+    assert (out / "journal.jsonl").read_bytes() == (whole[1] / "journal.jsonl").read_bytes()
+    for name in RESULTS[:-1]:
+        assert (out / name).read_bytes() == (whole[1] / name).read_bytes()
+
+
+def test_a_finished_inspection_is_only_read_and_its_folder_is_not_for_another(model, whole):
+    summary, out = whole
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
+    source = out.parent / "in"
+    assert inspect(model, source, out, strip=True) == json.loads((out / "summary.json").read_text())
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()} == before
+    with pytest.raises(InputError, match="false_alarm_rate"):
+        inspect(model, source, out, strip=True, false_alarm_rate=0.1)
+
+
+def test_the_maps_of_tiles_are_the_detectors_own(model, strip):
+    detector = trained.load(model / "ae")
+    config = tile_settings()
+    view = inspection._View(detector, config)
+    ((_, band, found), *_) = view.maps((0, b) for b in tiles.bands([strip], tile=48, halo=8))
+    piece = np.pad(strip, 8, mode="reflect")[:64, 48:112].astype(np.float32) / 255
+    raw = detector.detector.residual(detector.state, piece)
+    from scipy import ndimage
+
+    from steel_ad.ops.morphology import disk
+
+    opened = ndimage.grey_opening(np.asarray(raw), footprint=disk(1))
+    assert np.abs(found[:, 48:96] - opened[8:56, 8:56])[:46, :46].max() < 1e-5
+    assert band.height == 48
+
+
+def test_images_that_were_trained_on_do_not_calibrate(whole, model):
+    record = whole[0]["calibration"]
+    manifest = json.loads((model / "ae" / "manifest.json").read_text())
+    count = sum(r["use"] == "train" for r in manifest)
+    assert record["left_out_as_trained_on"] == count == 5
+    assert record["images"] == record["groups"] == 15
+    assert record["tiles"] == 15  # one whole tile of 48 in an image of 64
+    known = json.loads((whole[1] / "calibration.json").read_text())
+    assert whole[0]["threshold"] == sorted(known["scores"])[-3]  # the floor(16 x 0.2)-th largest
+
+
+def test_images_of_one_subfolder_are_one_group(model, plates_64, tmp_path):
+    for i, image in enumerate(plates_64[6:18]):
+        write(tmp_path / "good" / f"strip_{i % 4}" / f"{i}.png", image)
+    write(tmp_path / "a.png", plates_64[19])
+    found = inspection.run(
+        tile_settings(false_alarm_rate=0.4),
+        model=model / "ae",
+        source=str(tmp_path / "a.png"),
+        calibrate_on=str(tmp_path / "good"),
+        out=tmp_path / "out",
+    )
+    assert (found["calibration"]["images"], found["calibration"]["groups"]) == (12, 4)
+    with pytest.raises(InputError, match=r"4 independent .* it takes 99"):
+        inspection.run(
+            tile_settings(false_alarm_rate=0.01),
+            model=model / "ae",
+            source=str(tmp_path / "a.png"),
+            calibrate_on=str(tmp_path / "good"),
+            out=tmp_path / "other",
+        )
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.sources, self.rows = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        named = dict(attributes)
+        self.tags.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag == "td" and "data-value" in named:
+            self.rows[-1].append(named["data-value"])
+        self.sources += [v for k, v in attributes if k in ("src", "href")]
+
+
+def test_the_report_opens_offline_and_holds_every_row(whole):
+    summary, out = whole
+    text = (out / "report.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert all(s.startswith("data:image/png;base64,") for s in page.sources)
+    pictures = [base64.b64decode(s.partition(",")[2]) for s in page.sources]
+    assert pictures[:2] == [(out / name).read_bytes() for name in ("coil_map.png", "scores.png")]
+    shown = cv2.imdecode(np.frombuffer(pictures[2], np.uint8), cv2.IMREAD_GRAYSCALE)
+    assert shown.max() == 255  # the bright mark is the worst
+    assert "http" not in text
+    rows = [r for r in page.rows if r]
+    assert len(rows) == summary["defects"]
+    peaks = [json.loads(line)["peak"] for line in (out / "ledger.jsonl").read_text().splitlines()]
+    position = rows[0].index(repr(max(peaks)))
+    assert [float(r[position]) for r in rows] == sorted(peaks, reverse=True)
+    assert summary["settings"]["model_sha256"] in text
+    assert inspection.promise_sentence(summary["calibration"]) in text
+
+
+def test_a_video_is_one_strip_and_its_periodic_defect_is_named(model, tmp_path, plates_64):
+    rng = np.random.default_rng(0)
+    image = np.full((60 * 16, 64), 128, np.uint8)
+    for turn in range(16):
+        if turn not in (3, 7, 11):
+            y = 17 + 60 * turn
+            image[y : y + 9, 30:39] = 255
+    for y in rng.integers(0, 900, 3):
+        image[y : y + 5, 5:10] = 255
+    path = tmp_path / "coil.avi"
+    # Uncompressed, so that the frames are what was written.
+    writer = cv2.VideoWriter(str(path), 0, 25, (64, 60), isColor=False)
+    for frame in np.split(image, 16):
+        writer.write(frame)
+    writer.release()
+    good = tmp_path / "good"
+    for i in range(4):
+        write(good / f"{i}.png", np.full((64, 64), 127 + i, np.uint8))
+    config = tile_settings(mm_per_px=2.0, tile_px=64)
+    found = inspection.run(
+        config, model=model / "ae", source=str(path), calibrate_on=str(good), out=tmp_path / "out"
+    )
+    (roll,) = found["recurrence"]
+    assert roll["period"] == pytest.approx(120, rel=0.01)
+    assert (roll["turns"], roll["side"], roll["unit"]) == (16, "top", "mm")
+    assert roll["sentence"] in (tmp_path / "out" / "report.html").read_text()
+    rows = [json.loads(line) for line in (tmp_path / "out" / "ledger.jsonl").read_text().splitlines()]
+    assert all(r["along_mm"] == 2 * r["along_px"] for r in rows)
+
+
+def test_cameras_share_a_strip_and_its_defects(model, strip, tmp_path):
+    write(tmp_path / "left.png", strip[:, :64])
+    write(tmp_path / "right.png", strip[:, 36:])
+    cameras = [
+        {"name": "left", "source": "left.png", "mm_per_px": 0.5},
+        {"name": "right", "source": "right.png", "mm_per_px": 0.5, "across_mm": 18},
+    ]
+    (tmp_path / "left").mkdir()
+    (tmp_path / "right").mkdir()
+    for name in ("left", "right"):
+        os.rename(tmp_path / f"{name}.png", tmp_path / name / "a.png")
+    for camera in cameras:
+        camera["source"] = camera["name"]
+    (tmp_path / "cameras.json").write_text(json.dumps(cameras))
+    inspect(model, tmp_path / "cameras.json", tmp_path / "out")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "ledger.jsonl").read_text().splitlines()]
+    bright = [r for r in rows if abs(r["along_mm"] - 73) < 3 and abs(r["across_mm"] - 25) < 3]
+    assert len(bright) == 1
+    (tmp_path / "cameras.json").write_text(json.dumps([{"source": "left"}]))
+    with pytest.raises(InputError, match="no list of cameras"):
+        inspect(model, tmp_path / "cameras.json", tmp_path / "other")
+
+
+def test_a_segmentation_run_inspects_too(model, plates_64, tmp_path):
+    from configs.segmentation import PRESETS
+
+    config = configs.Segmentation(**PRESETS["tiny"])
+    segmentation.run(config, data=str(model / "line"), defects_from="procedural", workdir=tmp_path / "w")
+    write(tmp_path / "a.png", plates_64[19])
+    found = inspection.run(
+        tile_settings(), model=tmp_path / "w", source=str(tmp_path / "a.png"), calibrate_on="", out=tmp_path / "out"
+    )
+    assert found["threshold"] == config.threshold
+    assert "nothing is promised" in inspection.promise_sentence(found["calibration"])
+    with pytest.raises(InputError, match="for autoencoders"):
+        trained.load(tmp_path / "w", "ssim")
+
+
+def test_tiles_of_a_strip_see_its_surroundings_and_are_the_same_in_every_cut():
+    rng = np.random.default_rng(0)
+    for height, tile, halo in ((1, 32, 8), (33, 32, 8), (64, 32, 8), (97, 16, 20), (200, 32, 0)):
+        image = rng.integers(0, 255, (height, 50)).astype(np.uint8)
+        padded = np.pad(image, ((halo, halo - height % -tile), (halo, halo + -50 % tile)), mode="reflect")
+        for cut in ([image], np.split(image, height), np.split(image, [height // 3])):
+            found = list(tiles.bands(cut, tile=tile, halo=halo))
+            assert [b.top for b in found] == list(range(0, height, tile))
+            for band in found:
+                for k, piece in enumerate(tiles.cut(band, tile=tile, halo=halo)):
+                    size = tile + 2 * halo
+                    expected = padded[band.top : band.top + size, k * tile : k * tile + size]
+                    np.testing.assert_array_equal(piece, expected)
+            cores = [tiles.cut(b, tile=tile, halo=halo)[:, halo : halo + tile, halo : halo + tile] for b in found]
+            joined = [tiles.join(c, b) for c, b in zip(cores, found, strict=True)]
+            np.testing.assert_array_equal(np.concatenate(joined), image)
+            expected = [joined[0][:, k : k + tile].max() for k in range(0, 50, tile)]
+            assert tiles.maxima(joined[0], tile).tolist() == expected
+    with pytest.raises(ValueError, match="does not follow"):
+        list(tiles.bands([image, image[:, 1:]], tile=16, halo=0))
+
+
+def command(*arguments):
+    cache = f"--compilation_cache={os.environ['STEEL_AD_TEST_CACHE']}"
+    line = [sys.executable, "-m", "experiments.inspection", cache, *arguments]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_binary_tells_clean_from_defective_by_its_status(model, strip, plates_64, tmp_path):
+    write(tmp_path / "a.png", strip)
+    tiling = ("--tile_px=48", "--halo_px=8", "--false_alarm_rate=0.2", f"--calibration={model / 'good'}")
+    found = command(f"--model={model / 'ae'}", f"--source={tmp_path / 'a.png'}", f"--out={tmp_path / 'b'}", *tiling)
+    assert found.returncode == 3, found.stderr
+    assert "on average" in found.stdout
+    assert "Mpx/s" in found.stderr
+    flat = tmp_path / "flat.png"
+    known = json.loads((tmp_path / "b" / "calibration.json").read_text())
+    (tmp_path / "c").mkdir()
+    known["scores"] = [s + 10 for s in known["scores"]]
+    (tmp_path / "c" / "calibration.json").write_text(json.dumps(known))
+    write(flat, plates_64[19])
+    found = command(f"--model={model / 'ae'}", f"--source={flat}", f"--out={tmp_path / 'c'}", *tiling)
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "c" / "ledger.csv").read_text() == ",".join(["defect", *ledger.COLUMNS]) + "\n"
+    assert "Clean" in (tmp_path / "c" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"--model": "nowhere"}, "no trained model in nowhere"),
+        ({"--source": "nowhere.png"}, "cannot be read"),
+        ({"--confidence": "high"}, "must be average or a number"),
+        ({"--false_alarms_per_m2": "0.1"}, "needs --mm_per_px"),
+        ({"--halo_px": "0", "--tile_px": "16"}, "smaller than the detector's patch"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(model, strip, tmp_path, arguments, message):
+    from absl.testing import flagsaver
+
+    write(tmp_path / "a.png", strip)
+    given = {"--model": str(model / "ae"), "--source": str(tmp_path / "a.png"), "--out": str(tmp_path / "out")}
+    from absl import flags
+
+    import experiments.inspection as binary
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["test"])
+    values = {k.removeprefix("--"): v for k, v in (given | arguments).items()}
+    typed = {k: flags.FLAGS[k].parser.parse(v) for k, v in values.items()}
+    with flagsaver.flagsaver(**typed), pytest.raises(InputError, match=message):
+        binary.main()
+    assert not (tmp_path / "out").exists()
+
+
+def test_close_ups_are_png():
+    image = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    decoded = cv2.imdecode(np.frombuffer(folders.png(image), np.uint8), cv2.IMREAD_UNCHANGED)
+    np.testing.assert_array_equal(decoded, image)
