@@ -19,7 +19,7 @@ from steel_ad.data import plates
 from steel_ad.detectors import autoencoder
 from steel_ad.errors import InputError
 from steel_ad.studies import autoencoder as study
-from steel_ad.studies import evaluation, files
+from steel_ad.studies import evaluation, files, trained
 from steel_ad.train.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parent.parent
@@ -110,6 +110,21 @@ def test_a_finished_run_says_so_and_stays(finished, data):
     assert result.returncode == 0
     assert "finished already" in result.stdout
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()} == before
+
+
+def test_a_finished_run_is_restored_as_a_detector(finished):
+    workdir, _ = finished
+    model = trained.load(workdir)
+    manifest = json.loads((workdir / "manifest.json").read_text())
+    assert model.trained_on == {r["sha256"] for r in manifest if r["use"] == "train"}
+    assert model.threshold == json.loads((workdir / "metrics.json").read_text())["thresholds"]["ssim"]["pixel"]
+    assert trained.load(workdir, "l2").sha256 != model.sha256 == trained.load(workdir, "ssim").sha256
+    config = tiny()
+    like = autoencoder.initial_state(config, jax.random.key(1))
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        kept, _ = checkpoints.restore(like)
+    jax.tree.map(np.testing.assert_array_equal, model.state, kept.params)
+    assert (model.radius, model.least_px, model.detector.map) == (config.radius, config.patch_size, "ssim")
 
 
 def tiny(**settings):

@@ -1,52 +1,58 @@
 """A damaged roll is told from single defects on simulated strips, with its period, members and phase."""
 
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from steel_ad.inspection import recurrence
+from steel_ad.studies import recurrence as study
+
+ROOT = Path(__file__).parent.parent
 
 
-def strip(rng, turns, *, periodic=True, missed=0.2, false=0.2, jitter=0.01, false_anywhere=True):
-    """(along, across, length, period, phase, made by the roll) of a strip of `turns` turns."""
+def strip(rng, turns):
+    """(along, across, length, period, phase, made by the roll) of a strip of `turns` turns, a fifth of them missed."""
     period = rng.uniform(300, 3000)
     length, phase = turns * period, rng.uniform(0, period)
-    hits = phase + period * (np.arange(turns) + rng.normal(0, jitter, turns))
-    hits = hits[(rng.random(turns) >= missed) & (hits >= 0) & (hits <= length)]
-    extra = rng.uniform(0, length, rng.binomial(turns, false))
+    hits = phase + period * (np.arange(turns) + rng.normal(0, 0.01, turns))
+    hits = hits[(rng.random(turns) >= 0.2) & (hits >= 0) & (hits <= length)]
+    extra = rng.uniform(0, length, rng.binomial(turns, 0.2))
+    across = np.concatenate([np.full(hits.size, 500.0), rng.uniform(0, 400, extra.size)])
     along = np.concatenate([hits, extra])
-    place = rng.uniform(0, 1000)
-    across = place + rng.normal(0, 2, along.size)
-    if false_anywhere:
-        across[hits.size :] = rng.uniform(0, 1000, extra.size)
-    if not periodic:
-        along = rng.uniform(0, length, along.size)
     return along, across, length, period, phase, np.arange(along.size) < hits.size
 
 
-def test_periods_are_found_with_a_fifth_missed_and_a_fifth_false():
-    rng = np.random.default_rng(0)
-    right = 0
-    for seed in range(60):
-        along, across, length, period, *_ = strip(rng, int(rng.integers(10, 41)), false_anywhere=seed % 2 == 0)
-        found = recurrence.find(along, across, length, seed=seed)
-        # Neither the half of the period nor its double.
-        right += found.periodic and abs(found.period_mm / period - 1) < 0.01
-    assert right >= 58
+@pytest.mark.parametrize("same_place", [False, True])
+def test_periods_are_found_and_p_values_uniform_with_a_fifth_missed_and_a_fifth_false(tmp_path, same_place):
+    out = tmp_path / "found.json"
+    found = study.run(out, strips=60, least_turns=10, same_place=same_place)
+    assert found["right_with_a_period"] >= 57 / 60
+    assert found["right_without"] >= 59 / 60
+    assert found["uniform_p_values_ks"] > 1e-3
+    assert found["greatest_error_of_a_right_period"] < 0.01
+    assert json.loads(out.read_text()) == found
 
 
-def test_p_values_of_streaks_without_a_period_are_uniform():
-    rng = np.random.default_rng(1)
-    p = []
-    for seed in range(150):
-        along, across, length, *_ = strip(rng, int(rng.integers(8, 25)), periodic=False)
-        found = recurrence.find(along, across, length, seed=seed, surrogates=199)
-        if found is not None:
-            p.append(found.p_value)
-    assert len(p) > 130
-    assert stats.kstest(p, "uniform").pvalue > 1e-3
+def test_the_simulated_strips_are_what_they_say():
+    rng = np.random.default_rng(7)
+    along, across, length, period = study.simulate(rng, 2000, periodic=True, false=0.0, jitter=0.001)
+    assert length == 2000 * period
+    assert along.size == pytest.approx(1600, abs=90)
+    off = (along - along[0]) / period
+    assert np.abs(off - np.rint(off)).max() < 0.01
+    along, across, length, period = study.simulate(rng, 2000, periodic=True, missed=1.0)
+    assert along.size == pytest.approx(400, abs=90)
+    assert stats.kstest(along / length, "uniform").pvalue > 1e-3
+    assert across.std() > 200
+    along, across, length, period = study.simulate(rng, 2000, periodic=False, same_place=True)
+    assert across.std() < 3
+    assert stats.kstest((along / period) % 1, "uniform").pvalue > 1e-3
 
 
 def test_members_phase_and_roll_of_a_period():
@@ -71,7 +77,7 @@ def test_the_unit_and_the_order_do_not_matter():
 
 def test_a_period_at_another_place_or_of_another_look_is_not_mixed_in():
     rng = np.random.default_rng(5)
-    along, across, length, period, _, made = strip(rng, 12, missed=0, false=0)
+    along, across, length, period, _, made = strip(rng, 14)
     n = made.size
     # As many defects of another kind at the same place, at random along the strip.
     along = np.concatenate([along, rng.uniform(0, length, 4 * n)])
@@ -79,7 +85,8 @@ def test_a_period_at_another_place_or_of_another_look_is_not_mixed_in():
     look = np.repeat([[0.0, 0.0], [5.0, 0.0]], [n, 4 * n], axis=0)
     found = recurrence.find(along, across, length, look=look)
     assert found.periodic
-    assert found.members == tuple(np.argsort(along[:n]))
+    expected = np.flatnonzero(made)
+    assert found.members == tuple(expected[np.argsort(along[expected])])
     assert found.period_mm == pytest.approx(period, rel=0.01)
     scattered = np.where(np.arange(5 * n) < n, 100.0 * np.arange(5 * n), across)
     assert not recurrence.find(along, scattered, length, look=look).periodic
@@ -122,3 +129,11 @@ def test_too_few_defects_at_a_place_are_no_evidence():
 def test_what_does_not_fit_is_refused(arguments, options):
     with pytest.raises(ValueError, match=r"fit together|strip|must lie"):
         recurrence.find(*arguments, **options)
+
+
+def test_the_binary_writes_what_it_found(tmp_path):
+    line = [sys.executable, "-m", "experiments.recurrence", f"--out={tmp_path / 'a.json'}", "--strips=2"]
+    found = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "right with a period: " in found.stdout
+    assert json.loads((tmp_path / "a.json").read_text())["strips"] == {"with a period": 2, "without": 2}
