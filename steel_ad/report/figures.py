@@ -159,6 +159,7 @@ def score_histogram(
     *,
     threshold: float,
     calibrated: float | None = None,
+    of: str = "image",
     title: str,
 ) -> Path:
     """Image scores of good images above those of defective ones, with the thresholds as lines.
@@ -172,9 +173,11 @@ def score_histogram(
         defective: [m] scores, or kind -> [m] scores; empty leaves the panel out.
         threshold: in the scores' unit.
         calibrated: a second threshold, drawn dashed.
+        of: what has a score, for the axes.
         title: above the figure.
     """
-    return save(_score_histogram(good, defective, threshold=threshold, calibrated=calibrated, title=title), path)
+    figure = _score_histogram(good, defective, threshold=threshold, calibrated=calibrated, of=of, title=title)
+    return save(figure, path)
 
 
 def curves(path: str | os.PathLike[str], series: Mapping[str, Mapping[str, Any]], *, title: str) -> Path:
@@ -331,6 +334,7 @@ def _score_histogram(
     *,
     threshold: float,
     calibrated: float | None,
+    of: str = "image",
     title: str,
 ) -> Figure:
     kinds = defective if isinstance(defective, Mapping) else {"defective": defective}
@@ -364,7 +368,7 @@ def _score_histogram(
             )
             bottom += counts
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-        axes.set_ylabel("images")
+        axes.set_ylabel(f"{of}s")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
         plain(axes)
 
@@ -385,7 +389,7 @@ def _score_histogram(
     if log:
         panels[-1].set_xscale("log")
         log_ticks(panels[-1].xaxis)
-    panels[-1].set_xlabel("image score" + (" (zeros in the leftmost bar)" if log and (scores == 0).any() else ""))
+    panels[-1].set_xlabel(f"{of} score" + (" (zeros in the leftmost bar)" if log and (scores == 0).any() else ""))
     return figure
 
 

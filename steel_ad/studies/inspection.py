@@ -334,6 +334,7 @@ class _Found:
     sizes: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     close_ups: dict[int, str] = dataclasses.field(default_factory=dict)
     worst: list[tuple[float, int]] = dataclasses.field(default_factory=list)
+    inspected_now: int = 0  # pixels, since this start
 
     def wants(self, peak: float) -> bool:
         return len(self.worst) < _WORST or peak > self.worst[0][0]
@@ -429,6 +430,7 @@ def _inspect(config: configs.Inspection, view: _View, strips: Sequence[Strip], l
                 at, done, pending, crops = strip, 0, ledger.nothing(opened.shape[1]), {}
             closed, pending = ledger.advance(pending, opened, limit.threshold, top=band.top)
             crops = _crops(crops, band, view.halo, [r for r in closed if found.wants(r.peak)] + list(pending.regions))
+            found.inspected_now += opened.size
             done, size = done + 1, [band.top + band.height, opened.shape[1]]
             scores = tiles.maxima(opened, view.tile).tolist()
             left = {(r.peak_y, r.peak_x) for r in pending.regions}
@@ -507,7 +509,6 @@ def _write(
     rolls = _rolls(config, strips, found, rows)
     scores = np.array(found.scores)
     alarmed = int(np.count_nonzero(scores > limit.threshold))
-    pixels = sum(h * w for h, w in found.sizes.values())
     summary = {
         "defects": len(rows),
         "tiles": len(scores),
@@ -515,8 +516,8 @@ def _write(
         "threshold": limit.threshold,
         "calibration": limit.record,
         "recurrence": rolls,
-        "megapixels": pixels / 1e6,
-        "megapixels_per_second": pixels / 1e6 / seconds if seconds > 0 else None,
+        "megapixels": sum(h * w for h, w in found.sizes.values()) / 1e6,
+        "megapixels_per_second": found.inspected_now / 1e6 / seconds if seconds > 0 else None,
         "settings": settings,
         "versions": runs.versions(),
     }
@@ -533,6 +534,7 @@ def _write(
         limit.scores if limit.scores.size else scores,
         {"inspected": scores} if limit.scores.size else {},
         threshold=limit.threshold,
+        of="tile",
         title="tile scores" + (" of calibration (above) and inspection" if limit.scores.size else ""),
     )
     verdict = (
