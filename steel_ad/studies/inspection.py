@@ -216,7 +216,7 @@ def _bands(
         for frame in strip.frames():
             yield frame
             frames, pixels = frames + 1, pixels + frame.size
-            update(frames, f"{pixels / 1e6 / max(time.perf_counter() - start, 1e-9):.1f} Mpx/s")
+            update(frames, f"{pixels / 1e6 / max(time.perf_counter() - start, 1e-9):.2f} Mpx/s")
 
     for i in range(first, len(strips)):
         for k, band in enumerate(tiles.bands(read(strips[i]), tile=view.tile, halo=view.halo)):

@@ -64,18 +64,21 @@ def load(workdir: Path, map_name: str = "") -> Trained:
         config = configs.from_mapping(configs.Segmentation, fields)
         name, radius, least = "segmentation", config.radius, 16
         detector = SegmentationDetector(config)
-        like = segmentation.initial_segmentation(config, config.total_steps)
+        like = jax.eval_shape(lambda: segmentation.initial_segmentation(config, config.total_steps))
     else:
         coded = configs.from_mapping(configs.Autoencoder, fields)
         name, radius, least = map_name or coded.maps[0], coded.radius, coded.patch_size
         if name not in ("ssim", "l2"):
             raise InputError(f"--map={name} must be ssim or l2")
         detector = AutoencoderDetector(coded, name)
-        like = autoencoder.initial_state(coded, jax.random.key(coded.seed))
+        like = jax.eval_shape(lambda: autoencoder.initial_state(coded, jax.random.key(coded.seed)))
     if map_name and map_name != name:
         raise InputError(f"--map={map_name} is for autoencoders: {workdir} has the map {name} only")
     if not (workdir / "checkpoints").is_dir():
         raise InputError(f"there is no checkpoint in {workdir}: train first")
+    # A run of an accelerator is restored to what is here.
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), like)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         if checkpoints.latest() is None:
             raise InputError(f"there is no checkpoint in {workdir}: train first")
