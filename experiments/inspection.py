@@ -66,7 +66,7 @@ def main() -> int:
     print(inspection.promise_sentence(found["calibration"]))
     for roll in found["recurrence"]:
         print(f"{roll['side']}: {roll['sentence']}")
-    print(f"{found['defects']} defects, {found['tiles_with_an_alarm']} of {found['tiles']} tiles with an alarm.")
+    print(f"Defects: {found['defects']}; {found['tiles_with_an_alarm']} of {found['tiles']} tiles with an alarm.")
     print(f"Report: {Path(out) / 'report.html'}; list: {Path(out) / 'ledger.csv'}")
     return 3 if found["defects"] else 0
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from steel_ad import config as configs
 from steel_ad.config import Inspection
@@ -21,6 +22,7 @@ from steel_ad.data import folders, plates
 from steel_ad.detectors import autoencoder, segmentation
 from steel_ad.errors import InputError
 from steel_ad.inspection import ledger, tiles
+from steel_ad.ops.morphology import disk
 from steel_ad.report import figures
 from steel_ad.studies import files, inspection, trained
 from steel_ad.studies.trained import Trained
@@ -177,20 +179,21 @@ def test_a_finished_inspection_is_only_read_and_its_folder_is_not_for_another(mo
         inspect(model, source, out, strip=True, false_alarm_rate=0.1)
 
 
-def test_the_maps_of_tiles_are_the_detectors_own(model, strip):
-    detector = trained.load(model / "ae")
-    config = tile_settings()
-    view = inspection._View(detector, config)
-    ((_, band, found), *_) = view.maps((0, b) for b in tiles.bands([strip], tile=48, halo=8))
-    piece = np.pad(strip, ((8, 8), (8, 14)), mode="reflect")[:64, 48:112].astype(np.float32) / 255
-    raw = detector.detector.residual(detector.state, piece)
-    from scipy import ndimage
+def test_a_tile_sees_itself_and_its_halo_and_nothing_else(strip):
+    class Surroundings(Contrast):
+        def residual(self, state, image):
+            return jnp.abs(image - image.mean())
 
-    from steel_ad.ops.morphology import disk
-
-    opened = ndimage.grey_opening(np.asarray(raw), footprint=disk(1))
-    assert np.abs(found[:, 48:90] - opened[8:56, 8:50]).max() < 1e-5
-    assert band.height == 48
+    view = inspection._View(Trained(Surroundings(), (), 1, 32, None, {}, "", frozenset()), tile_settings())
+    (first, second, *_) = view.maps((0, b) for b in tiles.bands([strip], tile=48, halo=8))
+    padded = np.pad(strip, ((8, 8), (8, 14)), mode="reflect").astype(np.float32) / 255
+    for (_, band, found), top in ((first, 0), (second, 48)):
+        assert (band.top, found.shape) == (top, (48, 90))
+        for left, right in ((0, 48), (48, 90)):
+            piece = padded[top : top + 64, left : left + 64]
+            opened = ndimage.grey_opening(np.abs(piece - piece.mean()), footprint=disk(1))
+            core = opened[8:56, 8 : 8 + right - left]
+            np.testing.assert_allclose(found[:, left:right], core, atol=1e-5)
 
 
 def test_images_that_were_trained_on_do_not_calibrate(whole, model):

@@ -527,8 +527,9 @@ def _write(
     for defect, png in close_ups.items():
         files.write_bytes(out / "close_ups" / f"{defect:06d}.png", png)
     name = Path(settings["source"]).name
+    counted = f"{len(rows)} defect{'s' * (len(rows) != 1)}"
     sides, unit = _coil(strips, found, rows, rolls)
-    coil = figures.coil_map(out / "coil_map.png", sides, unit=unit, title=f"{name}: {len(rows)} defects")
+    coil = figures.coil_map(out / "coil_map.png", sides, unit=unit, title=f"{name}: {counted}")
     histogram = figures.score_histogram(
         out / "scores.png",
         limit.scores if limit.scores.size else scores,
@@ -537,11 +538,7 @@ def _write(
         of="tile",
         title="tile scores" + (" of calibration (above) and inspection" if limit.scores.size else ""),
     )
-    verdict = (
-        f"{len(rows)} defects in {alarmed} of {len(scores)} tiles."
-        if rows
-        else f"Clean: no defect in {len(scores)} tiles."
-    )
+    verdict = f"{counted} in {alarmed} of {len(scores)} tiles." if rows else f"Clean: no defect in {len(scores)} tiles."
     files.write_text(
         out / "report.html",
         page.inspection(
