@@ -213,6 +213,9 @@ def test_images_of_one_subfolder_are_one_group(model, plates_64, tmp_path):
     assert (found["calibration"]["images"], found["calibration"]["groups"]) == (12, 4)
     with pytest.raises(InputError, match=r"4 independent .* it takes 99"):
         inspect(model, tmp_path / "a.png", tmp_path / "other", good=tmp_path / "good", false_alarm_rate=0.01)
+    # What was refused may be asked again in the same place, with another rate.
+    again = inspect(model, tmp_path / "a.png", tmp_path / "other", good=tmp_path / "good", false_alarm_rate=0.4)
+    assert again["threshold"] == found["threshold"]
 
 
 class Page(html.parser.HTMLParser):

@@ -99,13 +99,18 @@ def run(config: configs.Inspection, *, model: Path, source: str, calibrate_on: s
         "calibration": calibrate_on,
         "calibration_files": _digest(good),
     }
-    _claim(out, settings)
+    frames = sum(max(1, video.length(p)) if _is_video(p) else 1 for s in strips for p in s.paths)
+    claimed = out / "inspection.json"
+    if claimed.exists() and (other := configs.difference(settings, files.read_json(claimed))):
+        raise InputError(f"{out} holds another inspection, which differs in {other}: use a new --out")
     if (out / "summary.json").exists():
         return files.read_json(out / "summary.json")
     view = _View(detector, config)
-    limit = _limit(config, detector, view, good, calibrate_on, out)
+    limit = _limit(config, detector, view, good, calibrate_on, settings, out)
+    # Not before the calibration, so that after a refusal another rate may be asked for in the same place.
+    files.write_json(claimed, settings)
     start = time.perf_counter()
-    found = _inspect(config, view, strips, limit, out)
+    found = _inspect(view, strips, limit, frames, out)
     return _write(config, strips, found, limit, settings, time.perf_counter() - start, out)
 
 
@@ -159,14 +164,6 @@ def _digest(paths: Iterable[Path]) -> str:
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read ({error.strerror}): check its name") from None
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-
-
-def _claim(out: Path, settings: dict[str, Any]) -> None:
-    path = out / "inspection.json"
-    if not path.exists():
-        files.write_json(path, settings)
-    elif other := configs.difference(settings, files.read_json(path)):
-        raise InputError(f"{out} holds another inspection, which differs in {other}: use a new --out")
 
 
 class _View:
@@ -267,7 +264,13 @@ class Limit(NamedTuple):
 
 
 def _limit(
-    config: configs.Inspection, detector: Trained, view: _View, good: Sequence[Path], folder: str, out: Path
+    config: configs.Inspection,
+    detector: Trained,
+    view: _View,
+    good: Sequence[Path],
+    folder: str,
+    settings: dict[str, Any],
+    out: Path,
 ) -> Limit:
     if not good:
         if detector.threshold is None:
@@ -276,11 +279,13 @@ def _limit(
             )
         return Limit(detector.threshold, np.zeros(0), {"form": "none", "threshold": detector.threshold})
     path = out / "calibration.json"
-    if not path.exists():
-        files.write_json(path, _good_scores(config, detector, view, good, Path(folder)))
-    known = files.read_json(path)
+    made_of = {k: settings[k] for k in ("model_sha256", "calibration_files", "tile_px", "halo_px", "seed")}
+    known = files.read_json(path) if path.exists() else {}
+    if known.get("made_of") != made_of:
+        known = {"made_of": made_of, **_good_scores(config, detector, view, good, Path(folder))}
+        files.write_json(path, known)
     scores = np.array(known["scores"])
-    record = {k: v for k, v in known.items() if k != "scores"}
+    record = {k: v for k, v in known.items() if k not in ("made_of", "scores")}
     if config.false_alarms_per_m2:
         tile_m2 = (config.tile_px * config.mm_per_px / 1000) ** 2
         modelled = calibration.tail(scores, config.false_alarms_per_m2 * tile_m2)
@@ -393,7 +398,7 @@ class _Journal:
             ) from None
 
 
-def _inspect(config: configs.Inspection, view: _View, strips: Sequence[Strip], limit: Limit, out: Path) -> _Found:
+def _inspect(view: _View, strips: Sequence[Strip], limit: Limit, frames: int, out: Path) -> _Found:
     found, journal = _Found(), _Journal(out / "journal.jsonl")
     record: dict[str, Any] | None = None
     for record in journal.read():
@@ -416,13 +421,12 @@ def _inspect(config: configs.Inspection, view: _View, strips: Sequence[Strip], l
         journal.write(line)
         found.add(line)
 
-    total = sum(max(1, video.length(p)) if _is_video(p) else 1 for s in strips for p in s.paths)
     crops: dict[tuple[int, int], str] = {}
     at, done, size, pending = -1, 0, [0, 0], ledger.nothing(0)
     if before is not None and record is not None:
         at, done, size = first, skip, record["size"]
         pending, crops = before
-    with progress("inspect", total, "frames") as update:
+    with progress("inspect", frames, "frames") as update:
         for strip, band, opened in view.maps(_ahead(_bands(strips, view, update, first=first, skip=skip))):
             if strip != at:
                 if at >= 0:
