@@ -206,7 +206,7 @@ def test_large_and_mixed_images(data, tmp_path):
     image = np.random.default_rng(0).random((300, 160)).astype(np.float32)
     with pytest.MonkeyPatch.context() as patch:
         whole = autoencoder.reconstruct(config, params, image)
-        patch.setattr(autoencoder, "_TILES", 10**6)
+        patch.setattr(autoencoder, "_TILES_ON_CPU", 10**6)
         np.testing.assert_allclose(autoencoder.reconstruct(config, params, image), whole, atol=1e-6)
     mapper = evaluation.Mapper({"l2": autoencoder.AutoencoderDetector(config, "l2")}, 2)
     images = [np.uint8(255 * image), np.uint8(255 * image[:40, :50]), np.uint8(255 * image[:40, :50])[::-1]]

@@ -1,9 +1,11 @@
 """Overlapping windows of an image, and the image averaged from them (SPEC section 4, Test)."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 
@@ -87,3 +89,59 @@ def average(tiles: Array, *, shape: tuple[int, int], stride: int) -> Array:
     add = jax.linear_transpose(extract, jax.ShapeDtypeStruct(shape, tiles.dtype))
     (total,), (count,) = add(tiles), add(jnp.ones_like(tiles))
     return total / count
+
+
+def through(function: Callable[[Array], Array], image: Array, *, size: int, stride: int, at_once: int) -> Array:
+    """`average(function(windows(image)))`, but for large images with few windows in memory at a time.
+
+    Args:
+      function: `[n, size, size]` -> `[n, size, size]`, each window by itself.
+      image: as `windows`'.
+      size, stride: as `windows`'.
+      at_once: most windows that `function` gets; the windows in memory are as many, or a row of them if that is more.
+
+    Returns:
+      `[h, w]` of the function's dtype.
+
+    Raises:
+      ValueError: as `positions`, or `at_once` is below 1.
+    """
+    if at_once < 1:
+        raise ValueError(f"at least one window must go through at once, not {at_once}")
+    height, width = image.shape
+    rows, columns = (positions(length, size, stride) for length in (height, width))
+    if len(rows) * len(columns) <= at_once:
+        return average(function(windows(image, size=size, stride=stride)), shape=(height, width), stride=stride)
+    per_step = max(1, at_once // len(columns))
+    surplus = -len(rows) % per_step
+    # The last step repeats a row of windows, which then counts nothing.
+    tops = np.array(rows + rows[-1:] * surplus, np.int32).reshape(-1, per_step)
+    weights = np.array([1.0] * len(rows) + [0.0] * surplus, np.float32).reshape(tops.shape)
+    extract = functools.partial(_extract, size=size, stride=stride)
+
+    def strips(tiles: Array) -> Array:
+        add = jax.linear_transpose(extract, jax.ShapeDtypeStruct((size, width), tiles.dtype))
+        return jax.vmap(lambda row: add(row)[0])(tiles.reshape(per_step, len(columns), size, size))
+
+    def step(total: Array, given: tuple[Array, Array]) -> tuple[Array, None]:
+        top, weight = given
+        cut = jax.vmap(lambda row: extract(lax.dynamic_slice(image, (row, jnp.zeros_like(row)), (size, width))))(top)
+        tiles = cut.reshape(-1, size, size)
+        if len(tiles) <= at_once:
+            tiles = function(tiles)
+        else:
+            tiles = lax.map(lambda tile: function(tile[None])[0], tiles, batch_size=at_once)
+        added = strips(tiles) * weight.astype(tiles.dtype)[:, None, None]
+        for i in range(per_step):
+            at = top[i], jnp.zeros_like(top[i])
+            strip = lax.dynamic_slice(total, at, (size, width)) + added[i]
+            total = lax.dynamic_update_slice(total, strip, at)
+        return total, None
+
+    dtype = jax.eval_shape(function, jax.ShapeDtypeStruct((1, size, size), image.dtype)).dtype
+    total, _ = lax.scan(step, jnp.zeros((height, width), dtype), (jnp.asarray(tops), jnp.asarray(weights)))
+    covered = [
+        np.sum([(np.arange(length) >= s) & (np.arange(length) < s + size) for s in starts], axis=0, dtype=np.float32)
+        for length, starts in ((height, rows), (width, columns))
+    ]
+    return total / (covered[0][:, None] * jnp.asarray(covered[1], dtype)[None, :])

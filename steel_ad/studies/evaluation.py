@@ -54,7 +54,7 @@ class Mapper:
 
         Args:
           states: name -> what the detector's `fit` returned.
-          images: uint8 `[h_i, w_i]`; images of one shape go in batches of about four times 256x256 pixels.
+          images: uint8 `[h_i, w_i]`; images of one shape go one by one on CPU, elsewhere in batches of four times 256x256 pixels.
           label: of the progress bar.
         """
         groups: dict[tuple[int, ...], list[int]] = {}
@@ -62,19 +62,34 @@ class Mapper:
             groups.setdefault(image.shape, []).append(i)
         found = {name: Maps([np.empty(0)] * len(images), [np.empty(0)] * len(images)) for name in self._names}
         done = 0
+        pending: tuple[list[int], Any] | None = None
+
+        def settle() -> None:
+            nonlocal pending, done
+            if pending is None:
+                return
+            chosen, (raw, opened) = pending[0], jax.device_get(pending[1])
+            pending = None
+            for name, maps in found.items():
+                for k, i in enumerate(chosen):
+                    maps.raw[i], maps.opened[i] = raw[name][k], opened[name][k]
+            done += len(chosen)
+            update(done)
+
         with progress(label, len(images), "images") as update:
             for shape, members in groups.items():
-                size = max(1, min(4, 4 * 2**16 // (shape[0] * shape[1])))
+                # On CPU a batch's activations leave the caches.
+                most = 1 if jax.default_backend() == "cpu" else 4
+                size = max(1, min(most, most * 2**16 // (shape[0] * shape[1])))
                 for start in range(0, len(members), size):
                     chosen = members[start : start + size]
                     # The last batch repeats an image, so that a shape compiles once.
                     padded = chosen + [chosen[-1]] * (size - len(chosen))
-                    raw, opened = jax.device_get(self._program(states, np.stack([images[i] for i in padded])))
-                    for name, maps in found.items():
-                        for k, i in enumerate(chosen):
-                            maps.raw[i], maps.opened[i] = raw[name][k], opened[name][k]
-                    done += len(chosen)
-                    update(done)
+                    under_way = self._program(states, np.stack([images[i] for i in padded]))
+                    # The device works on this batch while the host fetches the one before.
+                    settle()
+                    pending = chosen, under_way
+            settle()
         return found
 
 

@@ -14,25 +14,39 @@ import jax
 from steel_ad.errors import InputError
 from steel_ad.report import tables
 from steel_ad.studies import files
-from steel_ad.studies.benchmark import peers, ssim, train
+from steel_ad.studies.benchmark import cold_start, data, inspection, metrics, peers, ssim, sweep, train, unet
 from steel_ad.studies.benchmark.ceilings import ceilings as measure_ceilings
 from steel_ad.studies.benchmark.timing import LEAST_REPEATS, Work, measure
 
 OURS = "steel_ad"
 
-GROUPS: dict[str, Callable[..., list[Work]]] = {"ssim": ssim.works, "train": train.works}
+GROUPS: dict[str, Callable[..., list[Work]]] = {
+    "ssim": ssim.works,
+    "train": train.works,
+    "inspection": inspection.works,
+    "metrics": metrics.works,
+    "data": data.works,
+    "unet": unet.works,
+    "sweep": sweep.works,
+    "cold_start": cold_start.works,
+}
 
 _COLUMNS = (
     *("work", "impl", "median_ms", "min_ms", "max_ms", "repeats", "compile_s", "first_ms", "times_ours"),
     *("roof_share", "flops_counted", "bytes_counted"),
 )
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "dm-pix", "numpy", "scikit-image", "opencv-python-headless", "torch")
+_RATES = ("mpx_s", "patches_s", "images_s", "p50_ms", "p99_ms")
+_PACKAGES = (
+    *("jax", "jaxlib", "flax", "optax", "dm-pix", "numpy", "scipy", "scikit-image", "scikit-learn"),
+    *("opencv-python-headless", "torch"),
+)
 
 
 def run(
     *, only: Sequence[str], out: Path, repeats: int, budget_s: float, tiny: bool, compare: Path | None
 ) -> dict[str, Any]:
-    """Times works, prints tables, writes `out` (JSON) after every work and a roofline picture beside it at the end.
+    """Times works, prints tables, writes `out` (JSON) after every work and at the end a roofline picture beside it (of works
+    that have FLOPs).
 
     Args:
       only: names of groups and of works; none means all.
@@ -70,7 +84,8 @@ def run(
         print(f"\nAgainst {compare} ({earlier['device']}):")
         columns = ("work", "impl", "old_ms", "new_ms", "new/old")
         print(tables.table(comparison(earlier, result), columns))
-    print(f"\nEvery number: {out}; picture: {out.with_suffix('.png')}")
+    picture = f"; picture: {out.with_suffix('.png')}" if any(r["flops"] and r["bytes"] for r in result["rows"]) else ""
+    print(f"\nEvery number: {out}{picture}")
     return result
 
 
@@ -90,30 +105,37 @@ def _run(works: list[Work], flags: dict[str, Any], out: Path) -> dict[str, Any]:
     if not peers.torch_installed():
         print("PyTorch is not installed: its rows are left out.")
     files.write_json(out, result)
-    block_s = 0.0 if flags["tiny"] else 0.05
     for work in works:
+        block_s = 0.0 if flags["tiny"] else work.block_s
         rows, left_out = measure(work, ours=OURS, repeats=flags["repeats"], budget_s=flags["budget_s"], block_s=block_s)
         for row in rows:
             row["roof_share"] = roof_share(row, ceilings)
         result["rows"] += rows
         files.write_json(out, result)
-        print(f"\n{tables.table([_shown(row) for row in rows], _COLUMNS)}", flush=True)
+        columns = (*_COLUMNS, *(name for name in _RATES if any(name in row for row in rows)))
+        print(f"\n{tables.table([_shown(row) for row in rows], columns)}", flush=True)
         for name, reason in left_out.items():
             print(f"{name} is left out: {reason}")
-    roofline(out.with_suffix(".png"), result["rows"], ceilings, title=f"Roofline, {result['device']}", ours=OURS)
+    if drawn := [row for row in result["rows"] if row["flops"] and row["bytes"]]:
+        roofline(out.with_suffix(".png"), drawn, ceilings, title=f"Roofline, {result['device']}", ours=OURS)
     return result
 
 
-def roof_share(row: Mapping[str, Any], ceilings: Mapping[str, float]) -> float:
-    """What a row reaches of the rate that the machine's ceilings allow for its FLOPs and bytes, 1 at best."""
+def roof_share(row: Mapping[str, Any], ceilings: Mapping[str, float]) -> float | None:
+    """What a row reaches of the rate that the machine's ceilings allow for its FLOPs and bytes, 1 at best; None without both."""
+    if row["flops"] is None and row["bytes"] is None:
+        return None
     peak = ceilings["matmul_bf16_tflops" if row["precision"] == "bfloat16" else "matmul_tflops"] * 1e12
-    least_s = max(row["flops"] / peak, row["bytes"] / (ceilings["copy_gbs"] * 1e9))
+    least_s = max((row["flops"] or 0) / peak, (row["bytes"] or 0) / (ceilings["copy_gbs"] * 1e9))
     return 1e3 * least_s / row["median_ms"]
 
 
 def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row with XLA's counts as multiples of the analytic ones."""
-    relative = {f"{n}_counted": row[f"{n}_counted"] and row[f"{n}_counted"] / row[n] for n in ("flops", "bytes")}
+    relative = {
+        f"{n}_counted": row[f"{n}_counted"] / row[n] if row[f"{n}_counted"] and row[n] else None
+        for n in ("flops", "bytes")
+    }
     return {**row, **relative, "times_ours": row["ratio"]}
 
 

@@ -1,4 +1,4 @@
-"""The same works done by others: naive flax, dm-pix, scikit-image, OpenCV, and PyTorch where it is installed.
+"""The same works done by others: naive flax, dm-pix, scikit-image, scikit-learn, OpenCV, numpy, and PyTorch where it is installed.
 
 Training peers get their batch ready cut: ours draws, cuts and flips its own within the measured time.
 """
@@ -6,6 +6,7 @@ Training peers get their batch ready cut: ours draws, cuts and flips its own wit
 import functools
 import importlib.util
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -20,11 +21,15 @@ from jax import Array
 from steel_ad import config as configs
 from steel_ad.detectors import autoencoder
 from steel_ad.ops.ssim import CONSTANTS
-from steel_ad.studies.benchmark.timing import Maker, Program, Unavailable, compiled
+from steel_ad.studies.benchmark.timing import Maker, Program, Unavailable, compiled, seconds, with_latency
 from steel_ad.train.state import create
 
 # The two batches to compare, float32 `[b, h, w]`.
 Images = Callable[[], tuple[np.ndarray, np.ndarray]]
+# Images uint8 `[b, h, w]`.
+Frames = Callable[[], np.ndarray]
+# Scores float32 and masks bool, `[b, h, w]`.
+Maps = Callable[[], tuple[np.ndarray, np.ndarray]]
 
 _C1, _C2 = CONSTANTS["thesis"]
 
@@ -59,6 +64,52 @@ def train(config: configs.Autoencoder, *, torch: bool) -> dict[str, Maker]:
     return makers
 
 
+def inspection(config: configs.Autoencoder, images: Frames, *, torch: bool) -> dict[str, Maker]:
+    """Implementations of inspection: PyTorch's network with OpenCV's box filters and opening."""
+    if not (torch and torch_installed()):
+        return {}
+    precisions = ("float32", "bfloat16") if jax.default_backend() == "gpu" else ("float32",)
+    return {
+        f"torch_opencv_{layout}" + ("" if precision == "float32" else "_bf16"): functools.partial(
+            _torch_inspection, config, images, layout, precision
+        )
+        for precision in precisions
+        for layout in ("nchw", "channels_last")
+    }
+
+
+def metrics(maps: Maps) -> dict[str, Maker]:
+    """scikit-learn's AUROC and an AU-PRO as one writes it in numpy from its definition."""
+    return {"sklearn_numpy": functools.partial(_sklearn_metrics, maps)}
+
+
+def read_png(images: Frames) -> dict[str, Maker]:
+    """OpenCV alone, one file after the other, without the checks that tell a damaged file."""
+    return {"cv2": functools.partial(_cv2_read, images)}
+
+
+def crops(images: Frames, *, num: int, side: int) -> dict[str, Maker]:
+    """Random crops and flips, float32 in [0, 1], in numpy."""
+    return {"numpy": functools.partial(_numpy_crops, images, num, side)}
+
+
+def insert(images: Frames, library: Callable[[], tuple[np.ndarray, np.ndarray]]) -> dict[str, Maker]:
+    """Defects' differences `[n, s, s]` added at random places, with their masks `[n, s, s]`, in numpy."""
+    return {"numpy": functools.partial(_numpy_insert, images, library)}
+
+
+def unet(config: configs.Segmentation, *, torch: bool) -> dict[str, Maker]:
+    """Implementations of the U-Net's training step; PyTorch's on request, if installed."""
+    makers: dict[str, Maker] = {}
+    if torch and torch_installed():
+        for precision in ("float32", "bfloat16") if jax.default_backend() == "gpu" else ("float32",):
+            for how in ("eager", "compile"):
+                for layout in ("nchw", "channels_last"):
+                    name = f"torch_{how}_{layout}" + ("" if precision == "float32" else "_bf16")
+                    makers[name] = functools.partial(_torch_unet, config, how, layout, precision)
+    return makers
+
+
 def _dm_pix(images: Images, gradient: bool, window_size: int) -> Program:
     import dm_pix as pix
 
@@ -84,33 +135,36 @@ def _scikit_image(images: Images, window_size: int) -> Program:
 
 
 def _cv2_box(images: Images, window_size: int) -> Program:
-    import cv2
+    import cv2  # noqa: F401
 
     x, y = images()
+    return Program(call=lambda: [_cv2_map(a, b, window_size) for a, b in zip(x, y, strict=True)])
+
+
+def _cv2_map(a: np.ndarray, b: np.ndarray, window_size: int) -> np.ndarray:
+    """SSIM map of two float32 `[h, w]` by five box filters."""
+    import cv2
 
     def mean(a):
         return cv2.boxFilter(a, -1, (window_size, window_size), borderType=cv2.BORDER_REFLECT_101)
 
-    def one(a, b):
-        mean_a, mean_b = mean(a), mean(b)
-        product, squares = mean_a * mean_b, mean_a * mean_a
-        squares += mean_b * mean_b
-        variances = mean(a * a)
-        variances += mean(b * b)
-        variances -= squares
-        covariance = mean(a * b)
-        covariance -= product
-        product += np.float32(_C1 / 2)
-        covariance += np.float32(_C2 / 2)
-        product *= covariance
-        product *= 4
-        squares += np.float32(_C1)
-        variances += np.float32(_C2)
-        squares *= variances
-        product /= squares
-        return product
-
-    return Program(call=lambda: [one(a, b) for a, b in zip(x, y, strict=True)])
+    mean_a, mean_b = mean(a), mean(b)
+    product, squares = mean_a * mean_b, mean_a * mean_a
+    squares += mean_b * mean_b
+    variances = mean(a * a)
+    variances += mean(b * b)
+    variances -= squares
+    covariance = mean(a * b)
+    covariance -= product
+    product += np.float32(_C1 / 2)
+    covariance += np.float32(_C2 / 2)
+    product *= covariance
+    product *= 4
+    squares += np.float32(_C1)
+    variances += np.float32(_C2)
+    squares *= variances
+    product /= squares
+    return product
 
 
 def _linen_naive(config: configs.Autoencoder) -> Program:
@@ -243,8 +297,7 @@ def _torch_compile(call, wait) -> float:
     return time.perf_counter() - start
 
 
-def _torch_train(config: configs.Autoencoder, how: str, layout: str, precision: str) -> Program:
-    torch, device, wait = _torch()
+def _torch_autoencoder(torch: Any, config: configs.Autoencoder) -> Any:
     nn, size = torch.nn, config.patch_size // 16
     torch.manual_seed(0)
     layers: list[Any] = []
@@ -265,8 +318,17 @@ def _torch_train(config: configs.Autoencoder, how: str, layout: str, precision: 
             *([nn.LeakyReLU(0.2)] if kind != "collapse" else []),
         ]
         i = o
-    memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    network = nn.Sequential(*layers[:-1], nn.Sigmoid()).to(device, memory_format=memory)
+    return nn.Sequential(*layers[:-1], nn.Sigmoid())
+
+
+def _torch_memory(torch: Any, layout: str) -> Any:
+    return torch.channels_last if layout == "channels_last" else torch.contiguous_format
+
+
+def _torch_train(config: configs.Autoencoder, how: str, layout: str, precision: str) -> Program:
+    torch, device, wait = _torch()
+    memory = _torch_memory(torch, layout)
+    network = _torch_autoencoder(torch, config).to(device, memory_format=memory)
     x = torch.from_numpy(_batch(config).transpose(0, 3, 1, 2)).to(device).contiguous(memory_format=memory)
     optimizer = torch.optim.Adam(
         network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
@@ -280,15 +342,222 @@ def _torch_train(config: configs.Autoencoder, how: str, layout: str, precision: 
             return torch.nn.functional.mse_loss(y, x)
         return 1 - _torch_map(torch, y, x, [(11, 1), (1, 11)]).mean()
 
-    if how == "compile":
-        loss = torch.compile(loss)
+    return _torch_step(torch, how, wait, optimizer, lambda: loss(x), precision)
+
+
+def _torch_step(torch: Any, how: str, wait: Any, optimizer: Any, loss: Any, precision: str) -> Program:
+    """One training step on the loss, compiled with its backward pass on request."""
+    value_of = torch.compile(loss) if how == "compile" else loss
 
     def call():
         optimizer.zero_grad(set_to_none=True)
-        value = loss(x)
+        value = value_of()
         value.backward()
         optimizer.step()
         return value
 
     compile_s = _torch_compile(call, wait) if how == "compile" else None
     return Program(call=call, wait=wait, compile_s=compile_s, precision=precision)
+
+
+def _torch_unet(config: configs.Segmentation, how: str, layout: str, precision: str) -> Program:
+    torch, device, wait = _torch()
+    nn, width = torch.nn, config.width
+    torch.manual_seed(0)
+
+    def block(i: int, o: int) -> Any:
+        layers: list[Any] = []
+        for a, b in ((i, o), (o, o)):
+            layers += [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(inplace=True)]
+        return nn.Sequential(*layers)
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            features = [width * 2**n for n in range(5)]
+            self.down = nn.ModuleList([block(i, o) for i, o in zip([1, *features], features, strict=False)])
+            pairs = list(zip(features[:0:-1], features[-2::-1], strict=True))
+            self.up = nn.ModuleList([nn.ConvTranspose2d(i, o, 2, 2) for i, o in pairs])
+            self.join = nn.ModuleList([block(2 * o, o) for _, o in pairs])
+            self.last = nn.Conv2d(width, 1, 1)
+
+        def forward(self, x):
+            skips = []
+            for n, down in enumerate(self.down):
+                x = down(x if n == 0 else nn.functional.max_pool2d(x, 2))
+                skips.append(x)
+            for up, join, skip in zip(self.up, self.join, skips[-2::-1], strict=True):
+                x = join(torch.cat([skip, up(x)], 1))
+            return self.last(x)
+
+    memory = _torch_memory(torch, layout)
+    network = Network().to(device, memory_format=memory)
+    rng = np.random.default_rng(0)
+    shape = (config.batch_size, 1, config.patch_size, config.patch_size)
+    x = torch.from_numpy(rng.random(shape, np.float32)).to(device).contiguous(memory_format=memory)
+    mask = torch.from_numpy((rng.random(shape) < 0.02).astype(np.float32)).to(device)
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=True)
+
+    def loss():
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+            y = network(x)
+        return nn.functional.binary_cross_entropy_with_logits(y.float(), mask)
+
+    return _torch_step(torch, how, wait, optimizer, loss, precision)
+
+
+# Windows in a network call, of which PyTorch gets the number that is fastest here.
+_TILES = {"cpu": (8, 16, 25), "cuda": (25, 125, 500)}
+
+
+def _torch_inspection(config: configs.Autoencoder, images: Frames, layout: str, precision: str) -> Program:
+    import cv2
+
+    from steel_ad.ops.morphology import disk
+
+    torch, device, wait = _torch()
+    memory = _torch_memory(torch, layout)
+    network = _torch_autoencoder(torch, config).to(device, memory_format=memory).eval()
+    frames = images()
+    size, stride, radius = config.patch_size, config.stride, config.radius
+    if (frames.shape[1] - size) % stride or (frames.shape[2] - size) % stride:
+        raise Unavailable("the stride does not divide the image")
+    starts = [range(0, side - size + 1, stride) for side in frames.shape[1:]]
+    corners = [(n, y, x) for n in range(len(frames)) for y in starts[0] for x in starts[1]]
+    count = np.zeros(frames.shape[1:], np.float32)
+    for y in starts[0]:
+        for x in starts[1]:
+            count[y : y + size, x : x + size] += 1
+    inverse = torch.from_numpy(1 / count).to(device)
+    footprint = disk(radius).astype(np.uint8)
+
+    def reconstruct(at_once):
+        x = torch.from_numpy(frames).to(device).float() / 255
+        windows = (
+            x.unfold(1, size, stride).unfold(2, size, stride).reshape(-1, 1, size, size)
+            if len(corners) < 2000
+            else None
+        )
+        total = torch.zeros_like(x)
+        for first in range(0, len(corners), at_once):
+            chosen = corners[first : first + at_once]
+            if windows is None:  # a large frame's windows together would take half a gigabyte
+                part = torch.stack([x[n, i : i + size, j : j + size] for n, i, j in chosen])[:, None]
+            else:
+                part = windows[first : first + at_once]
+            with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+                tiles = network(part.contiguous(memory_format=memory))[:, 0].float()
+            for (n, i, j), tile in zip(chosen, tiles, strict=True):
+                total[n, i : i + size, j : j + size] += tile
+        return x, total * inverse
+
+    def inspect(at_once):
+        with torch.inference_mode():
+            pairs = zip(*(a.cpu().numpy() for a in reconstruct(at_once)), strict=True)
+        found = []
+        for image, reconstruction in pairs:
+            raw = 1 - _cv2_map(reconstruction, image, config.window_size)
+            opened = cv2.morphologyEx(raw, cv2.MORPH_OPEN, footprint)
+            found.append((raw.astype(np.float16), opened.astype(np.float16), np.float16(opened.max())))
+        return found
+
+    part = corners[: max(_TILES[device])]
+
+    def trial(at_once):
+        x = torch.rand(at_once, 1, size, size, device=device).contiguous(memory_format=memory)
+        program = Program(call=lambda: network(x), wait=wait)
+        with torch.inference_mode():
+            seconds(program)
+            return min(seconds(program, -(-len(part) // at_once)) for _ in range(3))
+
+    best = min(_TILES[device], key=trial)
+    program = Program(call=lambda: inspect(best), wait=wait, precision=precision)
+    return with_latency(program) if len(frames) == 1 else program
+
+
+def _sklearn_metrics(maps: Maps) -> Program:
+    from sklearn.metrics import roc_auc_score
+
+    scores, masks = maps()
+    return Program(call=lambda: (float(roc_auc_score(masks.ravel(), scores.ravel())), numpy_aupro(scores, masks, 0.3)))
+
+
+def numpy_aupro(scores: np.ndarray, masks: np.ndarray, limit: float) -> float:
+    """AU-PRO of maps `[n, h, w]` up to an FPR of `limit` (Bergmann et al. 2021), by one sort of all pixels.
+
+    Each pixel's change of the FPR and of the mean overlap is summed up in the order of falling scores, ties at once.
+    """
+    from scipy import ndimage
+
+    change_pro = np.zeros(scores.shape)
+    regions = 0
+    for mask, change in zip(masks, change_pro, strict=True):
+        labels, found = ndimage.label(mask, np.ones((3, 3)))
+        change[mask] = (1 / np.bincount(labels.ravel()))[labels[mask]]
+        regions += found
+    order = np.argsort(scores, axis=None)[::-1]
+    ordered = scores.ravel()[order]
+    last = np.append(ordered[1:] != ordered[:-1], True)
+    fpr = np.append(0, np.cumsum(~masks.ravel()[order], dtype=np.int64)[last] / np.count_nonzero(~masks))
+    pro = np.append(0, np.cumsum(change_pro.ravel()[order])[last] / regions)
+    within = fpr <= limit
+    x, y = np.append(fpr[within], limit), np.append(pro[within], np.interp(limit, fpr, pro))
+    return float(np.trapezoid(y, x) / limit)
+
+
+def _cv2_read(images: Frames) -> Program:
+    import cv2
+
+    folder = tempfile.TemporaryDirectory()
+    frames = images()
+    names = [f"{folder.name}/{i:03d}.png" for i in range(len(frames))]
+    for name, frame in zip(names, frames, strict=True):
+        cv2.imwrite(name, frame)
+
+    def call():
+        assert folder  # it lives as long as the program
+        return [cv2.imread(name, cv2.IMREAD_GRAYSCALE) for name in names]
+
+    return Program(call=call)
+
+
+def _numpy_crops(images: Frames, num: int, side: int) -> Program:
+    rng, frames = np.random.default_rng(0), images()
+    n, h, w = frames.shape
+
+    def call():
+        patches = np.empty((num, side, side, 1), np.float32)
+        chosen = rng.integers(0, n, num)
+        tops, lefts = rng.integers(0, h - side + 1, num), rng.integers(0, w - side + 1, num)
+        flips = 1 - 2 * rng.integers(0, 2, (num, 2))
+        for patch, i, top, left, (up, across) in zip(patches, chosen, tops, lefts, flips, strict=True):
+            patch[:, :, 0] = frames[i, top : top + side, left : left + side][::up, ::across]
+        patches /= 255
+        return patches
+
+    return Program(call=call)
+
+
+def _numpy_insert(images: Frames, library: Callable[[], tuple[np.ndarray, np.ndarray]]) -> Program:
+    rng, good = np.random.default_rng(0), images().astype(np.float32) / 255
+    differences, masks = library()
+    h, w = good.shape[1:]
+    s = masks.shape[1]
+
+    def call():
+        plates, marked = good.copy(), np.zeros(good.shape, bool)
+        for plate, mark in zip(plates, marked, strict=True):
+            i, up, across = rng.integers(0, len(masks)), *(1 - 2 * rng.integers(0, 2, 2))
+            mask, difference = masks[i][::up, ::across], differences[i][::up, ::across]
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            # The mask's box lies wholly inside of the plate, the window around it may hang over.
+            top = rng.integers(0, h - (rows[-1] - rows[0])) - rows[0]
+            left = rng.integers(0, w - (columns[-1] - columns[0])) - columns[0]
+            y, x = slice(max(top, 0), top + s), slice(max(left, 0), left + s)
+            seen = slice(y.start - top, min(s, h - top)), slice(x.start - left, min(s, w - left))
+            plate[y, x] += difference[seen]
+            np.clip(plate[y, x], 0, 1, out=plate[y, x])
+            mark[y, x] = mask[seen]
+        return plates, marked
+
+    return Program(call=call)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 LEAST_REPEATS = 3
 
@@ -27,6 +28,7 @@ class Program:
       compile_s: seconds from tracing to a loaded program, None where nothing is compiled.
       counted: XLA's "flops" and "bytes accessed" of the work done once, None where it was not XLA.
       precision: of the arithmetic.
+      extras: further keys of the row, asked for when all blocks are done.
     """
 
     call: Callable[[], Any]
@@ -35,6 +37,7 @@ class Program:
     compile_s: float | None = None
     counted: Mapping[str, float] | None = None
     precision: str = "float32"
+    extras: Callable[[], Mapping[str, Any]] = dict
 
 
 # Returns the Program, or raises Unavailable or ImportError.
@@ -43,12 +46,20 @@ Maker = Callable[[], Program]
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Something to be done, the FLOPs it takes, the least bytes it must move, and implementation -> its maker."""
+    """Something to be done, and implementation -> its maker.
+
+    Attributes:
+      flops, bytes: the FLOPs it takes and the least bytes it must move; None where they say nothing about its time.
+      amounts: key of the row, such as "mpx_s" -> how much of that is done; the row has it per second.
+      block_s: least seconds of a block of calls.
+    """
 
     name: str
-    flops: float
-    bytes: float
+    flops: float | None
+    bytes: float | None
     makers: Mapping[str, Maker]
+    amounts: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    block_s: float = 0.05
 
 
 def compiled(function: Any, *args: Any) -> tuple[Any, float, dict[str, float]]:
@@ -66,6 +77,24 @@ def seconds(program: Program, calls: int = 1) -> float:
         result = program.call()
     program.wait(result)
     return time.perf_counter() - start
+
+
+def with_latency(program: Program) -> Program:
+    """The program with each call waited for; the row gets the median and the 99th percentile of all calls but the first two."""
+    times: list[float] = []
+
+    def call():
+        start = time.perf_counter()
+        result = program.call()
+        program.wait(result)
+        times.append(time.perf_counter() - start)
+        return result
+
+    def extras():
+        ms = 1e3 * np.array(times[2:])
+        return {**program.extras(), "p50_ms": float(np.median(ms)), "p99_ms": float(np.percentile(ms, 99))}
+
+    return dataclasses.replace(program, call=call, extras=extras)
 
 
 def blocks(
@@ -144,6 +173,8 @@ def measure(
                 "bytes": work.bytes,
                 "flops_counted": counted.get("flops"),
                 "bytes_counted": counted.get("bytes accessed"),
+                **{name: amount / statistics.median(times) for name, amount in work.amounts.items()},
+                **program.extras(),
             }
         )
     return rows, left_out

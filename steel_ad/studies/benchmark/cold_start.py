@@ -1,0 +1,75 @@
+"""From the start of the process to the first training step of `experiments.autoencoder`, its programs compiled before."""
+
+import functools
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from steel_ad.studies.benchmark.timing import Program, Unavailable, Work
+
+_IMPORTS = "import experiments.autoencoder, steel_ad.report.tables, steel_ad.studies.autoencoder"
+
+
+def works(*, tiny: bool) -> list[Work]:
+    """`cold_start`: the second start of a preset on procedural plates; `compile_s` is what the first one took."""
+    preset = "tiny" if tiny else "quick"
+    makers = {
+        "steel_ad": functools.partial(_start, preset, True),
+        "steel_ad_without_cache": functools.partial(_start, preset, False),
+        "steel_ad_import_only": _import,
+    }
+    if tiny:
+        del makers["steel_ad_without_cache"]
+    return [Work("cold_start", None, None, makers)]
+
+
+def _start(preset: str, cached: bool) -> Program:
+    folder = tempfile.TemporaryDirectory()
+    cache = str(Path(folder.name) / "cache") if cached else ""
+    count = 0
+
+    def call():
+        nonlocal count
+        count += 1
+        first_step(
+            (
+                *(sys.executable, "-m", "experiments.autoencoder", f"--config=configs/autoencoder.py:{preset}"),
+                *("--config.steps=1", f"--compilation_cache={cache}", f"--workdir={folder.name}/{count}"),
+            )
+        )
+
+    if not cached:
+        return Program(call=call, wait=lambda _: None)
+    start = time.perf_counter()
+    call()
+    return Program(call=call, wait=lambda _: None, compile_s=time.perf_counter() - start)
+
+
+def first_step(command: Sequence[str]) -> None:
+    """Starts a training binary, waits for the line that reports its only step, and ends it.
+
+    Raises:
+      Unavailable: it ended before.
+    """
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = ""
+        for line in process.stderr:
+            said = line
+            if line.startswith("train: 1/1 "):
+                process.kill()
+                return
+    raise Unavailable(f"{' '.join(command[1:3])} ended before its first step: {said}")
+
+
+def _import() -> Program:
+    def call():
+        done = subprocess.run((sys.executable, "-c", _IMPORTS), capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise Unavailable(f"{_IMPORTS} failed: {done.stderr}")
+
+    call()
+    return Program(call=call, wait=lambda _: None)

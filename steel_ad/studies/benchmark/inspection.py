@@ -1,0 +1,97 @@
+"""Inspection with the autoencoder at stride 32: uint8 frames in, float16 maps and scores out, on the host."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from steel_ad import config as configs
+from steel_ad.detectors import autoencoder
+from steel_ad.detectors.autoencoder import AutoencoderDetector
+from steel_ad.detectors.inspector import inspector
+from steel_ad.ops import sliding
+from steel_ad.studies.benchmark import peers, ssim
+from steel_ad.studies.benchmark.timing import Maker, Program, Work, compiled, with_latency
+
+
+def network_flops(config: configs.Autoencoder) -> float:
+    """FLOPs of the network's convolutions on one window."""
+    network = autoencoder.model(config)
+
+    def layers(x):
+        params = network.init(jax.random.key(0), x)
+        return params["params"], network.apply(params, x, capture_intermediates=True, mutable=["intermediates"])[1]
+
+    params, seen = jax.eval_shape(
+        layers, jax.ShapeDtypeStruct((1, config.patch_size, config.patch_size, 1), jnp.float32)
+    )
+    total = 0
+    for name, layer in params.items():
+        kh, kw, i, _ = layer["kernel"].shape
+        # Kernel elements that meet one output pixel.
+        taps = {"Double": kh * kw // 4, "Expand": 1}.get(name.split("_")[0], kh * kw)
+        total += 2 * taps * i * math.prod(seen["intermediates"][name]["__call__"][0].shape)
+    return float(total)
+
+
+def cost(config: configs.Autoencoder, shape: tuple[int, int, int]) -> tuple[float, float]:
+    """FLOPs and least bytes of images `[b, h, w]`: windows through the network, SSIM, two maxima or minima an element of the
+    disk's runs; the images and the parameters are read once, two float16 maps are written."""
+    b, h, w = shape
+    windows = math.prod(len(sliding.positions(side, config.patch_size, config.stride)) for side in (h, w))
+    pixels = b * h * w
+    opening = 2 * (2 * config.radius + 2 * config.radius)
+    flops = b * windows * network_flops(config) + ssim.flops(pixels, gradient=False) + opening * pixels
+    params = jax.eval_shape(lambda: autoencoder.initial_state(config, jax.random.key(0)).params)
+    return flops, 5.0 * pixels + sum(4 * p.size for p in jax.tree.leaves(params))
+
+
+def works(*, tiny: bool) -> list[Work]:
+    """`inspection_{256,1x256,2048x4096}`: a batch of images, and one image and one frame with their latency."""
+    config = configs.Autoencoder()
+    if tiny:
+        config = dataclasses.replace(config, patch_size=32, latent=4, stride=16)
+    batch = 8 if jax.default_backend() == "cpu" else 128
+    shapes = {"256": (batch, 256, 256), "1x256": (1, 256, 256), "2048x4096": (1, 2048, 4096)}
+    found = []
+    for name, shape in {"1x48": (1, 48, 48), "48": (2, 48, 48)}.items() if tiny else shapes.items():
+        images = functools.partial(_images, shape)
+        makers: dict[str, Maker] = {
+            "steel_ad": functools.partial(_ours, config, images),
+            **peers.inspection(config, images, torch=not tiny),
+        }
+        # Enough calls for a percentile.
+        block_s = 1.0 if shape[0] == 1 else 0.05
+        found.append(
+            Work(f"inspection_{name}", *cost(config, shape), makers, {"mpx_s": math.prod(shape) / 1e6}, block_s)
+        )
+    return found
+
+
+def _images(shape: tuple[int, int, int]) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def _ours(config: configs.Autoencoder, images: peers.Frames) -> Program:
+    params = autoencoder.initial_state(config, jax.random.key(0)).params
+    frames = images()
+    # One call takes what gives the best rate: on CPU a single image.
+    size = 1 if jax.default_backend() == "cpu" else len(frames)
+    parts = np.split(frames, len(frames) // size)
+    program, compile_s, counted = compiled(
+        inspector(AutoencoderDetector(config), radius=config.radius), params, parts[0]
+    )
+
+    def call():
+        # All parts are under way before the first one is fetched.
+        return jax.device_get([program(params, part) for part in parts])
+
+    if len(frames) == 1:
+        # A large frame's windows go through in a loop, whose body XLA counts once.
+        looped = frames[0].size > 2**16
+        return with_latency(Program(call=call, compile_s=compile_s, counted=None if looped else counted))
+    counted = {name: len(parts) * value for name, value in counted.items() if name in ("flops", "bytes accessed")}
+    return Program(call=call, compile_s=compile_s, counted=counted)
