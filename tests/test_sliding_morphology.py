@@ -46,6 +46,22 @@ def test_average_weighs_all_windows_alike():
     np.testing.assert_allclose(sliding.average(tiles, shape=(h, w), stride=stride), total / count, atol=1e-6)
 
 
+@pytest.mark.parametrize(("h", "w", "at_once"), [(30, 50, 100), (30, 50, 13), (50, 29, 11), (31, 47, 3), (8, 8, 1)])
+def test_windows_through_a_function_few_at_a_time(h, w, at_once):
+    """Several rows a step with one left over, one row in several calls, and everything in one call."""
+    image = np.random.default_rng(2).random((h, w)).astype(np.float32)
+    seen = []
+
+    def function(tiles):
+        seen.append(len(tiles))
+        return tiles**2 + tiles.max((1, 2), keepdims=True)
+
+    found = sliding.through(function, image, size=8, stride=5, at_once=at_once)
+    assert max(seen) <= at_once
+    whole = sliding.average(function(sliding.windows(image, size=8, stride=5)), shape=(h, w), stride=5)
+    np.testing.assert_allclose(found, whole, atol=1e-5)
+
+
 def test_sliding_refuses():
     image = jnp.zeros((20, 30))
     for size, stride in [(21, 1), (8, 9), (8, 0)]:
@@ -53,6 +69,8 @@ def test_sliding_refuses():
             sliding.windows(image, size=size, stride=stride)
     with pytest.raises(ValueError, match="windows of"):
         sliding.average(jnp.zeros((3, 8, 8)), shape=(20, 30), stride=8)
+    with pytest.raises(ValueError, match="at least one window"):
+        sliding.through(lambda tiles: tiles, image, size=8, stride=8, at_once=0)
 
 
 def scipy_opening(image, footprint, low, high):

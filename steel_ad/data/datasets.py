@@ -4,8 +4,9 @@ A new kind of data set is one reader here and one line in `READERS`.
 """
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +29,19 @@ class TestImage:
     mask: np.ndarray
 
 
+class _Drawn(Sequence[TestImage]):
+    """Test images that are drawn when the first of them is asked for: a training run does so after its last step."""
+
+    def __init__(self, draw: Callable[[], list[TestImage]]):
+        self._draw = functools.cache(draw)
+
+    def __getitem__(self, index):
+        return self._draw()[index]
+
+    def __len__(self) -> int:
+        return len(self._draw())
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """`train`: good images, uint8 `[h_i, w_i]`, with a manifest row (path, bytes, sha256) each; `test` may be empty."""
@@ -35,7 +49,7 @@ class Dataset:
     name: str
     train: list[np.ndarray]
     manifest: list[dict]
-    test: list[TestImage]
+    test: Sequence[TestImage]
     labelled: list[TestImage] = dataclasses.field(default_factory=list)  # defective training images
 
 
@@ -135,18 +149,18 @@ def _procedural(data: str, min_size: int, train: bool) -> Dataset:
         {"path": f"{data}/train/{i:04d}", "bytes": image.nbytes, "sha256": hashlib.sha256(image.tobytes()).hexdigest()}
         for i, image in enumerate(good)
     ]
-    test = [
-        TestImage(f"good/{i:03d}", "good", image, np.zeros(image.shape, bool)) for i, image in enumerate(draw(1, _GOOD))
-    ]
-    kinds = line.anomalies
-    for k, kind in enumerate(kinds):
-        num = len(range(k, _DEFECTIVE, len(kinds)))
-        images, masks = plates.render_defective(jax.random.fold_in(root, 2 + k), line, kind, size, num)
-        test += [
-            TestImage(f"{kind}/{i:03d}", kind, image, mask)
-            for i, (image, mask) in enumerate(zip(np.asarray(plates.to_uint8(images)), np.asarray(masks), strict=True))
-        ]
-    return Dataset(data.replace("/", "_"), list(good), manifest, test)
+    def draw_test() -> list[TestImage]:
+        good = enumerate(draw(1, _GOOD))
+        test = [TestImage(f"good/{i:03d}", "good", image, np.zeros(image.shape, bool)) for i, image in good]
+        kinds = line.anomalies
+        for k, kind in enumerate(kinds):
+            num = len(range(k, _DEFECTIVE, len(kinds)))
+            drawn, masks = plates.render_defective(jax.random.fold_in(root, 2 + k), line, kind, size, num)
+            pairs = zip(np.asarray(plates.to_uint8(drawn)), np.asarray(masks), strict=True)
+            test += [TestImage(f"{kind}/{i:03d}", kind, image, mask) for i, (image, mask) in enumerate(pairs)]
+        return test
+
+    return Dataset(data.replace("/", "_"), list(good), manifest, _Drawn(draw_test))
 
 
 READERS: dict[str, Callable[[str, int, bool], Dataset]] = {"procedural": _procedural}

@@ -67,8 +67,9 @@ def run(
     mapper = evaluation.Mapper({name: AutoencoderDetector(config, name) for name in config.maps}, config.radius)
     states = dict.fromkeys(config.maps, state.params)
     good = mapper(states, validation, label="calibrate")
+    images = [t.image for t in dataset.test]
     start = time.perf_counter()
-    maps = mapper(states, [t.image for t in dataset.test], label="test")
+    maps = mapper(states, images, label="test")
     elapsed = time.perf_counter() - start
     reconstruct = jax.jit(
         lambda image: autoencoder.reconstruct(config, state.params, image.astype(jnp.float32) / 255),

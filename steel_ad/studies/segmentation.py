@@ -289,10 +289,11 @@ def _evaluate(
     states = {"segmentation": stages[0]}
     good = mapper(states, line.validation, label="calibrate")
     test = line.dataset.test
+    images = [t.image for t in test]
     start = time.perf_counter()
-    maps = mapper(states, [t.image for t in test], label=f"test {line.dataset.name}")
+    maps = mapper(states, images, label=f"test {line.dataset.name}")
     elapsed = time.perf_counter() - start
-    scores, good_scores = classifier_scores(config, stages, [[t.image for t in test], line.validation])
+    scores, good_scores = classifier_scores(config, stages, [images, line.validation])
     labels = np.array([t.kind != "good" for t in test], bool)
     classification = {}
     if test:

@@ -62,15 +62,15 @@ def run(
     Raises:
       InputError: no such group or work, an `out` that is no .json or not writable, or no earlier run in `compare`.
     """
-    found = {group: make(tiny=tiny) for group, make in GROUPS.items()}
-    names = [name for group, members in found.items() for name in (group, *(work.name for work in members))]
-    if unknown := [name for name in only if name not in names]:
-        raise InputError(f"there is no group or work {unknown[0]!r}: --only takes some of {', '.join(names)}")
     if out.suffix != ".json":
         raise InputError(f"--out={out} must end in .json: the picture next to it gets the same name and .png")
     if repeats < LEAST_REPEATS or not budget_s > 0:
         raise InputError(f"--repeats must be at least {LEAST_REPEATS} and --budget_s positive")
     earlier = None if compare is None else read(compare)
+    found = {group: make(tiny=tiny) for group, make in GROUPS.items()}
+    names = [name for group, members in found.items() for name in (group, *(work.name for work in members))]
+    if unknown := [name for name in only if name not in names]:
+        raise InputError(f"there is no group or work {unknown[0]!r}: --only takes some of {', '.join(names)}")
     works = [w for group, members in found.items() for w in members if not only or {group, w.name} & set(only)]
     flags = {"only": list(only), "repeats": repeats, "budget_s": budget_s, "tiny": tiny}
     # A program from the cache would be timed as compiled.

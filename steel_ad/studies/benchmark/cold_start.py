@@ -10,23 +10,17 @@ from pathlib import Path
 
 from steel_ad.studies.benchmark.timing import Program, Unavailable, Work
 
+OURS = "steel_ad"
 _IMPORTS = "import experiments.autoencoder, steel_ad.report.tables, steel_ad.studies.autoencoder"
 
 
 def works(*, tiny: bool) -> list[Work]:
-    """`cold_start`: the second start of a preset on procedural plates; `compile_s` is what the first one took."""
-    preset = "tiny" if tiny else "quick"
-    makers = {
-        "steel_ad": functools.partial(_start, preset, True),
-        "steel_ad_without_cache": functools.partial(_start, preset, False),
-        "steel_ad_import_only": _import,
-    }
-    if tiny:
-        del makers["steel_ad_without_cache"]
-    return [Work("cold_start", None, None, makers)]
+    """`cold_start`: the second start of `quick` on procedural plates; `compile_s` is what the first one took."""
+    makers = {} if tiny else {name: functools.partial(_start, name == OURS) for name in (OURS, f"{OURS}_without_cache")}
+    return [Work("cold_start", None, None, makers | {f"{OURS}_import_only": _import})]
 
 
-def _start(preset: str, cached: bool) -> Program:
+def _start(cached: bool) -> Program:
     folder = tempfile.TemporaryDirectory()
     cache = str(Path(folder.name) / "cache") if cached else ""
     count = 0
@@ -36,16 +30,16 @@ def _start(preset: str, cached: bool) -> Program:
         count += 1
         first_step(
             (
-                *(sys.executable, "-m", "experiments.autoencoder", f"--config=configs/autoencoder.py:{preset}"),
+                *(sys.executable, "-m", "experiments.autoencoder", "--config=configs/autoencoder.py:quick"),
                 *("--config.steps=1", f"--compilation_cache={cache}", f"--workdir={folder.name}/{count}"),
             )
         )
 
     if not cached:
-        return Program(call=call, wait=lambda _: None)
+        return Program(call=call, wait=lambda _: None, warm=False)
     start = time.perf_counter()
     call()
-    return Program(call=call, wait=lambda _: None, compile_s=time.perf_counter() - start)
+    return Program(call=call, wait=lambda _: None, warm=False, compile_s=time.perf_counter() - start)
 
 
 def first_step(command: Sequence[str]) -> None:
@@ -72,4 +66,4 @@ def _import() -> Program:
             raise Unavailable(f"{_IMPORTS} failed: {done.stderr}")
 
     call()
-    return Program(call=call, wait=lambda _: None)
+    return Program(call=call, wait=lambda _: None, warm=False)

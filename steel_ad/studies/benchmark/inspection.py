@@ -57,7 +57,7 @@ def works(*, tiny: bool) -> list[Work]:
     batch = 8 if jax.default_backend() == "cpu" else 128
     shapes = {"256": (batch, 256, 256), "1x256": (1, 256, 256), "2048x4096": (1, 2048, 4096)}
     found = []
-    for name, shape in {"1x48": (1, 48, 48), "48": (2, 48, 48)}.items() if tiny else shapes.items():
+    for name, shape in {"48": (2, 48, 48)}.items() if tiny else shapes.items():
         images = functools.partial(_images, shape)
         makers: dict[str, Maker] = {
             "steel_ad": functools.partial(_ours, config, images),

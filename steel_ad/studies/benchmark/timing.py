@@ -28,6 +28,7 @@ class Program:
       compile_s: seconds from tracing to a loaded program, None where nothing is compiled.
       counted: XLA's "flops" and "bytes accessed" of the work done once, None where it was not XLA.
       precision: of the arithmetic.
+      warm: whether a call that is not timed goes before each block, since caches are another implementation's.
       extras: further keys of the row, asked for when all blocks are done.
     """
 
@@ -37,6 +38,7 @@ class Program:
     compile_s: float | None = None
     counted: Mapping[str, float] | None = None
     precision: str = "float32"
+    warm: bool = True
     extras: Callable[[], Mapping[str, Any]] = dict
 
 
@@ -126,7 +128,8 @@ def blocks(
                 continue
             # OpenMP's idle threads spin for up to 0.2 s after a call, on cores that the next implementation needs.
             time.sleep(min(0.25, 5 * block_s))
-            seconds(program)  # caches are the last implementation's
+            if program.warm:
+                seconds(program)
             elapsed = seconds(program, calls[name])
             spent[name] += elapsed
             found[name].append(elapsed / calls[name] / program.works)

@@ -45,7 +45,7 @@ def cost(config: configs.Segmentation) -> tuple[float, float]:
 
 def works(*, tiny: bool) -> list[Work]:
     """`unet16_train_b8`: width 16, 256x256, binary cross-entropy, Adam."""
-    width, batch, side = (2, 2, 64) if tiny else (16, 8, 256)
+    width, batch, side = (2, 2, 32) if tiny else (16, 8, 256)
     config = configs.Segmentation(
         width=width, batch_size=batch, patch_size=side, loss="bce", optimizer="adam", blend="difference", steps=1000
     )
