@@ -37,7 +37,7 @@ def start(*flags):
     command = [sys.executable, "-m", "experiments.benchmark", *flags]
     # Unoptimised programs compile sooner.
     env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=env)
 
 
 @pytest.fixture(scope="module")

@@ -140,8 +140,10 @@ def through(function: Callable[[Array], Array], image: Array, *, size: int, stri
 
     dtype = jax.eval_shape(function, jax.ShapeDtypeStruct((1, size, size), image.dtype)).dtype
     total, _ = lax.scan(step, jnp.zeros((height, width), dtype), (jnp.asarray(tops), jnp.asarray(weights)))
-    covered = [
-        np.sum([(np.arange(length) >= s) & (np.arange(length) < s + size) for s in starts], axis=0, dtype=np.float32)
-        for length, starts in ((height, rows), (width, columns))
-    ]
-    return total / (covered[0][:, None] * jnp.asarray(covered[1], dtype)[None, :])
+
+    def covered(length: int, starts: list[int]) -> Array:
+        """How many windows hold each row or column."""
+        at, first = np.arange(length)[:, None], np.array(starts)[None, :]
+        return jnp.asarray(np.sum((first <= at) & (at < first + size), axis=1), dtype)
+
+    return total / (covered(height, rows)[:, None] * covered(width, columns)[None, :])

@@ -11,7 +11,7 @@ import numpy as np
 from steel_ad.data import defects, folders, patches, plates
 from steel_ad.ops.convolution import cpu_compiler_options
 from steel_ad.studies.benchmark import peers
-from steel_ad.studies.benchmark.timing import Program, Work, compiled
+from steel_ad.studies.benchmark.timing import Maker, Program, Work, compiled
 
 LINE = "teardrop1"
 
@@ -20,11 +20,11 @@ def works(*, tiny: bool) -> list[Work]:
     """`read_png_SIDE`, `crops_SIDE` (with flips), `insert_SIDE` and `render_SIDE`; FLOPs say nothing about their time."""
     files, page = (2, 64) if tiny else (16, 1024)
     images = functools.partial(_plates, files, page)
-    pngs = {"steel_ad": functools.partial(_read, images), **peers.read_png(images)}
+    pngs: dict[str, Maker] = {"steel_ad": functools.partial(_read, images), **peers.read_png(images)}
     found = [Work(f"read_png_{page}", None, 1.0 * files * page**2, pngs, {"mpx_s": files * page**2 / 1e6})]
 
     num, side = (4, 32) if tiny else (512, 128)
-    crops = {
+    crops: dict[str, Maker] = {
         "steel_ad": functools.partial(_crops, images, num, side),
         **peers.crops(images, num=num, side=side),
     }
@@ -34,7 +34,7 @@ def works(*, tiny: bool) -> list[Work]:
     num, side, size = (2, 64, 64) if tiny else (64, 256, 128)
     good = functools.partial(_plates, num, side)
     library = functools.lru_cache(lambda: defects.procedural(jax.random.key(0), 6 if tiny else 60, size=size))
-    inserts = {
+    inserts: dict[str, Maker] = {
         "steel_ad": functools.partial(_insert, good, library),
         **peers.insert(good, lambda: (np.asarray(library().difference), np.asarray(library().mask))),
     }

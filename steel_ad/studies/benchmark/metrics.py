@@ -6,14 +6,14 @@ import numpy as np
 
 from steel_ad import metrics
 from steel_ad.studies.benchmark import peers
-from steel_ad.studies.benchmark.timing import Program, Work
+from steel_ad.studies.benchmark.timing import Maker, Program, Work
 
 
 def works(*, tiny: bool) -> list[Work]:
     """`metrics_200x256`: 200 images of 256x256, half of them with a defect or several."""
     count, side = (4, 32) if tiny else (200, 256)
     data = functools.partial(maps, count, side)
-    makers = {"steel_ad": functools.partial(_ours, data), **peers.metrics(data)}
+    makers: dict[str, Maker] = {"steel_ad": functools.partial(_ours, data), **peers.metrics(data)}
     # Sorting has no FLOPs; scores and masks are read once.
     return [Work(f"metrics_{count}x{side}", None, 5.0 * count * side * side, makers)]
 

@@ -371,27 +371,27 @@ def _torch_unet(config: configs.Segmentation, how: str, layout: str, precision: 
             layers += [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(inplace=True)]
         return nn.Sequential(*layers)
 
-    class Network(nn.Module):
-        def __init__(self):
-            super().__init__()
-            features = [width * 2**n for n in range(5)]
-            self.down = nn.ModuleList([block(i, o) for i, o in zip([1, *features], features, strict=False)])
-            pairs = list(zip(features[:0:-1], features[-2::-1], strict=True))
-            self.up = nn.ModuleList([nn.ConvTranspose2d(i, o, 2, 2) for i, o in pairs])
-            self.join = nn.ModuleList([block(2 * o, o) for _, o in pairs])
-            self.last = nn.Conv2d(width, 1, 1)
-
-        def forward(self, x):
-            skips = []
-            for n, down in enumerate(self.down):
-                x = down(x if n == 0 else nn.functional.max_pool2d(x, 2))
-                skips.append(x)
-            for up, join, skip in zip(self.up, self.join, skips[-2::-1], strict=True):
-                x = join(torch.cat([skip, up(x)], 1))
-            return self.last(x)
-
+    features = [width * 2**n for n in range(5)]
+    pairs = list(zip(features[:0:-1], features[-2::-1], strict=True))
     memory = _torch_memory(torch, layout)
-    network = Network().to(device, memory_format=memory)
+    network = nn.ModuleDict(
+        {
+            "down": nn.ModuleList([block(i, o) for i, o in zip([1, *features], features, strict=False)]),
+            "up": nn.ModuleList([nn.ConvTranspose2d(i, o, 2, 2) for i, o in pairs]),
+            "join": nn.ModuleList([block(2 * o, o) for _, o in pairs]),
+            "last": nn.Conv2d(width, 1, 1),
+        }
+    ).to(device, memory_format=memory)
+
+    def logits(x):
+        skips = []
+        for n, down in enumerate(network["down"]):
+            x = down(x if n == 0 else nn.functional.max_pool2d(x, 2))
+            skips.append(x)
+        for up, join, skip in zip(network["up"], network["join"], skips[-2::-1], strict=True):
+            x = join(torch.cat([skip, up(x)], 1))
+        return network["last"](x)
+
     rng = np.random.default_rng(0)
     shape = (config.batch_size, 1, config.patch_size, config.patch_size)
     x = torch.from_numpy(rng.random(shape, np.float32)).to(device).contiguous(memory_format=memory)
@@ -400,7 +400,7 @@ def _torch_unet(config: configs.Segmentation, how: str, layout: str, precision: 
 
     def loss():
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
-            y = network(x)
+            y = logits(x)
         return nn.functional.binary_cross_entropy_with_logits(y.float(), mask)
 
     return _torch_step(torch, how, wait, optimizer, loss, precision)

@@ -55,7 +55,7 @@ def _vmapped(config: configs.Autoencoder, plates: patches.Plates, seeds: int) ->
     data: Any = jax.tree.map(jnp.asarray, plates)
     roots = jax.random.split(jax.random.key(0), seeds)
     states = jax.vmap(lambda root: autoencoder.initial_state(config, root))(roots)
-    step = make_step(autoencoder.objective(config), autoencoder.optimizer(config))
+    step: Any = make_step(autoencoder.objective(config), autoencoder.optimizer(config))
     # The function behind the jitted step: an inner program cannot have compiler options.
     many = jax.vmap(step.__wrapped__, in_axes=(0, None, 0))
     jitted = jax.jit(many, donate_argnums=0, compiler_options=cpu_compiler_options())
