@@ -149,6 +149,7 @@ def _procedural(data: str, min_size: int, train: bool) -> Dataset:
         {"path": f"{data}/train/{i:04d}", "bytes": image.nbytes, "sha256": hashlib.sha256(image.tobytes()).hexdigest()}
         for i, image in enumerate(good)
     ]
+
     def draw_test() -> list[TestImage]:
         good = enumerate(draw(1, _GOOD))
         test = [TestImage(f"good/{i:03d}", "good", image, np.zeros(image.shape, bool)) for i, image in good]

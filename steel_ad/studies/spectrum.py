@@ -74,7 +74,7 @@ def run(config: configs.Spectrum, *, data: Sequence[str], workdir: Path) -> dict
         views.append(view)
         done = finished[folder]
         results[folder] = (
-            done or _evaluate(config, dataset, plates, validation, view.lattice, folder, settings[folder]),
+            done or _evaluate(config, dataset, plates, (training, validation), view.lattice, folder, settings[folder]),
             done is not None,
         )
     spectra.phases(workdir / "figures" / "phases.png", views)
@@ -132,13 +132,13 @@ def _evaluate(
     config: configs.Spectrum,
     dataset: datasets.Dataset,
     plates: Plates,
-    validation: np.ndarray,
+    split: tuple[np.ndarray, np.ndarray],
     lattice: spectrum.Lattice | None,
     folder: Path,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Fits, calibrates and tests every detector, and writes what `evaluation.report` writes."""
-    good, test = [dataset.train[i] for i in validation], [t.image for t in dataset.test]
+    good, test = [dataset.train[i] for i in split[1]], [t.image for t in dataset.test]
     limits, maps, seconds, speed = {}, {}, {}, {}
     for name, detector in detectors(config).items():
         start = time.perf_counter()
@@ -153,7 +153,7 @@ def _evaluate(
         speed[name] = sum(image.size for image in test) / 1e6 / elapsed if test else None
     # Once nothing that could be wrong with the data is left.
     runs.claim(folder, settings)
-    runs.keep(folder / "manifest.json", runs.uses(dataset.manifest, validation), "good images")
+    runs.keep(folder / "manifest.json", runs.uses(dataset.manifest, *split), "good images")
     vectors = None if lattice is None else spectrum.pitch_and_angle(lattice)
     return evaluation.report(
         folder,
