@@ -342,6 +342,12 @@ def last(folder, like):
         return jax.device_get(kept.restore(like)[0])
 
 
+@pytest.fixture
+def few_defects(monkeypatch):
+    monkeypatch.setattr(study, "_PROCEDURAL_DEFECTS", 24)
+
+
+@pytest.mark.usefixtures("few_defects")
 def test_stage_1_is_what_it_was_after_stage_2(data, tmp_path):
     given = {"data": str(data / "line"), "defects_from": "procedural", "workdir": tmp_path / "w"}
     with pytest.MonkeyPatch.context() as patch:
@@ -359,6 +365,7 @@ def test_stage_1_is_what_it_was_after_stage_2(data, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(evaluated[0][0]), segmentation.variables(stage_1))
 
 
+@pytest.mark.usefixtures("few_defects")
 def test_interrupted_transfer_ends_as_an_undisturbed_one_and_adapts_to_the_target(data, good, tmp_path):
     (tmp_path / "target" / "train" / "good").mkdir(parents=True)
     for i, image in enumerate(good):
@@ -379,7 +386,7 @@ def test_interrupted_transfer_ends_as_an_undisturbed_one_and_adapts_to_the_targe
     for stage in ("adapt", "classifier_after"):
         np.testing.assert_array_equal(mixed[stage].pixels.max(), max(int(i.max()) // 2 for i in good))
 
-    for folder in ("checkpoints_pretrain", "checkpoints_adapt", "checkpoints_classifier_after"):
+    for folder in ("checkpoints_adapt", "checkpoints_classifier_before"):
         with pytest.MonkeyPatch.context() as patch:
             stopped_after(patch, folder, 2)
             with pytest.raises(Stopped):
@@ -452,14 +459,12 @@ def test_labelled_data_trains_without_defects_from_elsewhere(good, data, tmp_pat
     line = datasets.Dataset(
         "x", good, [{"path": str(i)} for i in range(6)], [], [datasets.TestImage("0", "pit", marked, marked == 255)]
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "load", lambda *_, **__: line)
-        record = study.run(tiny(), data="x", defects_from="labelled", workdir=tmp_path / "w")
-        assert record["maps"] == {}
-        assert record["images"]["train"] == 5
-        patch.setattr(datasets, "load", lambda *_, **__: dataclasses.replace(line, labelled=[]))
-        with pytest.raises(InputError, match="no labelled training images"):
-            study.run(tiny(), data="x", defects_from="labelled", workdir=tmp_path / "v")
+    given = {"data": "x", "defects_from": "labelled"}
+    record = study.run(tiny(), **given, workdir=tmp_path / "w", load=lambda *_, **__: line)
+    assert record["maps"] == {}
+    assert record["images"]["train"] == 5
+    with pytest.raises(InputError, match="no labelled training images"):
+        study.run(tiny(), **given, workdir=tmp_path / "v", load=lambda *_, **__: dataclasses.replace(line, labelled=[]))
 
 
 @pytest.mark.parametrize(
