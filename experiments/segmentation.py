@@ -10,6 +10,7 @@ from absl import flags
 from steel_ad import cli
 
 _CONFIG = cli.define_config("configs/segmentation.py:quick")
+cli.define_processes()
 _DATA = flags.DEFINE_string(
     "data", "procedural/teardrop1", "Folder in the MVTec AD or DAGM layout, or procedural/LINE."
 )

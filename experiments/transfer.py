@@ -10,6 +10,7 @@ from absl import flags
 from steel_ad import cli
 
 _CONFIG = cli.define_config("configs/segmentation.py:quick")
+cli.define_processes()
 _SOURCE = flags.DEFINE_string("source", "procedural/teardrop2", "Line to pretrain on: folder or procedural/LINE.")
 _TARGET = flags.DEFINE_string(
     "target", "procedural/teardrop1", "Line with good images only: folder or procedural/LINE."

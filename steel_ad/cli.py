@@ -8,7 +8,7 @@ import functools
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -53,6 +53,17 @@ def define_config(default: str, *, loss: bool = True) -> flags.FlagHolder:
         # An override of a setting that does not exist fails here already.
         _fail(f"a --config setting is wrong: {error}", 2)
         raise
+
+
+def define_processes() -> None:
+    """The flags of a run of several processes, which `run` then joins."""
+    flags.DEFINE_string(
+        "coordinator", "", "Of a run of several processes: host:port of process 0, or auto (Slurm, Open MPI, TPU pods)."
+    )
+    flags.DEFINE_integer(
+        "num_processes", None, "Processes of the run, each started with the same command.", lower_bound=1
+    )
+    flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.", lower_bound=0)
 
 
 def settings(holder: flags.FlagHolder, kind: type[T]) -> T:
@@ -139,12 +150,31 @@ def _guarded(main: Callable[[], int | None]) -> None:
         without_closed_loops(sys.unraisablehook),
     )
     try:
-        status = main()
+        with _as_one_of_several():
+            status = main()
     except InputError as error:
         _fail(str(error), error.status)
     except KeyboardInterrupt:
         _fail("interrupted: run the same command again to go on from the last checkpoint", 130)
     sys.exit(status or 0)
+
+
+@contextlib.contextmanager
+def _as_one_of_several() -> Iterator[None]:
+    """Joins the run's other processes where flags name them; only process 0 prints."""
+    given = {
+        name: flags.FLAGS[name].value for name in ("coordinator", "num_processes", "process_id") if name in flags.FLAGS
+    }
+    if all(value in (None, "") for value in given.values()):
+        yield
+        return
+    from steel_ad import parallel
+
+    parallel.start(**given)
+    with contextlib.ExitStack() as stack:
+        if not parallel.is_main():
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        yield
 
 
 def without_closed_loops(hook: Callable) -> Callable:

@@ -1,9 +1,14 @@
-"""Progress of long work: a bar with rate and time left on a terminal, a plain line now and then elsewhere."""
+"""Progress of long work: a bar with rate and time left on a terminal, a plain line now and then elsewhere.
+
+Of several processes the first one's alone.
+"""
 
 import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+
+from steel_ad import parallel
 
 Update = Callable[..., None]
 
@@ -17,6 +22,9 @@ def _clock(seconds: float) -> str:
 @contextlib.contextmanager
 def progress(label: str, total: int, unit: str, *, done: int = 0, every_s: float = 10.0) -> Iterator[Update]:
     """Shows how far `label` has come; yields `update(done, note="")`, `done` counted in `unit`s from 0 to `total`."""
+    if not parallel.is_main():
+        yield lambda *_, **__: None
+        return
     if sys.stderr.isatty():
         from rich import progress as bars
         from rich.console import Console

@@ -31,6 +31,7 @@ ROOMS = [
     ["steel_ad.data"],
     ["steel_ad.cli"],
     ["steel_ad.progress"],
+    ["steel_ad.parallel"],
     ["steel_ad.config"],
     ["steel_ad.errors", "steel_ad.__init__"],
 ]

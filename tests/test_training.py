@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from steel_ad import parallel
 from steel_ad.cli import without_closed_loops
 from steel_ad.config import Autoencoder
 from steel_ad.data import patches
@@ -61,6 +62,7 @@ def test_a_step_never_compiles_twice(plates, crops):
     data = jax.tree.map(jnp.asarray, plates)
     if crops == "fixed":
         data = (data, patches.random_crops(root, data, num=12, patch_size=32))
+    now, data = parallel.put((now, data), parallel.replicated(parallel.mesh()))
     for _ in range(4):
         before = now
         now, _ = train_step(now, data, root)

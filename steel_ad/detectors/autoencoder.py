@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.sharding import Mesh
 
 from steel_ad import config as configs
-from steel_ad import losses
+from steel_ad import losses, parallel
 from steel_ad.data import patches
 from steel_ad.data.patches import Plates
 from steel_ad.errors import InputError
@@ -76,7 +77,7 @@ def objective(config: configs.Autoencoder):
             size = min(config.batch_size, config.num_crops)
             chosen = jax.lax.dynamic_slice_in_dim(order, batch * size, size)
             crops = jax.tree.map(lambda a: a[chosen], kept)
-        x = patches.cut(plates, crops, patch_size=config.patch_size)
+        x = patches.cut(plates, parallel.split_batch(crops), patch_size=config.patch_size)
         return patches.random_flips(stream(root, "flips", step), x) if config.flips else x
 
     def run(params, extra, data, step, root):
@@ -99,6 +100,13 @@ def initial_state(config: configs.Autoencoder, root: Array) -> TrainState:
         return create(network.init(key, x), rule)
 
     return make(stream(root, "init"))
+
+
+def check_batch(config: configs.Autoencoder, mesh: Mesh) -> None:
+    """Raises InputError where the devices do not divide the batch."""
+    parallel.check_batch(
+        min(config.batch_size, config.num_crops) if config.crops == "fixed" else config.batch_size, mesh
+    )
 
 
 class DeadRun:
@@ -130,9 +138,9 @@ class DeadRun:
 
 
 @functools.lru_cache(maxsize=4)
-def _step(config: configs.Autoencoder, per_call: int) -> Callable:
+def _step(config: configs.Autoencoder, per_call: int, mesh: Mesh) -> Callable:
     """The compiled step; the seed comes in as data, so that runs which differ in it alone share one."""
-    return make_step(objective(config), optimizer(config), steps_per_call=per_call)
+    return make_step(objective(config), optimizer(config), steps_per_call=per_call, mesh=mesh)
 
 
 def train(
@@ -142,8 +150,9 @@ def train(
     state: TrainState | None = None,
     on_step: OnStep | None = None,
     save: Callable[[int, TrainState], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> TrainState:
-    """Trains on good images, from `state` where one is given.
+    """Trains on good images, from `state` where one is given, and on all devices unless a `mesh` is given.
 
     Args:
       images: uint8 plates, each at least `patch_size` on both sides.
@@ -151,23 +160,28 @@ def train(
       save: called with (step, state) every `checkpoint_every` steps and at the end.
 
     Raises:
-      InputError: an image smaller than the patch, a loss that is not finite, or a dead run.
+      InputError: an image smaller than the patch, a batch that the devices do not divide, a loss that is not finite, or a
+        dead run.
     """
+    mesh = parallel.mesh() if mesh is None else mesh
+    check_batch(config, mesh)
     if int(np.min(images.sizes)) < config.patch_size:
         raise InputError(
             f"an image of {np.min(images.sizes)} pixels is smaller than the patch of {config.patch_size}: "
             "leave it out or use a smaller --config.patch_size"
         )
     root = jax.random.key(config.seed)
-    state = initial_state(config, root) if state is None else state
-    data: Any = jax.tree.map(jnp.asarray, images)
+    data: Any = images
     if config.crops == "fixed":
+        sizes = images._replace(sizes=jnp.asarray(images.sizes))
         kept = patches.random_crops(
-            stream(root, "kept crops"), data, num=config.num_crops, patch_size=config.patch_size
+            stream(root, "kept crops"), sizes, num=config.num_crops, patch_size=config.patch_size
         )
-        data = (data, kept)
+        data = (images, kept)
+    state = initial_state(config, root) if state is None else state
+    state, data = parallel.put((state, data), parallel.replicated(mesh))
     per_call = steps_per_call(config.total_steps, config.checkpoint_every)
-    step = _step(dataclasses.replace(config, seed=0), per_call)
+    step = _step(dataclasses.replace(config, seed=0), per_call, mesh)
     watch = DeadRun(config)
 
     def on_metrics(first: int, metrics: dict[str, np.ndarray]) -> None:

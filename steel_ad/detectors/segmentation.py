@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.sharding import Mesh
 
 from steel_ad import config as configs
-from steel_ad import losses
+from steel_ad import losses, parallel
 from steel_ad.data import defects, patches
 from steel_ad.data.defects import Library
 from steel_ad.data.patches import Crops, Plates
@@ -61,7 +62,8 @@ def draw(config: configs.Segmentation, share: float, data: Samples, step: Array,
         return stream(root, name, step)
 
     def crops(name, plates):
-        return patches.random_crops(key(name), plates, num=config.batch_size, patch_size=config.patch_size)
+        places = patches.random_crops(key(name), plates, num=config.batch_size, patch_size=config.patch_size)
+        return parallel.split_batch(places)
 
     image = patches.cut(data.good, crops("crops", data.good), patch_size=config.patch_size)
     if config.flips:
@@ -79,7 +81,7 @@ def draw(config: configs.Segmentation, share: float, data: Samples, step: Array,
         )
         mask = inserted.astype(jnp.float32)
     elif data.labelled is not None and data.masks is not None and data.marks is not None:
-        places = _around_a_mark(key("labelled"), data.labelled, data.marks, config)
+        places = parallel.split_batch(_around_a_mark(key("labelled"), data.labelled, data.marks, config))
         chosen = jax.random.bernoulli(key("chosen"), share, (config.batch_size, 1, 1, 1))
         marked = patches.cut_pixels(data.masks, places, patch_size=config.patch_size).astype(jnp.float32)
         image = jnp.where(chosen, patches.cut(data.labelled, places, patch_size=config.patch_size), image)
@@ -231,13 +233,20 @@ def train(
     steps: int,
     on_step=None,
     save=None,
+    mesh: Mesh | None = None,
 ) -> TrainState:
     """Trains one stage to `steps` with the settings' seed and cadence; every stage draws samples of its own.
 
-    `on_step` and `save` are as `train.loop.run`'s.
+    `on_step` and `save` are as `train.loop.run`'s; on all devices unless a `mesh` is given.
+
+    Raises:
+      InputError: a batch that the devices do not divide, or a loss that is not finite.
     """
+    mesh = parallel.mesh() if mesh is None else mesh
+    parallel.check_batch(config.batch_size, mesh)
+    state, data = parallel.put((state, data), parallel.replicated(mesh))
     per_call = steps_per_call(steps, config.checkpoint_every)
-    step = _step(objective, rule, steps_per_call=per_call)
+    step = _step(objective, rule, steps_per_call=per_call, mesh=mesh)
 
     def on_metrics(first: int, metrics: dict[str, np.ndarray]) -> None:
         if on_step is not None:
@@ -247,7 +256,7 @@ def train(
     return loop.run(
         step,
         state,
-        jax.tree.map(jnp.asarray, data),
+        data,
         stream(jax.random.key(config.seed), stage),
         steps=steps,
         steps_per_call=per_call,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from steel_ad import config as configs
-from steel_ad import losses
+from steel_ad import losses, parallel
 from steel_ad.data import datasets, patches
 from steel_ad.detectors import autoencoder
 from steel_ad.detectors.autoencoder import AutoencoderDetector
@@ -41,9 +41,12 @@ def run(
       What `metrics.json` holds.
 
     Raises:
-      InputError: data that cannot be used, a workdir of other settings or images, a dead run, a full disk.
+      InputError: data that cannot be used, a batch that the devices do not divide, a workdir of other settings or images,
+        a dead run, a full disk.
     """
     check_loss(config)
+    if not evaluate_only:
+        autoencoder.check_batch(config, parallel.mesh())
     settings = {**configs.to_dict(config), "data": os.path.normpath(data)}
     if finished := runs.begin(workdir, settings, evaluate_only=evaluate_only, reading=READING):
         return finished
@@ -71,8 +74,9 @@ def run(
     start = time.perf_counter()
     maps = mapper(states, images, label="test")
     elapsed = time.perf_counter() - start
+    params = parallel.local(state.params)
     reconstruct = jax.jit(
-        lambda image: autoencoder.reconstruct(config, state.params, image.astype(jnp.float32) / 255),
+        lambda image: autoencoder.reconstruct(config, params, image.astype(jnp.float32) / 255),
         compiler_options=cpu_compiler_options(),
     )
     return evaluation.report(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from steel_ad import metrics
+from steel_ad import metrics, parallel
 from steel_ad.data.datasets import TestImage
 from steel_ad.detectors import Detector
 from steel_ad.ops.convolution import cpu_compiler_options
@@ -31,6 +31,66 @@ class Maps:
         return np.array([m.max() for m in self.opened], np.float32)
 
 
+class Program:
+    """A function of an image, `(states, image float32 [h, w] in [0, 1]) -> arrays`, over many images and all devices."""
+
+    def __init__(self, function: Callable[[Any, jax.Array], Any]):
+        self._mesh = parallel.mesh()
+        whole, spread = parallel.replicated(self._mesh), parallel.spread(self._mesh)
+        self._program = jax.jit(
+            jax.vmap(lambda states, image: function(states, image.astype(jnp.float32) / 255), in_axes=(None, 0)),
+            in_shardings=(whole, spread),
+            # Process 0 needs all results; of one process they are gathered on the host.
+            out_shardings=whole if jax.process_count() > 1 else spread,
+            compiler_options=cpu_compiler_options(),
+        )
+
+    def __call__(self, states: Any, images: Sequence[np.ndarray], *, label: str) -> list[Any]:
+        """The function's results as numpy arrays, in the images' order.
+
+        Args:
+          states: the function's first argument.
+          images: uint8 `[h_i, w_i]`; to each device images of one shape go one by one on CPU, elsewhere in batches of four
+            times 256x256 pixels.
+          label: of the progress bar.
+        """
+        states = parallel.put(states, parallel.replicated(self._mesh))
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, image in enumerate(images):
+            groups.setdefault(image.shape, []).append(i)
+        found: list[Any] = [None] * len(images)
+        done = 0
+        pending: tuple[list[int], Any] | None = None
+
+        def settle() -> None:
+            nonlocal pending, done
+            if pending is None:
+                return
+            chosen, results = pending[0], jax.device_get(pending[1])
+            pending = None
+            for k, i in enumerate(chosen):
+                found[i] = jax.tree.map(lambda a, k=k: a[k], results)
+            done += len(chosen)
+            update(done)
+
+        with progress(label, len(images), "images") as update:
+            for shape, members in groups.items():
+                # On CPU a batch's activations leave the caches.
+                most = 1 if jax.default_backend() == "cpu" else 4
+                size = self._mesh.size * max(1, min(most, most * 2**16 // (shape[0] * shape[1])))
+                for start in range(0, len(members), size):
+                    chosen = members[start : start + size]
+                    # The last batch repeats an image, so that a shape compiles once.
+                    padded = chosen + [chosen[-1]] * (size - len(chosen))
+                    batch = parallel.put(np.stack([images[i] for i in padded]), parallel.spread(self._mesh))
+                    under_way = self._program(states, batch)
+                    # The devices work on this batch while the host fetches the one before.
+                    settle()
+                    pending = chosen, under_way
+            settle()
+        return found
+
+
 class Mapper:
     """Raw and opened residual maps of several detectors, in one program that shares what they compute in common.
 
@@ -43,54 +103,20 @@ class Mapper:
         self._names = tuple(detectors)
 
         def one(states, image):
-            image = image.astype(jnp.float32) / 255
             raw = {name: detector.residual(states[name], image) for name, detector in detectors.items()}
             return raw, {name: grey_opening(m, radius=radius) for name, m in raw.items()}
 
-        self._program = jax.jit(jax.vmap(one, in_axes=(None, 0)), compiler_options=cpu_compiler_options())
+        self._program = Program(one)
 
     def __call__(self, states: Mapping[str, Any], images: Sequence[np.ndarray], *, label: str) -> dict[str, Maps]:
         """Maps by detector name, in the images' order.
 
         Args:
           states: name -> what the detector's `fit` returned.
-          images: uint8 `[h_i, w_i]`; images of one shape go one by one on CPU, elsewhere in batches of four times 256x256 pixels.
-          label: of the progress bar.
+          images, label: as of `Program`.
         """
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for i, image in enumerate(images):
-            groups.setdefault(image.shape, []).append(i)
-        found = {name: Maps([np.empty(0)] * len(images), [np.empty(0)] * len(images)) for name in self._names}
-        done = 0
-        pending: tuple[list[int], Any] | None = None
-
-        def settle() -> None:
-            nonlocal pending, done
-            if pending is None:
-                return
-            chosen, (raw, opened) = pending[0], jax.device_get(pending[1])
-            pending = None
-            for name, maps in found.items():
-                for k, i in enumerate(chosen):
-                    maps.raw[i], maps.opened[i] = raw[name][k], opened[name][k]
-            done += len(chosen)
-            update(done)
-
-        with progress(label, len(images), "images") as update:
-            for shape, members in groups.items():
-                # On CPU a batch's activations leave the caches.
-                most = 1 if jax.default_backend() == "cpu" else 4
-                size = max(1, min(most, most * 2**16 // (shape[0] * shape[1])))
-                for start in range(0, len(members), size):
-                    chosen = members[start : start + size]
-                    # The last batch repeats an image, so that a shape compiles once.
-                    padded = chosen + [chosen[-1]] * (size - len(chosen))
-                    under_way = self._program(states, np.stack([images[i] for i in padded]))
-                    # The device works on this batch while the host fetches the one before.
-                    settle()
-                    pending = chosen, under_way
-            settle()
-        return found
+        found = self._program(states, images, label=label)
+        return {n: Maps([raw[n] for raw, _ in found], [opened[n] for _, opened in found]) for n in self._names}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +175,7 @@ def report(
     extra_scores: Mapping[str, np.ndarray] | None = None,
     reconstruct: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> dict[str, Any]:
-    """Measures, and writes `metrics.json`, `scores.csv` and the figures.
+    """Measures, and writes `metrics.json`, `scores.csv` and the figures; of several processes the first one does, and all wait.
 
     Args:
       maps: detector name -> maps of the test images, which may be none.
@@ -162,6 +188,9 @@ def report(
     Returns:
       What `metrics.json` holds.
     """
+    if not parallel.is_main():
+        parallel.barrier("report")
+        return files.read_json(workdir / "metrics.json")
     from steel_ad.report import figures
 
     folder = workdir / "figures"
@@ -203,6 +232,7 @@ def report(
             figures.curves(folder / "curves.png", series, title=str(record["dataset"]))
     # Last, since its presence says that the run is complete.
     files.write_json(workdir / "metrics.json", result)
+    parallel.barrier("report")
     return result
 
 

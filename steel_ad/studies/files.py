@@ -1,4 +1,4 @@
-"""Small files of a working directory, written to a temporary name and renamed."""
+"""Small files of a working directory, written to a temporary name and renamed; of several processes the first one writes."""
 
 import contextlib
 import csv
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from steel_ad import parallel
 from steel_ad.errors import InputError
 
 
@@ -24,6 +25,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """`write_text` of bytes."""
+    if not parallel.is_main():
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

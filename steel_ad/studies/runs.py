@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from steel_ad import config as configs
+from steel_ad import parallel
 from steel_ad.errors import InputError
 from steel_ad.progress import progress
 from steel_ad.studies import files
@@ -85,7 +86,13 @@ def keep(path: Path, record: Any, what: str) -> None:
 def versions() -> dict[str, str]:
     """Of what the numbers depend on."""
     packages = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
-    return {"python": platform.python_version(), "device": jax.devices()[0].device_kind, **packages}
+    return {
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "devices": str(jax.device_count()),
+        "processes": str(jax.process_count()),
+        **packages,
+    }
 
 
 def fit(
@@ -117,6 +124,7 @@ def fit(
     from steel_ad.train.checkpoint import Checkpoints
 
     main = stage == "train"
+    state = parallel.put(state, parallel.replicated(parallel.mesh()))
     record_path = workdir / ("train.csv" if main else f"train_{stage}.csv")
     history: list[dict[str, float]] = []
     before = seconds = 0.0
@@ -145,7 +153,7 @@ def fit(
 
                 state = train(state, on_step, save)
     picture = workdir / "figures" / ("training.png" if main else f"training_{stage}.png")
-    if history and not picture.exists() and not evaluate_only:
+    if history and parallel.is_main() and not picture.exists() and not evaluate_only:
         from steel_ad.report import figures  # not before the first step
 
         columns = {name: np.array([row[name] for row in history]) for name in ("step", "loss")}

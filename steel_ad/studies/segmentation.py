@@ -9,18 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from steel_ad import config as configs
-from steel_ad import losses, metrics
+from steel_ad import losses, metrics, parallel
 from steel_ad.data import datasets, defects, patches
 from steel_ad.data.datasets import Dataset
 from steel_ad.detectors import segmentation
 from steel_ad.detectors.segmentation import Samples, SegmentationDetector
 from steel_ad.errors import InputError
-from steel_ad.ops.convolution import cpu_compiler_options
-from steel_ad.progress import progress
 from steel_ad.studies import evaluation, files, runs
 from steel_ad.studies.evaluation import Thresholds
 from steel_ad.train.state import TrainState, create
@@ -55,6 +52,8 @@ def run(
       InputError: data or defects that cannot be used, a workdir of other settings or images, a full disk.
     """
     check_loss(config)
+    if not evaluate_only:
+        parallel.check_batch(config.batch_size, parallel.mesh())
     settings = {**configs.to_dict(config), "data": os.path.normpath(data), "defects": defects_from}
     if finished := runs.begin(workdir, settings, evaluate_only=evaluate_only, reading=_READING):
         return finished
@@ -98,6 +97,8 @@ def transfer(
       InputError: as `run`.
     """
     check_loss(config)
+    if not evaluate_only:
+        parallel.check_batch(config.batch_size, parallel.mesh())
     settings = {
         **configs.to_dict(config),
         "source": os.path.normpath(source),
@@ -114,7 +115,7 @@ def transfer(
     pretrained, pretrain_seconds = _stage_1(config, samples, workdir, settings, "pretrain", evaluate_only=evaluate_only)
     rule = segmentation.optimizer(config, config.total_adapt_steps)
     # Copied, since training donates what it starts from.
-    params, extra = jax.tree.map(jnp.copy, (pretrained.params, pretrained.extra))
+    params, extra = jax.tree.map(np.array, parallel.local((pretrained.params, pretrained.extra)))
     start = create(params, rule, extra)
     mixture = samples._replace(new_line=patches.stack(lines["target"].training))
     adapted, adapt_seconds = _stage_1(
@@ -272,7 +273,7 @@ def _stage_2(
             on_step=on_step,
             save=save,
         ),
-        segmentation.initial_classifier(config, frozen),
+        segmentation.initial_classifier(config, parallel.local(frozen)),
         workdir,
         total_steps=config.total_classifier_steps,
         settings=settings,
@@ -329,18 +330,10 @@ def classifier_scores(
     config: configs.Segmentation, stages: tuple[Any, Any], groups: Sequence[Sequence[np.ndarray]]
 ) -> list[np.ndarray]:
     """Probability of being defective of each image uint8 `[h_i, w_i]` of each group: float32 `[n]` each."""
-    program = jax.jit(
-        lambda stages, image: segmentation.classify(config, stages, image.astype(jnp.float32) / 255),
-        compiler_options=cpu_compiler_options(),
-    )
-    found: list[list[float]] = []
-    with progress("classify", sum(map(len, groups)), "images") as update:
-        for images in groups:
-            found.append([])
-            for image in images:
-                found[-1].append(float(program(stages, image)))
-                update(sum(map(len, found)))
-    return [np.array(scores, np.float32) for scores in found]
+    program = evaluation.Program(lambda stages, image: segmentation.classify(config, stages, image))
+    images = [image for group in groups for image in group]
+    scores = np.array(program(stages, images, label="classify"), np.float32)
+    return np.split(scores, np.cumsum([len(group) for group in groups])[:-1])
 
 
 def predictions(workdirs: Sequence[Path]) -> Path:
@@ -379,8 +372,11 @@ def predictions(workdirs: Sequence[Path]) -> Path:
         name = name if name not in shown[0] else f"{name}, {workdir}"
         for row, raw, score in zip(shown, maps.raw, scores, strict=True):
             row[name] = (raw, float(score))
+    picture = workdirs[0] / "figures" / "predictions.png"
+    if not parallel.is_main():
+        return picture
     rows = [
         figures.Prediction(name=t.name, image=t.image, truth=t.mask, maps=row)
         for t, row in zip(chosen, shown, strict=True)
     ]
-    return figures.predictions(workdirs[0] / "figures" / "predictions.png", rows, title=settings[0]["data"])
+    return figures.predictions(picture, rows, title=settings[0]["data"])

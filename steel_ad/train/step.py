@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
+from jax.sharding import Mesh
 
+from steel_ad import parallel
 from steel_ad.ops.convolution import cpu_compiler_options
 from steel_ad.train.state import TrainState
 
@@ -24,13 +26,20 @@ def steps_per_call(*cadences: int) -> int:
     return max(k for k in range(1, most + 1) if all(cadence % k == 0 for cadence in cadences))
 
 
-def make_step(objective: Objective, optimizer: optax.GradientTransformation, *, steps_per_call: int = 1) -> Callable:
+def make_step(
+    objective: Objective, optimizer: optax.GradientTransformation, *, steps_per_call: int = 1, mesh: Mesh | None = None
+) -> Callable:
     """Jitted `(state, data, root) -> (state, metrics)`; metrics are float32 `[steps_per_call]` each.
 
     They are "loss", "gradient_norm" (before any clipping) and whatever the objective adds.
 
     The state is donated: the one passed in must not be used again.
+
+    Over a `mesh` (of all devices by default) the arguments and results are replicated, and what the objective has passed
+    through `parallel.split_batch` is spread.
     """
+    mesh = parallel.mesh() if mesh is None else mesh
+    whole = parallel.replicated(mesh)
 
     def one(state: TrainState, data, root):
         gradient = jax.value_and_grad(objective, has_aux=True)
@@ -42,9 +51,12 @@ def make_step(objective: Objective, optimizer: optax.GradientTransformation, *, 
         return TrainState(state.step + 1, params, opt_state, extra), metrics
 
     def many(state, data, root):
-        if steps_per_call == 1:
-            state, metrics = one(state, data, root)
-            return state, jax.tree.map(lambda m: jnp.reshape(m, (1,)), metrics)
-        return lax.scan(lambda s, _: one(s, data, root), state, None, length=steps_per_call)
+        with parallel.inside(mesh):
+            if steps_per_call == 1:
+                state, metrics = one(state, data, root)
+                return state, jax.tree.map(lambda m: jnp.reshape(m, (1,)), metrics)
+            return lax.scan(lambda s, _: one(s, data, root), state, None, length=steps_per_call)
 
-    return jax.jit(many, donate_argnums=0, compiler_options=cpu_compiler_options())
+    return jax.jit(
+        many, donate_argnums=0, in_shardings=whole, out_shardings=whole, compiler_options=cpu_compiler_options()
+    )

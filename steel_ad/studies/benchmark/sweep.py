@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from steel_ad import config as configs
+from steel_ad import parallel
 from steel_ad.data import patches
 from steel_ad.detectors import autoencoder
 from steel_ad.ops.convolution import cpu_compiler_options
@@ -37,7 +38,7 @@ def _one_by_one(config: configs.Autoencoder, plates: patches.Plates, seeds: int)
     data: Any = jax.tree.map(jnp.asarray, plates)
     roots = list(jax.random.split(jax.random.key(0), seeds))
     states = [autoencoder.initial_state(config, root) for root in roots]
-    step = make_step(autoencoder.objective(config), autoencoder.optimizer(config))
+    step = make_step(autoencoder.objective(config), autoencoder.optimizer(config), mesh=parallel.mesh(1))
     program, compile_s, counted = compiled(step, states[0], data, roots[0])
 
     def call():
@@ -55,7 +56,7 @@ def _vmapped(config: configs.Autoencoder, plates: patches.Plates, seeds: int) ->
     data: Any = jax.tree.map(jnp.asarray, plates)
     roots = jax.random.split(jax.random.key(0), seeds)
     states = jax.vmap(lambda root: autoencoder.initial_state(config, root))(roots)
-    step: Any = make_step(autoencoder.objective(config), autoencoder.optimizer(config))
+    step: Any = make_step(autoencoder.objective(config), autoencoder.optimizer(config), mesh=parallel.mesh(1))
     # The function behind the jitted step: an inner program cannot have compiler options.
     many = jax.vmap(step.__wrapped__, in_axes=(0, None, 0))
     jitted = jax.jit(many, donate_argnums=0, compiler_options=cpu_compiler_options())

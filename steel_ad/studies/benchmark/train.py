@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from steel_ad import config as configs
+from steel_ad import parallel
 from steel_ad.data import patches
 from steel_ad.detectors import autoencoder
 from steel_ad.studies.benchmark import peers, ssim
@@ -76,11 +77,11 @@ def _ours(config: configs.Autoencoder, plates: patches.Plates) -> Program:
     data: Any = jax.tree.map(jnp.asarray, plates)
     objective, optimizer = autoencoder.objective(config), autoencoder.optimizer(config)
     per_call = steps_per_call(config.total_steps, config.checkpoint_every)
-    step = make_step(objective, optimizer, steps_per_call=per_call)
+    step = make_step(objective, optimizer, steps_per_call=per_call, mesh=parallel.mesh(1))
     program, compile_s, counted = compiled(step, state, data, root)
     if per_call > 1:
         # XLA counts a loop's body once, whatever its length: count a step by itself.
-        counted = compiled(make_step(objective, optimizer), state, data, root)[2]
+        counted = compiled(make_step(objective, optimizer, mesh=parallel.mesh(1)), state, data, root)[2]
 
     def call():
         nonlocal state

@@ -1,0 +1,129 @@
+"""Data parallelism over the devices of one or several processes: one mesh axis, batches spread over it, all else replicated.
+
+A step is one program over all devices. It is the one-device program, which the compiler divides: random numbers do not depend on
+the division, means (of the loss, of batch norm) are over the global batch, and what is added is one sum of all gradients.
+Every process runs the same code on the same settings, data and workdir; process 0 alone writes small files and shows progress.
+"""
+
+import contextlib
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from steel_ad.errors import InputError
+
+_AXIS = "data"
+_TIMEOUT_S = 60  # without a sign of life a process counts as dead
+
+
+def start(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
+    """Makes this process one of a run of several; to be called before anything is computed.
+
+    Args:
+      coordinator: host:port of process 0, where the port is free, or "auto": all three from Slurm, Open MPI or the TPU pod.
+      num_processes: of the run.
+      process_id: 0 to num_processes - 1, each once.
+
+    Raises:
+      InputError: the arguments do not fit, or the processes have not found one another.
+    """
+    auto = coordinator == "auto"
+    if auto != (num_processes is None and process_id is None) or (
+        not auto and (num_processes is None or process_id is None or not 0 <= process_id < num_processes)
+    ):
+        raise InputError(
+            "--coordinator=host:port needs --num_processes=N and --process_id=I with I in 0..N-1; "
+            "--coordinator=auto takes neither"
+        )
+    if not auto and not coordinator.rpartition(":")[2].isdigit():
+        raise InputError(f"--coordinator={coordinator} must be host:port of process 0, or auto")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            None if auto else coordinator,
+            num_processes,
+            process_id,
+            initialization_timeout=2 * _TIMEOUT_S,
+            heartbeat_timeout_seconds=_TIMEOUT_S,
+            shutdown_timeout_seconds=_TIMEOUT_S,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"the processes have not found one another ({str(error).splitlines()[0]}): start all of them within "
+            f"{2 * _TIMEOUT_S} seconds with the same --coordinator",
+            status=1,
+        ) from None
+
+
+def is_main() -> bool:
+    """Whether this is process 0, which writes and speaks for all."""
+    # The first question must not start the backend.
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def mesh(devices: int | None = None) -> Mesh:
+    """The first `devices` devices, or all of every process, along one axis."""
+    chosen = jax.devices()[:devices]
+    return jax.make_mesh((len(chosen),), (_AXIS,), axis_types=(AxisType.Auto,), devices=chosen)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+def spread(mesh: Mesh) -> NamedSharding:
+    """Axis 0 over the devices."""
+    return NamedSharding(mesh, P(_AXIS))
+
+
+def put(tree: Any, sharding: NamedSharding) -> Any:
+    """Arrays that every process has whole, numpy's or one device's, as arrays of this sharding."""
+
+    def one(x):
+        if jax.process_count() == 1 or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+            return jax.device_put(x, sharding)
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(one, tree)
+
+
+def local(tree: Any) -> Any:
+    """This process's own copy of replicated arrays, on its first device; not a copy where there is one device only."""
+    return jax.tree.map(lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, tree)
+
+
+def inside(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """While a function is traced: where its `split_batch`es spread to."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def split_batch(tree: Any) -> Any:
+    """Spreads axis 0 of arrays over the devices, and so what is computed from them; outside `inside` it does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tree if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(tree, P(_AXIS))
+
+
+def check_batch(size: int, mesh: Mesh) -> None:
+    """Whether the devices divide a global batch.
+
+    Raises:
+      InputError: they do not.
+    """
+    if size % mesh.size:
+        fits = " or ".join(str(mesh.size * k) for k in (size // mesh.size, size // mesh.size + 1) if k)
+        raise InputError(
+            f"a batch of {size} cannot be divided among {mesh.size} devices: set --config.batch_size={fits} "
+            "(it counts the patches of all devices together)"
+        )
