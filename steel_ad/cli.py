@@ -7,7 +7,9 @@ import ctypes
 import functools
 import os
 import shlex
+import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -139,6 +141,10 @@ def _fail(message: str, status: int) -> None:
     # Messages of flag libraries come quoted inside quotes.
     text = message.replace("\\n", " ").replace("\\'", "").replace('"', "")
     print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
+    if _watcher is not None:
+        _watcher.communicate(b"said")
+        # An orderly end would wait for processes that are waiting for this one.
+        os._exit(status)
     sys.exit(status)
 
 
@@ -154,9 +160,21 @@ def _guarded(main: Callable[[], int | None]) -> None:
             status = main()
     except InputError as error:
         _fail(str(error), error.status)
+    except Exception as error:
+        if _watcher is None:
+            raise
+        from steel_ad import parallel
+
+        if gone := parallel.lost(error):
+            _fail(str(gone), gone.status)
+        traceback.print_exc()
+        _fail("this process has failed, and with it the run", 1)
     except KeyboardInterrupt:
         _fail("interrupted: run the same command again to go on from the last checkpoint", 130)
     sys.exit(status or 0)
+
+
+_watcher: subprocess.Popen | None = None  # says what to do when this process, one of several, ends without a word
 
 
 @contextlib.contextmanager
@@ -170,11 +188,17 @@ def _as_one_of_several() -> Iterator[None]:
         return
     from steel_ad import parallel
 
+    global _watcher
+    # Where another process dies, the runtime may abort this one, which Python does not survive.
+    speak = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"
+    command = [sys.executable, "-ISc", speak, f"error: {parallel.LOST}"]
+    _watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     parallel.start(**given)
     with contextlib.ExitStack() as stack:
         if not parallel.is_main():
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         yield
+    _watcher.communicate(b"done")
 
 
 def without_closed_loops(hook: Callable) -> Callable:

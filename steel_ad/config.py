@@ -121,7 +121,7 @@ class Segmentation:
     warmup_steps: int = 0
     schedule: str = "constant"  # or "cosine"
     clip_norm: float = 0.0
-    batch_size: int = 8
+    batch_size: int = 8  # over all devices
     epochs: int = 25  # of the segmentation stage; with steps > 0 not used
     steps: int = 0
     classifier_epochs: int = 10  # of the classification stage; with classifier_steps > 0 not used

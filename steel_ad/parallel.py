@@ -6,6 +6,7 @@ Every process runs the same code on the same settings, data and workdir; process
 """
 
 import contextlib
+import socket
 from typing import Any
 
 import jax
@@ -16,6 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 from steel_ad.errors import InputError
 
+LOST = (
+    "a process of this run has ended, was not started within two minutes, or cannot be reached: see what it said, then start all "
+    "of them again with the same commands to go on from the last checkpoint"
+)
 _AXIS = "data"
 _TIMEOUT_S = 60  # without a sign of life a process counts as dead
 
@@ -29,7 +34,8 @@ def start(coordinator: str, num_processes: int | None, process_id: int | None) -
       process_id: 0 to num_processes - 1, each once.
 
     Raises:
-      InputError: the arguments do not fit, or the processes have not found one another.
+      InputError: the arguments do not fit, the port is taken, or there is no cluster. Where the other processes do not come, the
+        runtime aborts.
     """
     auto = coordinator == "auto"
     if auto != (num_processes is None and process_id is None) or (
@@ -41,6 +47,13 @@ def start(coordinator: str, num_processes: int | None, process_id: int | None) -
         )
     if not auto and not coordinator.rpartition(":")[2].isdigit():
         raise InputError(f"--coordinator={coordinator} must be host:port of process 0, or auto")
+    if process_id == 0:
+        try:
+            socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
+        except (OSError, OverflowError) as error:
+            raise InputError(
+                f"the port of --coordinator={coordinator} is taken or cannot be used ({error}): choose another"
+            ) from None
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
@@ -49,14 +62,20 @@ def start(coordinator: str, num_processes: int | None, process_id: int | None) -
             process_id,
             initialization_timeout=2 * _TIMEOUT_S,
             heartbeat_timeout_seconds=_TIMEOUT_S,
-            shutdown_timeout_seconds=_TIMEOUT_S,
         )
-    except (RuntimeError, ValueError) as error:
+    except ValueError:
         raise InputError(
-            f"the processes have not found one another ({str(error).splitlines()[0]}): start all of them within "
-            f"{2 * _TIMEOUT_S} seconds with the same --coordinator",
-            status=1,
+            "--coordinator=auto finds no cluster here: give --coordinator=host:port, --num_processes=N and --process_id=I"
         ) from None
+
+
+def lost(error: Exception) -> InputError | None:
+    """The sentence for an error that another process's end has caused, None for any other error."""
+    said = str(error).partition("\n")[0]
+    signs = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+    if not jax.distributed.is_initialized() or not any(sign in said for sign in signs):
+        return None
+    return InputError(f"{LOST} ({said})", status=1)
 
 
 def is_main() -> bool:

@@ -1,4 +1,4 @@
-"""What test_parallel.py starts in processes of its own: python parallel_worker.py devices|process|mortal FOLDER [FLAGS]."""
+"""What test_parallel.py starts in processes of its own: python -m tests.parallel_worker devices|process FOLDER [FLAGS]."""
 
 import re
 import sys
@@ -15,15 +15,15 @@ from steel_ad.data import defects, patches
 from steel_ad.detectors import autoencoder, segmentation
 from steel_ad.models import blocks
 from steel_ad.ops import convolution
-from steel_ad.studies import runs
+from steel_ad.studies import evaluation, files, runs
+from steel_ad.train import loop
 from steel_ad.train.checkpoint import Checkpoints
 from steel_ad.train.state import TrainState, create, stream
 from steel_ad.train.step import make_step
 
-CONFIG = Autoencoder(
-    patch_size=32, latent=4, crops="fresh", flips=True, batch_size=8, steps=2, stride=32, checkpoint_every=1
-)
+CONFIG = Autoencoder(patch_size=32, latent=4, crops="fixed", num_crops=24, flips=True, batch_size=8, stride=32)
 SAMPLES = Segmentation(patch_size=32, batch_size=8, blend="difference", defect_size=64, flips=True)
+ADAM = optax.adam(1e-2)
 
 
 def plates() -> patches.Plates:
@@ -34,19 +34,46 @@ def plates() -> patches.Plates:
     )
 
 
-def step_of(mesh) -> tuple:
-    """The autoencoder's step, whose optimizer does nothing but keep the gradient, and its arguments."""
-    rule = optax.trace(0.0)
-    step = make_step(autoencoder.objective(CONFIG), rule, mesh=mesh)
-    params = autoencoder.initial_state(CONFIG, jax.random.key(0)).params
-    state, data = parallel.put((create(params, rule), plates()), parallel.replicated(mesh))
-    return step, (state, data, jax.random.key(3))
+def small_objective(params, extra, data, step, root):
+    """A small autoencoder of the project's convolutions, in the parameters' dtype."""
+    crops = patches.random_crops(stream(root, "crops", step), data, num=8, patch_size=32)
+    x = patches.cut(data, parallel.split_batch(crops), patch_size=32).astype(params["in"].dtype)
+    x = patches.random_flips(stream(root, "flips", step), x)
+    y = jax.nn.leaky_relu(convolution.add_bias(convolution.halve(x, params["in"]), params["bias"]))
+    return losses.l2(jax.nn.sigmoid(convolution.double(y, params["out"])), x).mean(), (extra, {})
+
+
+def small_state(dtype=np.float32) -> TrainState:
+    rng = np.random.default_rng(0)
+    shapes = {"in": (4, 4, 1, 8), "bias": (1, 1, 1, 8), "out": (4, 4, 8, 1)}
+    return create({name: rng.normal(0, 0.2, shape).astype(dtype) for name, shape in shapes.items()}, ADAM)
+
+
+def train_small(state: TrainState, steps: int, *, mesh=None, on_step=None, save=None) -> TrainState:
+    """Trains to `steps`, each one saved; the first one's gradient is in Adam's first moment."""
+    mesh = mesh or parallel.mesh()
+    state, data = parallel.put((state, plates()), parallel.replicated(mesh))
+    step = make_step(small_objective, ADAM, mesh=mesh)
+
+    def on_metrics(first, metrics):
+        if on_step is not None:
+            on_step(first + 1, {"loss": float(metrics["loss"][0])})
+
+    return loop.run(step, state, data, jax.random.key(5), steps=steps, on_metrics=on_metrics, save=save, save_every=1)
+
+
+def losses_in_float64(mesh) -> np.ndarray:
+    with jax.enable_x64(True):
+        seen: list[float] = []
+        state = small_state(np.float64)
+        assert all(p.dtype == np.float64 for p in state.params.values())
+        train_small(state, 50, mesh=mesh, on_step=lambda _, row: seen.append(row["loss"]))
+        return np.array(seen)
 
 
 def samples(mesh) -> segmentation.Batch:
-    """A batch of the supervised experiments, every stream of theirs drawn."""
-    library = defects.procedural(jax.random.key(1), 6, size=64)
-    library, _ = defects.fitting(library, (32, 32))
+    """A batch of the supervised experiments with every random stream that they have."""
+    library, _ = defects.fitting(defects.procedural(jax.random.key(1), 6, size=64), (32, 32))
     data = parallel.put(segmentation.Samples(plates(), library, new_line=plates()), parallel.replicated(mesh))
 
     def draw(data, root):
@@ -57,127 +84,107 @@ def samples(mesh) -> segmentation.Batch:
     return jax.jit(draw, in_shardings=whole, out_shardings=whole)(data, jax.random.key(3))
 
 
+def normed() -> np.ndarray:
+    """Images float32 `[8, 16, 16, 1]` of a brightness that differs from image to image."""
+    images = np.random.default_rng(2).random((8, 16, 16, 1), np.float32)
+    return images * np.arange(1, 9, dtype=np.float32)[:, None, None, None]
+
+
 def batch_norm(mesh) -> dict:
-    """Running statistics after one step of a network with batch norm."""
-    layer = blocks.ConvNormRelu(3)
+    """Gradients of batch norm's own parameters and its running statistics after one step; the kernel is the identity."""
+    layer, rule = blocks.ConvNormRelu(1, size=1), optax.trace(0.0)
 
     def objective(params, extra, data, step, root):
         x = parallel.split_batch(data)
         y, updated = layer.apply({"params": params, **extra}, x, True, mutable=["batch_stats"])
-        return jnp.mean(y * y), (dict(updated), {})
+        return jnp.mean(y * y * x), (dict(updated), {})
 
-    x = jax.random.uniform(jax.random.key(0), (8, 16, 16, 1)) * jnp.arange(1.0, 9.0).reshape(8, 1, 1, 1)
-    variables = layer.init(jax.random.key(1), x, False)
-    rule = optax.trace(0.0)
-    state = create(variables["params"], rule, {"batch_stats": variables["batch_stats"]})
-    state, x = parallel.put((state, x), parallel.replicated(mesh))
+    variables = layer.init(jax.random.key(1), jnp.zeros((1, 16, 16, 1)), False)
+    params = {**variables["params"], "kernel": jnp.ones((1, 1, 1, 1))}
+    state = create(params, rule, {"batch_stats": variables["batch_stats"]})
+    state, x = parallel.put((state, normed()), parallel.replicated(mesh))
     state, _ = make_step(objective, rule, mesh=mesh)(state, x, jax.random.key(0))
-    return {"gradient": state.opt_state.trace, "statistics": state.extra}
+    return {"gradient": state.opt_state.trace["BatchNorm_0"], **state.extra["batch_stats"]["BatchNorm_0"]}
 
 
-def losses_in_float64(mesh, steps: int = 50) -> np.ndarray:
-    """Losses of training a small autoencoder of the project's convolutions, in double precision."""
-    with jax.enable_x64(True):
-
-        def objective(params, extra, data, step, root):
-            crops = patches.random_crops(stream(root, "crops", step), data, num=8, patch_size=32)
-            x = patches.cut(data, parallel.split_batch(crops), patch_size=32).astype(jnp.float64)
-            x = patches.random_flips(stream(root, "flips", step), x)
-            y = jax.nn.leaky_relu(convolution.add_bias(convolution.halve(x, params["in"]), params["bias"]))
-            y = jax.nn.sigmoid(convolution.double(convolution.same(y, params["same"]), params["out"]))
-            return losses.ssim(y, x).mean(), (extra, {})
-
-        rng = np.random.default_rng(0)
-        shapes = {"in": (4, 4, 1, 8), "bias": (1, 1, 1, 8), "same": (3, 3, 8, 8), "out": (4, 4, 8, 1)}
-        params = {name: rng.normal(0, 0.2, shape) for name, shape in shapes.items()}
-        rule = optax.adam(1e-2)
-        state, data = parallel.put((create(params, rule), plates()), parallel.replicated(mesh))
-        step = make_step(objective, rule, mesh=mesh)
-        seen = []
-        for _ in range(steps):
-            state, metrics = step(state, data, jax.random.key(5))
-            assert metrics["loss"].dtype == jnp.float64
-            seen.append(metrics["loss"])
-        return np.concatenate(jax.device_get(seen))
+def observe(mesh) -> tuple[dict, TrainState]:
+    """What must not depend on the number of devices, and a state to save."""
+    state = train_small(small_state(), 1, mesh=mesh)
+    images = [np.full((20 + i % 2, 24), 10 * i, np.uint8) for i in range(7)]
+    means = evaluation.Program(lambda offset, image: image.mean() + offset)(jnp.float32(1), images, label="means")
+    found = {"gradient": state.opt_state[0].mu, "float64": losses_in_float64(mesh), "means": np.array(means)}
+    return found, state
 
 
-def observe(mesh) -> dict[str, np.ndarray]:
-    step, arguments = step_of(mesh)
-    state, metrics = step(*arguments)
-    found = {
-        "loss": metrics["loss"],
-        "gradient": state.opt_state.trace,
-        "batch": samples(mesh)._asdict(),
-        "norm": batch_norm(mesh),
-        "float64": losses_in_float64(mesh),
-    }
-    leaves = jax.tree_util.tree_leaves_with_path(found)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+def collectives(mesh) -> list[str]:
+    """Collective operations in the compiled step of the real network."""
+    state = autoencoder.initial_state(CONFIG, jax.random.key(0))
+    data = (plates(), patches.Crops(*(np.zeros(24, np.int32) for _ in range(3))))
+    arguments = parallel.put((state, data), parallel.replicated(mesh))
+    step = make_step(autoencoder.objective(CONFIG), autoencoder.optimizer(CONFIG), mesh=mesh)
+    text = step.lower(*arguments, jax.random.key(3)).compile().as_text()
+    names = "all-reduce|all-gather|all-to-all|ragged-all-to-all|reduce-scatter|collective-permute|collective-broadcast"
+    return re.findall(rf" ({names})(?:-start)?\(", text)
 
 
-def collectives(mesh) -> np.ndarray:
-    """Names of the collective operations in the compiled step."""
-    step, arguments = step_of(mesh)
-    text = step.lower(*arguments).compile().as_text()
-    pattern = r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)(?:-start)?\("
-    return np.array(re.findall(pattern, text))
-
-
-def trained(folder: Path, mesh) -> TrainState:
-    """Two steps, the checkpoint of the last one in `folder`."""
-    with Checkpoints(folder) as kept:
-        return autoencoder.train(CONFIG, plates(), mesh=mesh, save=lambda s, now: kept.save(s, now, {}))
+def write(path: Path, tree) -> None:
+    """Arrays by their path in the tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = {jax.tree_util.keystr(at, simple=True, separator="/"): np.asarray(leaf) for at, leaf in leaves}
+    if parallel.is_main():
+        np.savez(path, **named)
 
 
 def restored(folder: Path, mesh) -> TrainState:
-    like = parallel.put(autoencoder.initial_state(CONFIG, jax.random.key(9)), parallel.replicated(mesh))
+    like = jax.tree.map(jnp.zeros_like, parallel.put(small_state(), parallel.replicated(mesh)))
+    like = parallel.put(like, parallel.replicated(mesh))
     with Checkpoints(folder) as kept:
         state, _ = kept.restore(like)
-    assert all(leaf.sharding.is_equivalent_to(parallel.replicated(mesh), leaf.ndim) for leaf in jax.tree.leaves(state))
+    assert all(leaf.sharding.device_set == set(mesh.devices.flat) for leaf in jax.tree.leaves(state))
     return state
-
-
-def leaves(state: TrainState) -> dict[str, np.ndarray]:
-    return {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
 
 
 def devices(folder: Path) -> None:
     assert jax.device_count() == 8
     one, all_ = parallel.mesh(1), parallel.mesh()
-    np.savez(folder / "1.npz", **observe(one))
-    np.savez(folder / "8.npz", **observe(all_), collectives=collectives(all_))
-    np.savez(folder / "saved.npz", **leaves(trained(folder / "c8", all_)))
+    for name, mesh in (("1", one), ("8", all_)):
+        found, state = observe(mesh)
+        write(folder / f"{name}.npz", {**found, "batch": samples(mesh)._asdict(), "norm": batch_norm(mesh)})
+    files.write_json(folder / "collectives.json", collectives(all_))
+    with Checkpoints(folder / "c8") as kept:
+        kept.save(1, state, {})
+    write(folder / "saved_by_8.npz", state)
     for n in (1, 2):
-        np.savez(folder / f"restored{n}.npz", **leaves(restored(folder / "c8", parallel.mesh(n))))
+        write(folder / f"restored_on_{n}.npz", restored(folder / "c8", parallel.mesh(n)))
 
 
 def process(folder: Path) -> None:
     assert (jax.process_count(), jax.local_device_count()) == (2, 1)
-    found = observe(parallel.mesh())
-    saved = leaves(trained(folder / "c2", parallel.mesh()))
-    again = leaves(restored(folder / "c2", parallel.mesh()))
-    if parallel.is_main():
-        np.savez(folder / "processes.npz", **found)
-        np.savez(folder / "saved_by_two.npz", **saved)
-        np.savez(folder / "restored_by_two.npz", **again)
-    print("only process 0 says this")
+    found, state = observe(parallel.mesh())
+    write(folder / "processes.npz", found)
+    with Checkpoints(folder / "c2") as kept:
+        kept.save(1, state, {})
+    write(folder / "saved_by_processes.npz", state)
+    write(folder / "restored_by_processes.npz", restored(folder / "c2", parallel.mesh()))
+    files.write_text(folder / f"written_by_{jax.process_index()}", "")
+    print("said by one", flush=True)
+    mortal(folder / "mortal")
 
 
-def mortal(folder: Path) -> None:
+def mortal(folder: Path, steps: int = 10**6) -> None:
     """Trains until somebody stops it."""
-    config = Autoencoder(**{**CONFIG.__dict__, "steps": 10**6})
-    (folder / f"alive{jax.process_index()}").touch()
     runs.fit(
-        lambda state, on_step, save: autoencoder.train(config, plates(), state=state, on_step=on_step, save=save),
-        autoencoder.initial_state(config, jax.random.key(0)),
+        lambda state, on_step, save: train_small(state, steps, on_step=on_step, save=save),
+        small_state(),
         folder,
-        total_steps=config.steps,
+        total_steps=steps,
         settings={},
     )
 
 
 if __name__ == "__main__":
-    mode = {"devices": devices, "process": process, "mortal": mortal}[sys.argv.pop(1)]
+    mode = {"devices": devices, "process": process}[sys.argv.pop(1)]
     target = Path(sys.argv.pop(1))
     cli.define_config("configs/autoencoder.py:tiny")
+    cli.define_processes()
     cli.run(lambda: mode(target))

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from steel_ad import parallel
 from steel_ad.errors import InputError
 
 
@@ -23,9 +24,9 @@ class Checkpoints:
         except OSError as error:
             raise self._failed(error) from None
 
-    def _failed(self, error: Exception) -> Exception:
-        if isinstance(error, jax.errors.JaxRuntimeError):  # of another process that has gone, not of the files
-            return error
+    def _failed(self, error: Exception) -> InputError:
+        if gone := parallel.lost(error):
+            return gone
         # tensorstore's sentence names every layer; the last part is the system's reason.
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0].rsplit(": ", 1)[-1]
         return InputError(
