@@ -18,7 +18,6 @@ from steel_ad import config as configs
 from steel_ad import parallel
 from steel_ad.errors import InputError
 from steel_ad.studies import autoencoder as study
-from steel_ad.train.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parent.parent
 
@@ -158,8 +157,7 @@ def test_a_process_that_dies_stops_the_other(found):
 
 
 def test_a_run_whose_process_died_resumes(found):
-    with Checkpoints(found[0] / "mortal" / "checkpoints") as kept:
-        state, _ = kept.restore(worker.small_state())
+    state = worker.restored(found[0] / "mortal" / "checkpoints", parallel.mesh())
     end = int(state.step) + 2
     resumed, whole = (worker.train_small(s, end) for s in (state, worker.small_state()))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), resumed, whole)
