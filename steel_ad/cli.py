@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -180,7 +180,7 @@ _watcher: subprocess.Popen | None = None  # says what to do when this process, o
 @contextlib.contextmanager
 def _as_one_of_several() -> Iterator[None]:
     """Joins the run's other processes where flags name them; only process 0 prints."""
-    given = {
+    given: dict[str, Any] = {
         name: flags.FLAGS[name].value for name in ("coordinator", "num_processes", "process_id") if name in flags.FLAGS
     }
     if all(value in (None, "") for value in given.values()):

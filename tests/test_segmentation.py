@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from steel_ad import config as configs
-from steel_ad import losses
+from steel_ad import losses, parallel
 from steel_ad.config import Segmentation
 from steel_ad.data import datasets, defects, patches, plates
 from steel_ad.detectors import segmentation
@@ -179,6 +179,7 @@ def test_stages_never_compile_twice_and_classify(good, library, model):
     samples = jax.tree.map(jnp.asarray, Samples(patches.stack(good), library))
     root = jax.random.key(0)
     state = segmentation.initial_segmentation(config, 4)
+    state, samples = parallel.put((state, samples), parallel.replicated(parallel.mesh()))
     before = jax.device_get(segmentation.variables(state))
     step = make_step(segmentation.segmentation_objective(config), segmentation.optimizer(config, 4))
     for _ in range(3):
@@ -188,7 +189,7 @@ def test_stages_never_compile_twice_and_classify(good, library, model):
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, jax.device_get(frozen))
     assert any(jax.tree.leaves(moved["batch_stats"]))
 
-    second = segmentation.initial_classifier(config, frozen)
+    second = parallel.put(segmentation.initial_classifier(config, frozen), parallel.replicated(parallel.mesh()))
     start = jax.device_get(second.params)
     step = make_step(segmentation.classifier_objective(config), segmentation.optimizer(config, 4))
     for _ in range(3):
