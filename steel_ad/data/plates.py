@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import math
 import statistics
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -26,6 +27,14 @@ import numpy as np
 PATTERNS = ("teardrop_t", "teardrop_a", "diamond")
 ANOMALIES = ("dent", "scratch", "missing_lug", "worn_lug", "spot", "smear", "watermark")
 MIN_SIZE = 32
+
+# A line's numbers by which programs do not lay out their arrays: `render_each` takes them as arrays.
+VARIED = (
+    *("pitch_px", "angle_deg", "lug_length_px", "lug_width_px", "lug_height_px", "flank_px", "wear", "polish"),
+    *("pitch_jitter", "rotation_jitter_deg", "light_elevation_deg", "light_azimuth_deg", "light_spread_deg", "ambient"),
+    *("gloss", "shininess", "exposure", "exposure_jitter", "grain", "grain_height_px", "roughness_px", "drift"),
+    *("blotches", "noise"),
+)
 
 _STEEL_ANOMALIES = ANOMALIES[:-1]
 _LUG_ANOMALIES = ("missing_lug", "worn_lug")
@@ -256,6 +265,36 @@ def render(key, line: Line | str, size: int = 256, num: int = 1, *, shape: tuple
     return _render(key, _line(line), _shape(size, shape), num)
 
 
+def render_each(
+    key, line: Line | str, values: Mapping[str, jax.Array], *, shape: tuple[int, int]
+) -> jax.Array:
+    """Pictures of sound plates of as many lines: picture i is that of `render` for the line with the i-th of `values`.
+
+    Jittable, with one program for all values; it makes all pictures at once, and takes memory for them.
+
+    Args:
+      key: a JAX PRNG key.
+      line: a `Line`, or a name in `LINES`: the pattern and whatever `values` does not name.
+      values: some of `VARIED` -> float32 `[num]`.
+      shape: (h, w) in pixels, both at least 32.
+
+    Returns:
+      float32 [num, h, w] in [0, 1].
+
+    Raises:
+      ValueError: the line is unknown, a name is none of `VARIED`, or the picture is smaller than 32 pixels.
+    """
+    recipe, shape = _line(line), _shape(0, shape)
+    if unknown := set(values) - set(VARIED):
+        raise ValueError(f"{', '.join(sorted(unknown))} cannot vary between pictures; {', '.join(VARIED)} can")
+    num = next(iter(values.values())).shape[0]
+
+    def picture(i, values):
+        return _picture(jax.random.fold_in(key, i), dataclasses.replace(recipe, **values), shape)
+
+    return jax.vmap(picture)(jnp.arange(num), dict(values))
+
+
 def render_defective(
     key,
     line: Line | str,
@@ -348,11 +387,12 @@ def _map(picture, key, num):
 
 @functools.partial(jax.jit, static_argnames=("line", "shape", "num"))
 def _render(key, line, shape, num):
-    def picture(key):
-        scene = _scene(key, line, shape)
-        return _camera(scene, _photograph(scene, line), line)
+    return _map(lambda key: _picture(key, line, shape), key, num)
 
-    return _map(picture, key, num)
+
+def _picture(key, line, shape):
+    scene = _scene(key, line, shape)
+    return _camera(scene, _photograph(scene, line), line)
 
 
 @functools.partial(jax.jit, static_argnames=("line", "kind", "shape", "num"))
@@ -463,7 +503,10 @@ def _pose(key, line):
     u = jax.random.uniform(jax.random.fold_in(key, _POSE), (4,))
     pitch = line.pitch_px * _between(u[0], 1 - line.pitch_jitter, 1 + line.pitch_jitter)
     turn = jnp.deg2rad(_between(u[1], -line.rotation_jitter_deg, line.rotation_jitter_deg))
-    aspect = math.tan(math.radians(line.angle_deg))
+    if isinstance(line.angle_deg, jax.Array):
+        aspect = jnp.tan(jnp.deg2rad(line.angle_deg))
+    else:
+        aspect = math.tan(math.radians(line.angle_deg))
     cell = [[aspect / 2, -aspect / 2], [0.5, 0.5]] if line.pattern == "diamond" else [[0.0, aspect], [1.0, 0.0]]
     rotate = jnp.stack([jnp.cos(turn), jnp.sin(turn), -jnp.sin(turn), jnp.cos(turn)]).reshape(2, 2)
     cell = pitch * (rotate @ jnp.asarray(cell, jnp.float32))

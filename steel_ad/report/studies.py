@@ -1,15 +1,17 @@
 """Figures of results over many runs: a metric along a study's axis, and methods side by side. As `report.figures`."""
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from steel_ad.report.figures import SERIES, WIDTH_IN, plain, save
+from steel_ad.report.figures import BLACK, GREY, SERIES, WIDTH_IN, log_ticks, plain, save
 
 _STYLES, _MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
 
@@ -97,6 +99,56 @@ def methods(
         for i, d in enumerate(datasets)
     ]
     figure.legend(handles=keys, loc="outside lower center", ncols=4, frameon=False, fontsize=10)
+    return save(figure, path)
+
+
+def promises(path: str | os.PathLike[str], cases: Sequence[Mapping[str, Any]]) -> Path:
+    """Promised against observed rates, a point a case: a column for each kind of plates and choice of scores, a row a form.
+
+    A case without an alarm lies on the lower edge; a black bar is the mean.
+
+    Args:
+        path: the PNG to write.
+        cases: with `plates`, `calibrated_on`, `form`, `map`, `promised`, `alarms` and `fresh`.
+    """
+    kinds = list(dict.fromkeys((c["plates"], c["calibrated_on"]) for c in cases))
+    forms, maps = (list(dict.fromkeys(c[k] for c in cases)) for k in ("form", "map"))
+    figure = Figure(figsize=(WIDTH_IN, 1.2 + 3.0 * len(forms)), layout="constrained")
+    figure.suptitle("false alarms on fresh good plates", fontsize=13)
+    panels = figure.subplots(len(forms), len(kinds), squeeze=False, sharex=True, sharey=True)
+    promised = [c["promised"] for c in cases]
+    rates = [c["alarms"] / c["fresh"] for c in cases]
+    low = 0.5 / max(c["fresh"] for c in cases)
+    ends = min(promised) / 1.7, max(promised) * 1.7
+    for (form, kind), axes in zip(itertools.product(forms, kinds), panels.flat, strict=True):
+        axes.plot(ends, ends, color=GREY, lw=1.2, ls="--")
+        some = [c for c in cases if (c["plates"], c["calibrated_on"], c["form"]) == (*kind, form)]
+        for i, name in enumerate(maps):
+            own = [c for c in some if c["map"] == name]
+            places = [c["promised"] * 1.22 ** (i - (len(maps) - 1) / 2) for c in own]
+            seen = [max(low, c["alarms"] / c["fresh"]) for c in own]
+            axes.scatter(places, seen, s=14, color=SERIES[i % len(SERIES)], alpha=0.6, lw=0, label=name, clip_on=False)
+        for rate in sorted({c["rate"] for c in some}):
+            of_rate = [c for c in some if c["rate"] == rate]
+            mean = np.mean([c["alarms"] / c["fresh"] for c in of_rate])
+            at = np.mean([c["promised"] for c in of_rate])
+            axes.plot([at / 1.4, at * 1.4], [mean, mean], color=BLACK, lw=1.6)
+        axes.set(xscale="log", yscale="log", xlim=ends, ylim=(low, max(*rates, ends[1]) * 1.1))
+        log_ticks(axes.xaxis)
+        log_ticks(axes.yaxis)
+        plain(axes)
+    for axes, (plates, chosen) in zip(panels[0], kinds, strict=True):
+        axes.set_title(plates if plates == "independent" else f"{plates}: {chosen}", fontsize=11)
+    for axes, form in zip(panels[:, 0], forms, strict=True):
+        axes.set_ylabel(f"{form} form\nobserved rate", fontsize=11)
+    for axes in panels[-1]:
+        axes.set_xlabel("promised rate", fontsize=11)
+    keys = [
+        *(Line2D([], [], ls="", marker="o", color=SERIES[i % len(SERIES)], label=n) for i, n in enumerate(maps)),
+        Line2D([], [], color=BLACK, lw=1.6, label="mean"),
+        Line2D([], [], color=GREY, lw=1.2, ls="--", label="as promised"),
+    ]
+    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=10)
     return save(figure, path)
 
 
