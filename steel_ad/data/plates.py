@@ -265,9 +265,7 @@ def render(key, line: Line | str, size: int = 256, num: int = 1, *, shape: tuple
     return _render(key, _line(line), _shape(size, shape), num)
 
 
-def render_each(
-    key, line: Line | str, values: Mapping[str, jax.Array], *, shape: tuple[int, int]
-) -> jax.Array:
+def render_each(key, line: Line | str, values: Mapping[str, jax.Array], *, shape: tuple[int, int]) -> jax.Array:
     """Pictures of sound plates of as many lines: picture i is that of `render` for the line with the i-th of `values`.
 
     Jittable, with one program for all values; it makes all pictures at once, and takes memory for them.
@@ -503,10 +501,8 @@ def _pose(key, line):
     u = jax.random.uniform(jax.random.fold_in(key, _POSE), (4,))
     pitch = line.pitch_px * _between(u[0], 1 - line.pitch_jitter, 1 + line.pitch_jitter)
     turn = jnp.deg2rad(_between(u[1], -line.rotation_jitter_deg, line.rotation_jitter_deg))
-    if isinstance(line.angle_deg, jax.Array):
-        aspect = jnp.tan(jnp.deg2rad(line.angle_deg))
-    else:
-        aspect = math.tan(math.radians(line.angle_deg))
+    traced = isinstance(line.angle_deg, jax.Array)
+    aspect = jnp.tan(jnp.deg2rad(line.angle_deg)) if traced else math.tan(math.radians(line.angle_deg))
     cell = [[aspect / 2, -aspect / 2], [0.5, 0.5]] if line.pattern == "diamond" else [[0.0, aspect], [1.0, 0.0]]
     rotate = jnp.stack([jnp.cos(turn), jnp.sin(turn), -jnp.sin(turn), jnp.cos(turn)]).reshape(2, 2)
     cell = pitch * (rotate @ jnp.asarray(cell, jnp.float32))

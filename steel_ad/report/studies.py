@@ -125,7 +125,7 @@ def promises(path: str | os.PathLike[str], cases: Sequence[Mapping[str, Any]]) -
         some = [c for c in cases if (c["plates"], c["calibrated_on"], c["form"]) == (*kind, form)]
         for i, name in enumerate(maps):
             own = [c for c in some if c["map"] == name]
-            places = [c["promised"] * 1.22 ** (i - (len(maps) - 1) / 2) for c in own]
+            places = [c["promised"] * 1.12 ** (i - (len(maps) - 1) / 2) for c in own]
             seen = [max(low, c["alarms"] / c["fresh"]) for c in own]
             axes.scatter(places, seen, s=14, color=SERIES[i % len(SERIES)], alpha=0.6, lw=0, label=name, clip_on=False)
         for rate in sorted({c["rate"] for c in some}):

@@ -6,7 +6,7 @@ A score is the maximum of a plate's opened map, as an inspection scores a tile; 
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,13 @@ def _scores(detector: Detector, state: Any, images: Array, radius: int) -> Array
 
 
 def cases(
-    calibrate: np.ndarray, groups: np.ndarray, fresh: np.ndarray, strips: np.ndarray, rates: Sequence[float], *, seed: int
+    calibrate: np.ndarray,
+    groups: np.ndarray,
+    fresh: np.ndarray,
+    strips: np.ndarray,
+    rates: Sequence[float],
+    *,
+    seed: int,
 ) -> list[dict[str, Any]]:
     """What thresholds for each rate promise, in both forms, and what they do on fresh plates.
 
@@ -249,7 +255,14 @@ def run(
     Raises:
       InputError: a calibration too small for a rate, names that are none, an `out` of other settings.
     """
-    settings = {"fresh": fresh, "calibration": calibrate, "rates": list(rates), "maps": list(maps), "size": size, "seed": seed}
+    settings = {
+        "fresh": fresh,
+        "calibration": calibrate,
+        "rates": list(rates),
+        "maps": list(maps),
+        "size": size,
+        "seed": seed,
+    }
     known = detectors(configs.Spectrum(tile=size // 4 * 2))
     if not maps or set(maps) - set(known) or len(set(maps)) < len(maps):
         raise InputError(f"--maps={','.join(maps)} must name some of {', '.join(known)}, each once")
@@ -260,16 +273,20 @@ def run(
             f"--calibration={calibrate} cannot promise a rate of {min(rates):g} with confidence {_CONFIDENCE:g}: it takes {least}"
         )
     done: dict[str, Any] = files.read_json(out) if out.exists() else {"settings": settings, "lines": []}
-    if done.get("settings") != settings:
+    if not isinstance(done, dict) or done.get("settings") != settings:
         raise InputError(f"{out} holds results of other settings: use a new --out")
-    simulation = _Simulation({name: known[name] for name in maps}, settings)
+    # A line that is resumed must meet the layouts that it would have met.
+    layouts = [tuple(map(tuple, record["layout"])) for record in done["lines"] if record["layout"]]
+    simulation = _Simulation({name: known[name] for name in maps}, settings, list(dict.fromkeys(layouts)))
     of_a_line = sum(role.size for kind in simulation.groups.values() for role in kind.values())
     finished = len(done["lines"])
     with progress("plates", lines * of_a_line, "plates", done=finished * of_a_line) as update:
         for number in range(finished, lines):
-            # A line's count starts where those before it end.
-            record = simulation.line(number, lambda n, start=number * of_a_line: update(start + n, f"line {number + 1}"))
-            done["lines"].append(record)
+
+            def seen(plates: int, number: int = number) -> None:
+                update(number * of_a_line + plates, f"line {number + 1}")
+
+            done["lines"].append(simulation.line(number, seen))
             files.write_json(out, done)
     found = [{"line": i, **case} for i, record in enumerate(done["lines"]) for case in record["cases"]]
     done["verdicts"] = verdicts(found)
@@ -281,9 +298,8 @@ def run(
 class _Simulation:
     """Lines of one study: what is the same for all of them."""
 
-    def __init__(self, known: Mapping[str, Detector], settings: Mapping[str, Any]):
-        self._detectors, self._settings = known, settings
-        self._cells: list[tuple] = []
+    def __init__(self, known: Mapping[str, Detector], settings: Mapping[str, Any], layouts: list[tuple]):
+        self._detectors, self._settings, self._layouts = known, settings, layouts
         calibrate, fresh = settings["calibration"], settings["fresh"]
         whole = math.ceil(calibrate / _STRIP)
         strips = np.concatenate([np.repeat(np.arange(whole), _STRIP), np.arange(whole, calibrate)])
@@ -293,7 +309,7 @@ class _Simulation:
             "in strips": {_CALIBRATION: strips, _FRESH: np.repeat(np.arange(math.ceil(fresh / _STRIP)), _STRIP)},
         }
 
-    def line(self, number: int, update) -> dict[str, Any]:
+    def line(self, number: int, update: Callable[[int], None]) -> dict[str, Any]:
         """The parameters and cases of a line; `update` is told how many plates have been scored."""
         seed, size = self._settings["seed"], self._settings["size"]
         base, own = line(np.random.default_rng([seed, 0xFA, number]), number, size)
@@ -302,7 +318,7 @@ class _Simulation:
         def same(count: int) -> dict[str, np.ndarray]:
             return {name: np.full(count, value, np.float32) for name, value in own.items()}
 
-        good = np.asarray(_render(root, base, same(_BATCH), size))[:24]
+        good = np.asarray(_render(jax.random.fold_in(root, _FIT), base, same(_BATCH), size))[:24]
         states = {name: self._fit(detector, list(good)) for name, detector in self._detectors.items()}
         found, seen = [], 0
         for k, (kind, roles) in enumerate(self.groups.items()):
@@ -311,10 +327,12 @@ class _Simulation:
                 stream = 2 * k + role
                 rng = np.random.default_rng([seed, 0xF8, number, stream])
                 values = same(groups.size) if kind == "independent" else frames(rng, own, groups)
-                start = seen
-                scores[role] = self._score(
-                    jax.random.fold_in(root, stream), base, values, states, lambda n, start=start: update(start + n)
-                )
+                before = seen
+
+                def scored(plates: int, before: int = before) -> None:
+                    update(before + plates)
+
+                scores[role] = self._score(jax.random.fold_in(root, stream), base, values, states, scored)
                 seen += groups.size
             for name in states:
                 some = cases(
@@ -326,24 +344,31 @@ class _Simulation:
                     seed=number,
                 )
                 found += [{"map": name, "plates": kind, **case} for case in some]
-        return {"pattern": base.pattern, "parameters": own, "cases": found}
+        layouts = [state.cell for state in states.values() if isinstance(state, LatticeState)]
+        return {"pattern": base.pattern, "parameters": own, "layout": layouts[0] if layouts else None, "cases": found}
 
     def _fit(self, detector: Detector, good: list[np.ndarray]) -> Any:
         """The detector's state; that of a lattice has the layout of a line before it where this fits: programs compile once."""
         state = detector.fit(patches.stack(good))
         if isinstance(state, LatticeState):
             vectors = np.asarray(state.vectors)
-            for cell in self._cells:
+            for cell in self._layouts:
                 if (np.abs(vectors - cell) <= _SAME_CELL * np.linalg.norm(cell, axis=1).mean()).all():
                     return dataclasses.replace(state, cell=cell)
-            self._cells.append(state.cell)
+            self._layouts.append(state.cell)
         return state
 
     def _score(
-        self, key: Array, base: Line, values: dict[str, np.ndarray], states: Mapping[str, Any], update
+        self,
+        key: Array,
+        base: Line,
+        values: dict[str, np.ndarray],
+        states: Mapping[str, Any],
+        update: Callable[[int], None],
     ) -> dict[str, np.ndarray]:
         """Scores float32 `[n]` of each detector on the same n plates."""
-        count, waiting = next(iter(values.values())).size, []
+        count = next(iter(values.values())).size
+        waiting: list[tuple[int, dict[str, Array]]] = []
         found: dict[str, list[np.ndarray]] = {name: [] for name in states}
 
         def fetch() -> None:
