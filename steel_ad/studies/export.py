@@ -1,0 +1,200 @@
+"""One file to deploy: a trained detector as a compiled-anywhere program, with everything from grey values to the mask inside."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from steel_ad.data import plates
+from steel_ad.detectors import segmentation
+from steel_ad.detectors.segmentation import SegmentationDetector
+from steel_ad.errors import InputError
+from steel_ad.ops.convolution import cpu_compiler_options
+from steel_ad.ops.morphology import grey_opening
+from steel_ad.studies import evaluation, files, runs, trained
+from steel_ad.studies.trained import Trained
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+TOLERANCE = 1e-4
+_SIDE_PX = 256
+
+
+def run(
+    model: Path,
+    out: Path,
+    *,
+    map_name: str = "",
+    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
+    height: int = 0,
+    width: int = 0,
+    threshold: float | None = None,
+) -> dict[str, Any]:
+    """Exports a trained model to `out`, and what has to be known of it to a JSON file of that name.
+
+    The program takes uint8 `[b, h, w]`, any b, and returns `map` (the opened residual map, float32 `[b, h, w]`), `score` (its
+    maximum, float32 `[b]`), `mask` (bool `[b, h, w]`: the map above the threshold), and of a supervised model `probability`
+    (float32 `[b]`, of the classification stage). It is written only if, read back, it agrees with the trained model.
+
+    Args:
+      model: the workdir of a training run.
+      map_name: of an autoencoder, "ssim" or "l2"; "" for the run's first.
+      platforms: of `PLATFORMS`; the one of this process must be among them.
+      height, width: of the images, px. 0: a U-Net takes every multiple of 16, other detectors 256.
+      threshold: of the mask; None for the run's own.
+
+    Returns:
+      What the JSON file holds.
+
+    Raises:
+      InputError: a model, platform or size that cannot be used, a file that does not agree or cannot be written.
+    """
+    here = jax.export.default_export_platform()
+    if unknown := sorted(set(platforms) - set(PLATFORMS)):
+        raise InputError(f"--platforms has {unknown[0]!r}: use a list of {', '.join(PLATFORMS)}")
+    if here not in platforms:
+        raise InputError(f"--platforms lacks {here}, where this process runs and checks the file: add it")
+    if out.suffix == ".json":
+        raise InputError(f"--out={out} is the name of the JSON file beside it: use another, such as detector.stablehlo")
+    detector = trained.load(model, map_name)
+    if threshold is None:
+        threshold = detector.threshold
+    if threshold is None:
+        raise InputError("the model has no threshold of its own, its run is not finished: give --threshold")
+    classifier = _classifier(model, detector)
+    shape = _shape(detector, height, width)
+    program = _program(detector, classifier, threshold)
+    b, h, w = jax.export.symbolic_shape(f"b, {shape[0]}, {shape[1]}")
+    # Full float32 products everywhere: accelerators would round to 10 bits or fewer, and score otherwise than the threshold knows.
+    with jax.default_matmul_precision("highest"):
+        exported = jax.export.export(jax.jit(program), platforms=platforms)(jax.ShapeDtypeStruct((b, h, w), jnp.uint8))
+    data = bytes(exported.serialize())
+    difference = check(data, detector, classifier, threshold, shape)
+    record = {
+        "input": {"dtype": "uint8", "shape": ["b", *shape]},
+        "outputs": {
+            "map": "float32 [b, h, w], the opened residual map",
+            "score": "float32 [b], the map's maximum",
+            "mask": "bool [b, h, w], map > threshold",
+            **({"probability": "float32 [b], of being defective"} if classifier is not None else {}),
+        },
+        "map": getattr(detector.detector, "map", "segmentation"),
+        "threshold": threshold,
+        "radius_px": detector.radius,
+        "platforms": list(platforms),
+        "model_sha256": detector.sha256,
+        "file_sha256": hashlib.sha256(data).hexdigest(),
+        "largest_difference": difference,
+        "versions": runs.versions(),
+        "settings": detector.settings,
+    }
+    files.write_bytes(out, data)
+    files.write_json(out.with_suffix(".json"), record)
+    return record
+
+
+def _classifier(model: Path, detector: Trained) -> Any:
+    """Variables of a supervised model's classification stage; None where there is none."""
+    from steel_ad.train.checkpoint import Checkpoints
+
+    folder = model / "checkpoints_classifier"
+    if not isinstance(detector.detector, SegmentationDetector) or not folder.is_dir():
+        return None
+    with Checkpoints(folder) as checkpoints:
+        if checkpoints.latest() is None:
+            return None
+        state, _ = checkpoints.restore(segmentation.initial_classifier(detector.detector.config, detector.state))
+    return segmentation.variables(state)
+
+
+def _shape(detector: Trained, height: int, width: int) -> tuple[int | str, int | str]:
+    """Height and width as `jax.export.symbolic_shape` takes them."""
+    free = isinstance(detector.detector, SegmentationDetector) and detector.detector.config.model == "unet"
+    for name, side in (("height", height), ("width", width)):
+        if side and side < detector.least_px:
+            raise InputError(
+                f"--{name}={side} is smaller than the detector's least image of {detector.least_px} pixels"
+            )
+    # Window positions and the tiles of large kernels are found while tracing, which takes numbers.
+    default = max(_SIDE_PX, detector.least_px)
+    return height or ("16*h" if free else default), width or ("16*w" if free else default)
+
+
+def _program(detector: Trained, classifier: Any, threshold: float) -> Callable[[Array], dict[str, Array]]:
+    """uint8 `[b, h, w]` -> the outputs that `run` lists."""
+    # A float32 is above the threshold if it is above the greatest float32 that is not.
+    limit = np.float32(threshold)
+    if limit > threshold:
+        limit = np.nextafter(limit, np.float32(-np.inf))
+
+    def one(pixels: Array) -> dict[str, Array]:
+        image = pixels.astype(jnp.float32) / 255
+        opened = grey_opening(detector.detector.residual(detector.state, image), radius=detector.radius)
+        found = {"map": opened, "score": jnp.max(opened), "mask": opened > limit}
+        if classifier is not None and isinstance(detector.detector, SegmentationDetector):
+            stages = (detector.state, classifier)
+            found["probability"] = segmentation.classify(detector.detector.config, stages, image)
+        return found
+
+    return jax.vmap(one)
+
+
+def check(
+    data: bytes, detector: Trained, classifier: Any, threshold: float, shape: tuple[int | str, int | str]
+) -> float:
+    """The largest difference between an exported file, read anew, and the trained model, of maps, scores and probabilities.
+
+    Args:
+      data: the file's bytes.
+      shape: height and width of its images, as given to `jax.export.symbolic_shape`.
+
+    Raises:
+      InputError: above `TOLERANCE`, or a mask that differs where the map is not that close to the threshold.
+    """
+    deployed = jax.jit(jax.export.deserialize(bytearray(data)).call)
+    mapper = evaluation.Mapper({"": detector.detector}, detector.radius)
+    largest = 0.0
+    for images in _golden(shape):
+        found = jax.device_get(deployed(images))
+        maps = mapper({"": detector.state}, list(images), label="check")[""]
+        opened = np.stack(maps.opened)
+        expected = {"map": opened, "score": maps.scores}
+        if classifier is not None and isinstance(detector.detector, SegmentationDetector):
+            expected["probability"] = _probabilities(detector.detector, (detector.state, classifier), images)
+        # A NaN is no agreement.
+        largest = max(
+            largest, *(float(np.nan_to_num(np.abs(found[k] - v), nan=np.inf).max()) for k, v in expected.items())
+        )
+        differs = (found["mask"] != (opened > threshold)) & (np.abs(opened - threshold) > TOLERANCE)
+        if largest > TOLERANCE or differs.any():
+            raise InputError(
+                f"the exported program differs from the trained model, by {largest:.2g} in its maps and in {differs.sum()} pixels "
+                f"of its masks, where {TOLERANCE:g} and none are allowed: nothing was written; export with other versions of jax",
+                status=1,
+            )
+    return largest
+
+
+def _probabilities(detector: SegmentationDetector, stages: tuple[Any, Any], images: np.ndarray) -> np.ndarray:
+    one = jax.jit(
+        lambda image: segmentation.classify(detector.config, stages, image.astype(jnp.float32) / 255),
+        compiler_options=cpu_compiler_options(),
+    )
+    return np.array([one(image) for image in images])
+
+
+def _golden(shape: tuple[int | str, int | str]) -> Iterator[np.ndarray]:
+    """Batches of defective and of good procedural plates uint8 `[b, h, w]`; b differs, and the size where it is free."""
+    for num, free in ((1, 96), (2, 160)):
+        h, w = (n if isinstance(n, int) else free + 16 * k for k, n in enumerate(shape))
+        size, key = (max(h, plates.MIN_SIZE), max(w, plates.MIN_SIZE)), jax.random.key(num)
+        if num == 1:
+            images, _ = plates.render_defective(key, "teardrop1", "spot", shape=size)
+        else:
+            images = plates.render(key, "diamond", num=num, shape=size)
+        yield np.asarray(plates.to_uint8(images))[:, :h, :w]

@@ -1,0 +1,196 @@
+"""An exported file is the trained model: for every detector, without the project, or there is none."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.autoencoder import PRESETS as AUTOENCODERS
+from configs.segmentation import PRESETS as SEGMENTATIONS
+from steel_ad import config as configs
+from steel_ad.data import plates
+from steel_ad.detectors import segmentation as networks
+from steel_ad.errors import InputError
+from steel_ad.studies import autoencoder, export, segmentation, trained
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def plates_64():
+    return np.asarray(plates.to_uint8(plates.render(jax.random.key(0), "teardrop1", size=64, num=20)))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, plates_64):
+    """Workdirs of a tiny model of each kind."""
+    root = tmp_path_factory.mktemp("models")
+    line = root / "line" / "train" / "good"
+    line.mkdir(parents=True)
+    for i, image in enumerate(plates_64[:6]):
+        assert cv2.imwrite(str(line / f"{i}.png"), image)
+    config = configs.Autoencoder(**{**AUTOENCODERS["tiny"], "radius": 1, "maps": ("l2", "ssim")})
+    autoencoder.run(config, data=str(root / "line"), workdir=root / "autoencoder")
+    for name in ("unet", "compact_cnn"):
+        tiny = configs.Segmentation(**{**SEGMENTATIONS["tiny"], "model": name})
+        segmentation.run(tiny, data=str(root / "line"), defects_from="procedural", workdir=root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def files(models, tmp_path_factory):
+    """Exported files by name, the U-Net's by the binary."""
+    root = tmp_path_factory.mktemp("files")
+    found = {name: root / f"{name}.stablehlo" for name in ("ssim", "l2", "unet", "compact_cnn")}
+    for name in ("ssim", "l2"):
+        export.run(models / "autoencoder", found[name], map_name=name, height=48, width=40)
+    export.run(models / "compact_cnn", found["compact_cnn"], height=33, width=40, threshold=0.25)
+    cache = f"--compilation_cache={os.environ['STEEL_AD_TEST_CACHE']}"
+    line = [sys.executable, "-m", "experiments.export", cache, f"--model={models / 'unet'}", f"--out={found['unet']}"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "16*h" in done.stdout
+    return found
+
+
+IMAGES = {"ssim": (48, 40), "l2": (48, 40), "unet": (48, 32), "compact_cnn": (33, 40)}
+
+
+def expected(models, name, image):
+    """Of an image uint8 `[h, w]`, by the detector and scipy-free numpy arithmetic."""
+    detector = trained.load(
+        models / (name if name in ("unet", "compact_cnn") else "autoencoder"),
+        "" if "_" in name or name == "unet" else name,
+    )
+    raw = np.asarray(jax.jit(detector.detector.residual)(detector.state, jnp.asarray(image, jnp.float32) / 255))
+    disk = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3)) if detector.radius == 1 else np.ones((1, 1), np.uint8)
+    return detector, cv2.dilate(cv2.erode(raw, disk), disk)
+
+
+def test_files_agree_with_the_models_where_the_project_is_not_installed(models, files, plates_64, tmp_path):
+    script = """
+import runpy, sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("steel_ad", "flax", "orbax", "cv2"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocked())
+loader, *calls = sys.argv[1:]
+for file, image, out in zip(calls[::3], calls[1::3], calls[2::3]):
+    sys.argv = [loader, file, image, out]
+    runpy.run_path(loader, run_name="__main__")
+try:
+    import steel_ad
+except ImportError:
+    print("without steel_ad")
+"""
+    calls = []
+    for name, file in files.items():
+        h, w = IMAGES[name]
+        np.save(tmp_path / f"{name}.npy", plates_64[10, :h, :w])
+        calls += [str(file), str(tmp_path / f"{name}.npy"), str(tmp_path / f"{name}.npz")]
+    loader = ROOT / "docs" / "load_detector.py"
+    assert len(loader.read_text().splitlines()) < 20
+    line = [sys.executable, "-I", "-c", script, str(loader), *calls]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("without steel_ad\n")
+    for name, (h, w) in IMAGES.items():
+        image = plates_64[10, :h, :w]
+        found = np.load(tmp_path / f"{name}.npz")
+        detector, opened = expected(models, name, image)
+        np.testing.assert_allclose(found["map"][0], opened, atol=1e-4)
+        np.testing.assert_allclose(found["score"][0], opened.max(), atol=1e-4)
+        record = json.loads(files[name].with_suffix(".json").read_text())
+        limit = 0.25 if name == "compact_cnn" else detector.threshold
+        assert record["threshold"] == limit
+        np.testing.assert_array_equal(found["mask"], found["map"] > np.float64(limit))
+        assert ("probability" in found) == (name in ("unet", "compact_cnn"))
+        assert record["model_sha256"] == detector.sha256
+        assert record["file_sha256"] == hashlib.sha256(files[name].read_bytes()).hexdigest()
+        assert record["largest_difference"] <= 1e-4
+
+
+def test_sizes_and_batches_are_free_where_they_can_be(files, plates_64):
+    unet = jax.export.deserialize(bytearray(files["unet"].read_bytes()))
+    whole = unet.call(plates_64[:3])
+    assert whole["map"].shape == whole["mask"].shape == (3, 64, 64)
+    assert whole["map"].dtype == jnp.float32
+    np.testing.assert_allclose(whole["map"][1:2], unet.call(plates_64[1:2])["map"], atol=1e-6)
+    with pytest.raises(ValueError, match="16"):
+        unet.call(plates_64[:1, :40])
+    ssim = jax.export.deserialize(bytearray(files["ssim"].read_bytes()))
+    assert ssim.call(plates_64[:2, :48, :40])["score"].shape == (2,)
+
+
+def test_products_are_full_float32_on_every_platform(files):
+    for file in files.values():
+        exported = jax.export.deserialize(bytearray(file.read_bytes()))
+        assert exported.platforms == ("cpu", "cuda", "tpu")
+        text = exported.mlir_module()
+        products = [line for line in text.splitlines() if "dot_general" in line or "stablehlo.convolution" in line]
+        assert products
+        assert all("HIGHEST" in line for line in products)
+
+
+def test_no_file_is_written_that_does_not_agree(models, tmp_path, monkeypatch):
+    whole = export._program
+
+    def shifted(by, key):
+        def program(*arguments):
+            return lambda images: {**(found := whole(*arguments)(images)), key: found[key] + by}
+
+        return program
+
+    for by, key in ((2e-4, "map"), (2e-4, "score"), (np.nan, "map")):
+        monkeypatch.setattr(export, "_program", shifted(by, key))
+        with pytest.raises(InputError, match="differs from the trained model"):
+            export.run(models / "autoencoder", tmp_path / "a.stablehlo", height=32, width=32)
+    monkeypatch.setattr(export, "_program", lambda *a: lambda x: {**(y := whole(*a)(x)), "mask": ~y["mask"]})
+    with pytest.raises(InputError, match="pixels of its masks"):
+        export.run(models / "autoencoder", tmp_path / "a.stablehlo", height=32, width=32)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"platforms": ("cpu", "gpu")}, "--platforms has 'gpu'"),
+        ({"platforms": ("tpu",)}, "--platforms lacks cpu"),
+        ({"height": 16}, "--height=16 is smaller than the detector's least image of 32"),
+        ({"map_name": "l3"}, "must be ssim or l2"),
+        ({"out": "a.json"}, "JSON file beside it"),
+    ],
+)
+def test_what_is_wrong_is_said(models, tmp_path, arguments, message):
+    out = tmp_path / arguments.pop("out", "a.stablehlo")
+    with pytest.raises(InputError, match=message):
+        export.run(models / "autoencoder", out, **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pixel_at_the_threshold_is_no_defect(models):
+    detector = trained.load(models / "unet")
+    image = jnp.zeros((1, 32, 32), jnp.uint8)
+    level = float(export._program(detector, None, 0.5)(image)["map"].max())
+    for threshold, above in ((level, False), (level - 1e-12, True), (level + 1e-12, False)):
+        assert bool(export._program(detector, None, threshold)(image)["mask"].any()) is above
+
+
+def test_the_probability_is_the_classification_stages(models, files, plates_64):
+    detector = trained.load(models / "unet")
+    classifier = export._classifier(models / "unet", detector)
+    one = networks.classify(
+        detector.detector.config, (detector.state, classifier), jnp.asarray(plates_64[5], jnp.float32) / 255
+    )
+    found = jax.export.deserialize(bytearray(files["unet"].read_bytes())).call(plates_64[5:6])
+    assert float(found["probability"][0]) == pytest.approx(float(one), abs=1e-4)
