@@ -258,6 +258,26 @@ class Inspection:
             )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Detectability:
+    """Settings of the trials beside those of the inspection that they imitate; every field is a flag of its own."""
+
+    smallest_px: float = 3.0  # length of the smallest defect, the longer side of its bounding box
+    largest_px: float = 48.0
+    contrasts: tuple[float, ...] = (0.04, 0.08, 0.16)  # mean absolute change of brightness, of the full range
+    trials: int = 60  # of each kind and contrast
+
+    def __post_init__(self):
+        if not 1 <= self.smallest_px < self.largest_px:
+            raise InputError(f"--smallest_px={self.smallest_px} must lie between 1 and --largest_px={self.largest_px}")
+        if not self.contrasts or not all(0 < c <= 1 for c in self.contrasts):
+            raise InputError(
+                f"--contrasts={','.join(map(str, self.contrasts))} must be shares of the full range, such as 0.1"
+            )
+        if self.trials < 10:
+            raise InputError(f"--trials={self.trials} must be at least 10")
+
+
 def defective_share(ratio: str, name: str = "ratio") -> float:
     """Share of defective samples in a ratio such as "1:3": 0.25.
 

@@ -18,9 +18,11 @@ from configs.autoencoder import PRESETS as AUTOENCODERS
 from configs.segmentation import PRESETS as SEGMENTATIONS
 from steel_ad import config as configs
 from steel_ad.data import plates
+from steel_ad.detectors import autoencoder as detectors
 from steel_ad.detectors import segmentation as networks
 from steel_ad.errors import InputError
-from steel_ad.studies import autoencoder, export, segmentation, trained
+from steel_ad.studies import export, files, trained
+from steel_ad.train.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,23 +33,32 @@ def plates_64():
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory, plates_64):
-    """Workdirs of a tiny model of each kind."""
+def models(tmp_path_factory):
+    """Workdirs of tiny networks of each kind, as they are before training."""
     root = tmp_path_factory.mktemp("models")
-    line = root / "line" / "train" / "good"
-    line.mkdir(parents=True)
-    for i, image in enumerate(plates_64[:6]):
-        assert cv2.imwrite(str(line / f"{i}.png"), image)
-    config = configs.Autoencoder(**{**AUTOENCODERS["tiny"], "radius": 1, "maps": ("l2", "ssim")})
-    autoencoder.run(config, data=str(root / "line"), workdir=root / "autoencoder")
+    coded = configs.Autoencoder(**{**AUTOENCODERS["tiny"], "radius": 1, "maps": ("l2", "ssim")})
+    state = detectors.initial_state(coded, jax.random.key(0))
+    keep(root / "autoencoder", {**configs.to_dict(coded), "data": ""}, {"l2": 0.2, "ssim": 0.5}, checkpoints=state)
     for name in ("unet", "compact_cnn"):
-        tiny = configs.Segmentation(**{**SEGMENTATIONS["tiny"], "model": name})
-        segmentation.run(tiny, data=str(root / "line"), defects_from="procedural", workdir=root / name)
+        config = configs.Segmentation(**{**SEGMENTATIONS["tiny"], "model": name})
+        first = networks.initial_segmentation(config, config.total_steps)
+        second = networks.initial_classifier(config, networks.variables(first))
+        settings = {**configs.to_dict(config), "data": "", "defects": ""}
+        keep(root / name, settings, {"segmentation": 0.5}, checkpoints=first, checkpoints_classifier=second)
     return root
 
 
+def keep(workdir, settings, thresholds, **states):
+    files.write_json(workdir / "config.json", settings)
+    files.write_json(workdir / "manifest.json", [])
+    files.write_json(workdir / "metrics.json", {"thresholds": {k: {"pixel": v} for k, v in thresholds.items()}})
+    for folder, state in states.items():
+        with Checkpoints(workdir / folder) as checkpoints:
+            checkpoints.save(1, state, {"seconds": 0.0, "settings": settings})
+
+
 @pytest.fixture(scope="module")
-def files(models, tmp_path_factory):
+def exported(models, tmp_path_factory):
     """Exported files by name, the U-Net's by the binary."""
     root = tmp_path_factory.mktemp("files")
     found = {name: root / f"{name}.stablehlo" for name in ("ssim", "l2", "unet", "compact_cnn")}
@@ -65,18 +76,22 @@ def files(models, tmp_path_factory):
 IMAGES = {"ssim": (48, 40), "l2": (48, 40), "unet": (48, 32), "compact_cnn": (33, 40)}
 
 
-def expected(models, name, image):
-    """Of an image uint8 `[h, w]`, by the detector and scipy-free numpy arithmetic."""
-    detector = trained.load(
-        models / (name if name in ("unet", "compact_cnn") else "autoencoder"),
-        "" if "_" in name or name == "unet" else name,
-    )
-    raw = np.asarray(jax.jit(detector.detector.residual)(detector.state, jnp.asarray(image, jnp.float32) / 255))
-    disk = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3)) if detector.radius == 1 else np.ones((1, 1), np.uint8)
-    return detector, cv2.dilate(cv2.erode(raw, disk), disk)
+def load(models, name):
+    if name in ("ssim", "l2"):
+        return trained.load(models / "autoencoder", name)
+    return trained.load(models / name)
 
 
-def test_files_agree_with_the_models_where_the_project_is_not_installed(models, files, plates_64, tmp_path):
+def opened(detector, image):
+    """Of an image uint8 `[h, w]`, with OpenCV's morphology."""
+    raw = jax.jit(detector.detector.residual)(detector.state, jnp.asarray(image, jnp.float32) / 255)
+    if detector.radius == 0:
+        return np.asarray(raw)
+    disk = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
+    return cv2.dilate(cv2.erode(np.asarray(raw), disk), disk)
+
+
+def test_files_agree_with_the_models_where_the_project_is_not_installed(models, exported, plates_64, tmp_path):
     script = """
 import runpy, sys
 class Blocked:
@@ -94,7 +109,7 @@ except ImportError:
     print("without steel_ad")
 """
     calls = []
-    for name, file in files.items():
+    for name, file in exported.items():
         h, w = IMAGES[name]
         np.save(tmp_path / f"{name}.npy", plates_64[10, :h, :w])
         calls += [str(file), str(tmp_path / f"{name}.npy"), str(tmp_path / f"{name}.npz")]
@@ -107,36 +122,37 @@ except ImportError:
     for name, (h, w) in IMAGES.items():
         image = plates_64[10, :h, :w]
         found = np.load(tmp_path / f"{name}.npz")
-        detector, opened = expected(models, name, image)
-        np.testing.assert_allclose(found["map"][0], opened, atol=1e-4)
-        np.testing.assert_allclose(found["score"][0], opened.max(), atol=1e-4)
-        record = json.loads(files[name].with_suffix(".json").read_text())
+        detector = load(models, name)
+        expected = opened(detector, image)
+        np.testing.assert_allclose(found["map"][0], expected, atol=1e-4)
+        np.testing.assert_allclose(found["score"][0], expected.max(), atol=1e-4)
+        record = json.loads(exported[name].with_suffix(".json").read_text())
         limit = 0.25 if name == "compact_cnn" else detector.threshold
         assert record["threshold"] == limit
         np.testing.assert_array_equal(found["mask"], found["map"] > np.float64(limit))
         assert ("probability" in found) == (name in ("unet", "compact_cnn"))
         assert record["model_sha256"] == detector.sha256
-        assert record["file_sha256"] == hashlib.sha256(files[name].read_bytes()).hexdigest()
+        assert record["file_sha256"] == hashlib.sha256(exported[name].read_bytes()).hexdigest()
         assert record["largest_difference"] <= 1e-4
 
 
-def test_sizes_and_batches_are_free_where_they_can_be(files, plates_64):
-    unet = jax.export.deserialize(bytearray(files["unet"].read_bytes()))
+def test_sizes_and_batches_are_free_where_they_can_be(exported, plates_64):
+    unet = jax.export.deserialize(bytearray(exported["unet"].read_bytes()))
     whole = unet.call(plates_64[:3])
     assert whole["map"].shape == whole["mask"].shape == (3, 64, 64)
     assert whole["map"].dtype == jnp.float32
     np.testing.assert_allclose(whole["map"][1:2], unet.call(plates_64[1:2])["map"], atol=1e-6)
     with pytest.raises(ValueError, match="16"):
         unet.call(plates_64[:1, :40])
-    ssim = jax.export.deserialize(bytearray(files["ssim"].read_bytes()))
+    ssim = jax.export.deserialize(bytearray(exported["ssim"].read_bytes()))
     assert ssim.call(plates_64[:2, :48, :40])["score"].shape == (2,)
 
 
-def test_products_are_full_float32_on_every_platform(files):
-    for file in files.values():
-        exported = jax.export.deserialize(bytearray(file.read_bytes()))
-        assert exported.platforms == ("cpu", "cuda", "tpu")
-        text = exported.mlir_module()
+def test_products_are_full_float32_on_every_platform(exported):
+    for file in exported.values():
+        program = jax.export.deserialize(bytearray(file.read_bytes()))
+        assert program.platforms == ("cpu", "cuda", "tpu")
+        text = program.mlir_module()
         products = [line for line in text.splitlines() if "dot_general" in line or "stablehlo.convolution" in line]
         assert products
         assert all("HIGHEST" in line for line in products)
@@ -186,11 +202,11 @@ def test_a_pixel_at_the_threshold_is_no_defect(models):
         assert bool(export._program(detector, None, threshold)(image)["mask"].any()) is above
 
 
-def test_the_probability_is_the_classification_stages(models, files, plates_64):
+def test_the_probability_is_the_classification_stages(models, exported, plates_64):
     detector = trained.load(models / "unet")
     classifier = export._classifier(models / "unet", detector)
     one = networks.classify(
         detector.detector.config, (detector.state, classifier), jnp.asarray(plates_64[5], jnp.float32) / 255
     )
-    found = jax.export.deserialize(bytearray(files["unet"].read_bytes())).call(plates_64[5:6])
+    found = jax.export.deserialize(bytearray(exported["unet"].read_bytes())).call(plates_64[5:6])
     assert float(found["probability"][0]) == pytest.approx(float(one), abs=1e-4)

@@ -184,7 +184,7 @@ def test_a_tile_sees_itself_and_its_halo_and_nothing_else(strip):
         def residual(self, state, image):
             return jnp.abs(image - image.mean())
 
-    view = inspection._View(Trained(Surroundings(), (), 1, 32, None, {}, "", frozenset()), tile_settings())
+    view = inspection.View(Trained(Surroundings(), (), 1, 32, None, {}, "", frozenset()), tile_settings())
     (first, second, *_) = view.maps((0, b) for b in tiles.bands([strip], tile=48, halo=8))
     padded = np.pad(strip, ((8, 8), (8, 14)), mode="reflect").astype(np.float32) / 255
     for (_, band, found), top in ((first, 0), (second, 48)):

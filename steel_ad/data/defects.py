@@ -341,6 +341,30 @@ def procedural(key: Array, num: int, *, size: int = 128, feather_px: int = 3) ->
     return _library(cuts, kinds, names, content)
 
 
+def resized(library: Library, index: int, *, length_px: float, contrast: float) -> tuple[np.ndarray, np.ndarray]:
+    """A defect of a given size and strength.
+
+    Args:
+      index: of the defect in the library.
+      length_px: the longer side of its mask's bounding box, to a pixel.
+      contrast: mean absolute difference under the mask, of the full range.
+
+    Returns:
+      Difference from the background float32 `[h, w]`, faded to 0 around the mask, and mask bool `[h, w]`, never empty.
+    """
+    difference, mask = np.asarray(library.difference[index]), np.asarray(library.mask[index])
+    factor = length_px / int(np.max(library.size[index]))
+    side = max(1, round(factor * len(mask)))
+    how = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
+    difference = cv2.resize(difference, (side, side), interpolation=how)
+    cover = cv2.resize(mask.astype(np.float32), (side, side), interpolation=how)
+    # A line of one pixel, averaged, is no higher than the factor, and less between two samples.
+    mask = cover >= min(0.4 * min(factor, 1.0), cover.max())
+    strength = float(np.abs(difference[mask]).mean())
+    rows, columns = ndimage.find_objects(((difference != 0) | mask).astype(np.uint8))[0]
+    return difference[rows, columns] * np.float32(contrast / max(strength, 1e-6)), mask[rows, columns]
+
+
 _Key = tuple[tuple[str, ...], str]
 
 

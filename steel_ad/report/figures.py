@@ -9,7 +9,7 @@ import contextlib
 import io
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,24 @@ class Coil:
     periodic: np.ndarray
 
 
+@dataclass(frozen=True, kw_only=True)
+class Detection:
+    """Trials of one kind and contrast.
+
+    Attributes:
+        name: of the contrast.
+        size, hit: float and bool [n], of each trial.
+        curve: size -> probability, or None where none could be fitted.
+        a90_95: in the sizes' unit, or None.
+    """
+
+    name: str
+    size: np.ndarray
+    hit: np.ndarray
+    curve: Callable[[np.ndarray], np.ndarray] | None
+    a90_95: float | None
+
+
 def training_curve(path: str | os.PathLike[str], history: Mapping[str, Any], *, title: str) -> Path:
     """Loss against step, as logged and smoothed over 2 % of the run; logarithmic where it falls tenfold or more.
 
@@ -221,6 +239,16 @@ def coil_map(path: str | os.PathLike[str], sides: Sequence[Coil], *, unit: str, 
     Defects too small to be seen at the figure's scale are drawn as dots.
     """
     return save(_coil_map(sides, unit=unit, title=title), path)
+
+
+def detectability(
+    path: str | os.PathLike[str], kinds: Mapping[str, Sequence[Detection]], *, unit: str, title: str
+) -> Path:
+    """Probability of detection against size, one panel a kind, one curve a contrast; a90/95 is marked on the axis.
+
+    Dots are shares of found defects among tenths of the trials, for curves that could not be fitted too.
+    """
+    return save(_detectability(kinds, unit=unit, title=title), path)
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
@@ -509,6 +537,39 @@ def _coil_map(sides: Sequence[Coil], *, unit: str, title: str) -> Figure:
     panels[-1].set_xlabel(f"along ({'m' if thousand else unit})")
     if norm is not None:
         figure.colorbar(ScalarMappable(norm, RESIDUAL_COLOURS), ax=list(panels), label="peak", aspect=30, pad=0.01)
+    return figure
+
+
+def _detectability(kinds: Mapping[str, Sequence[Detection]], *, unit: str, title: str) -> Figure:
+    columns = min(3, len(kinds))
+    rows = -(-len(kinds) // columns)
+    figure = Figure(figsize=(WIDTH_IN, 0.9 + 2.6 * rows), layout="constrained")
+    figure.suptitle(title, fontsize=13)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    sizes = np.concatenate([d.size for ds in kinds.values() for d in ds])
+    low, high = sizes.min() / 1.1, sizes.max() * 1.1
+    axis = np.geomspace(low, high, 200)
+    for axes, (kind, detections) in zip(grid, kinds.items(), strict=False):
+        axes.axhline(0.9, color=GREY, lw=1, ls=":")
+        for d, colour in zip(detections, itertools.cycle(SERIES), strict=False):
+            order = np.array_split(np.argsort(d.size), min(10, d.size.size))
+            shares = np.array([d.hit[i].mean() for i in order])
+            axes.plot([np.exp(np.log(d.size[i]).mean()) for i in order], shares, "o", ms=4, color=colour, alpha=0.6)
+            axes.plot([], [], "o-", ms=4, color=colour, label=d.name)
+            if d.curve is not None:
+                axes.plot(axis, d.curve(axis), color=colour, lw=2)
+            if d.a90_95 is not None and d.a90_95 <= high:
+                axes.plot([d.a90_95] * 2, [0, 0.9], color=colour, lw=1.2, ls="--")
+        axes.set(title=kind, xlim=(low, high), ylim=(-0.03, 1.03), xscale="log")
+        log_ticks(axes.xaxis)
+        plain(axes)
+    for axes in grid[len(kinds) :]:
+        axes.set_visible(False)
+    figure.supxlabel(f"length of the defect [{unit}]")
+    figure.supylabel("probability of detection")
+    handles, labels = grid[0].get_legend_handles_labels()
+    handles.append(Line2D([], [], color=GREY, lw=1.2, ls="--"))
+    figure.legend(handles, [*labels, "a90/95"], loc="outside upper right", frameon=False, ncols=len(labels) + 1)
     return figure
 
 

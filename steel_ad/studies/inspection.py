@@ -83,11 +83,7 @@ def run(config: configs.Inspection, *, model: Path, source: str, calibrate_on: s
       InputError: a model, source or calibration that cannot be used, too few good images, an `out` of other settings.
     """
     detector = trained.load(model, config.map)
-    if config.tile_px + 2 * config.halo_px < detector.least_px:
-        raise InputError(
-            f"--tile_px={config.tile_px} with --halo_px={config.halo_px} on each side is smaller than the detector's patch "
-            f"of {detector.least_px}: use larger ones"
-        )
+    check_tile(config, detector)
     strips = _strips(source, config)
     good = folders.list_images(calibrate_on, recursive=True) if calibrate_on else []
     settings = {
@@ -105,13 +101,26 @@ def run(config: configs.Inspection, *, model: Path, source: str, calibrate_on: s
         raise InputError(f"{out} holds another inspection, which differs in {other}: use a new --out")
     if (out / "summary.json").exists():
         return files.read_json(out / "summary.json")
-    view = _View(detector, config)
+    view = View(detector, config)
     limit = _limit(config, detector, view, good, calibrate_on, settings, out)
     # Not before the calibration, so that after a refusal another rate may be asked for in the same place.
     files.write_json(claimed, settings)
     start = time.perf_counter()
     found = _inspect(view, strips, limit, frames, out)
     return _write(config, strips, found, limit, settings, time.perf_counter() - start, out)
+
+
+def check_tile(config: configs.Inspection, detector: Trained) -> None:
+    """Refuses a tile that the detector cannot see.
+
+    Raises:
+      InputError: it is smaller than the detector's patch.
+    """
+    if config.tile_px + 2 * config.halo_px < detector.least_px:
+        raise InputError(
+            f"--tile_px={config.tile_px} with --halo_px={config.halo_px} on each side is smaller than the detector's patch "
+            f"of {detector.least_px}: use larger ones"
+        )
 
 
 def _strips(source: str, config: configs.Inspection) -> list[Strip]:
@@ -166,7 +175,7 @@ def _digest(paths: Iterable[Path]) -> str:
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
-class _View:
+class View:
     """The detector's opened map of a band, tile by tile, each with its halo."""
 
     def __init__(self, detector: Trained, config: configs.Inspection):
@@ -180,8 +189,11 @@ class _View:
         self._state = detector.state
         self._program = jax.jit(jax.vmap(one, in_axes=(None, 0)), compiler_options=cpu_compiler_options())
 
-    def _begin(self, band: Band) -> list[jax.Array]:
-        pieces = tiles.cut(band, tile=self.tile, halo=self.halo)
+    def cores(self, pieces: np.ndarray) -> np.ndarray:
+        """Opened maps float32 `[n, tile, tile]` of tiles with their halos, uint8 `[n, tile + 2 halo, tile + 2 halo]`."""
+        return np.concatenate(jax.device_get(self._begin(pieces)))[: len(pieces)]
+
+    def _begin(self, pieces: np.ndarray) -> list[jax.Array]:
         size = min(_BATCH, len(pieces))
         padded = np.concatenate([pieces, np.repeat(pieces[-1:], -len(pieces) % size, 0)])
         return [self._program(self._state, batch) for batch in padded.reshape(-1, size, *pieces.shape[1:])]
@@ -190,7 +202,7 @@ class _View:
         """(strip, band, opened map float32 `[height, w]`); the device works on one band while the next is prepared."""
         waiting: list[tuple[int, Band, list[jax.Array]]] = []
         for strip, band in bands:
-            waiting.append((strip, band, self._begin(band)))
+            waiting.append((strip, band, self._begin(tiles.cut(band, tile=self.tile, halo=self.halo))))
             if len(waiting) > 1:
                 yield self._end(waiting.pop(0))
         for last in waiting:
@@ -203,7 +215,7 @@ class _View:
 
 
 def _bands(
-    strips: Sequence[Strip], view: _View, update: Update, *, first: int = 0, skip: int = 0
+    strips: Sequence[Strip], view: View, update: Update, *, first: int = 0, skip: int = 0
 ) -> Iterator[tuple[int, Band]]:
     """Bands of the strips from `first` on, of which `skip` bands are left out; frames and pixels read go to `update`."""
     frames, pixels, start = sum(len(s.paths) for s in strips[:first]), 0, time.perf_counter()
@@ -266,7 +278,7 @@ class Limit(NamedTuple):
 def _limit(
     config: configs.Inspection,
     detector: Trained,
-    view: _View,
+    view: View,
     good: Sequence[Path],
     folder: str,
     settings: dict[str, Any],
@@ -282,7 +294,7 @@ def _limit(
     made_of = {k: settings[k] for k in ("model_sha256", "calibration_files", "tile_px", "halo_px", "seed")}
     known = files.read_json(path) if path.exists() else {}
     if known.get("made_of") != made_of:
-        known = {"made_of": made_of, **_good_scores(config, detector, view, good, Path(folder))}
+        known = {"made_of": made_of, **good_scores(config, detector, view, good, Path(folder))}
         files.write_json(path, known)
     scores = np.array(known["scores"])
     record = {k: v for k, v in known.items() if k not in ("made_of", "scores")}
@@ -297,18 +309,30 @@ def _limit(
     return Limit(promised.threshold, scores, {**record, "form": form, **dataclasses.asdict(promised)})
 
 
-def _good_scores(
-    config: configs.Inspection, detector: Trained, view: _View, good: Sequence[Path], root: Path
-) -> dict[str, Any]:
-    strips, groups = [], []
+def untrained(good: Sequence[Path], detector: Trained) -> list[Path]:
+    """The images that the detector was not trained on.
+
+    Raises:
+      InputError: there is none.
+    """
+    found = []
     for path in good:
         # A data set in memory is known by its pixels.
         pixels = hashlib.sha256(folders.read_image(path).tobytes()).hexdigest()
         if not {folders.fingerprint(path), pixels} & detector.trained_on:
-            strips.append(Strip(Camera(), "", (path,)))
-            groups.append(str(path if path.parent == root else path.parent))
-    if not strips:
-        raise InputError(f"all {len(good)} images in {root} were trained on: calibrate on others")
+            found.append(path)
+    if not found:
+        raise InputError(f"all {len(good)} images in {good[0].parent} were trained on: calibrate on others")
+    return found
+
+
+def good_scores(
+    config: configs.Inspection, detector: Trained, view: View, good: Sequence[Path], root: Path
+) -> dict[str, Any]:
+    """The highest value of one whole tile of each group of good images that were not trained on, and counts."""
+    fresh = untrained(good, detector)
+    strips = [Strip(Camera(), "", (path,)) for path in fresh]
+    groups = [str(path if path.parent == root else path.parent) for path in fresh]
     scores: list[float] = []
     owners: list[str] = []
     with progress("calibrate", len(strips), "images") as update:
@@ -398,7 +422,7 @@ class _Journal:
             ) from None
 
 
-def _inspect(view: _View, strips: Sequence[Strip], limit: Limit, frames: int, out: Path) -> _Found:
+def _inspect(view: View, strips: Sequence[Strip], limit: Limit, frames: int, out: Path) -> _Found:
     found, journal = _Found(), _Journal(out / "journal.jsonl")
     record: dict[str, Any] | None = None
     for record in journal.read():

@@ -50,8 +50,6 @@ def load(workdir: Path, map_name: str = "") -> Trained:
     Raises:
       InputError: no such run, a damaged checkpoint, or a map that the run does not have.
     """
-    from steel_ad.train.checkpoint import Checkpoints
-
     path = workdir / "config.json"
     if not path.exists():
         raise InputError(f"there is no trained model in {workdir}: name the --workdir of a run")
@@ -74,15 +72,9 @@ def load(workdir: Path, map_name: str = "") -> Trained:
         like = jax.eval_shape(lambda: autoencoder.initial_state(coded, jax.random.key(coded.seed)))
     if map_name and map_name != name:
         raise InputError(f"--map={map_name} is for autoencoders: {workdir} has the map {name} only")
-    if not (workdir / "checkpoints").is_dir():
+    train_state = newest(workdir / "checkpoints", like)
+    if train_state is None:
         raise InputError(f"there is no checkpoint in {workdir}: train first")
-    # A run of an accelerator is restored to what is here.
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), like)
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        if checkpoints.latest() is None:
-            raise InputError(f"there is no checkpoint in {workdir}: train first")
-        train_state, _ = checkpoints.restore(like)
     state = segmentation.variables(train_state) if "defects" in settings else train_state.params
     digest = hashlib.sha256(json.dumps([name, radius, fields], sort_keys=True).encode())
     for leaf in jax.tree.leaves(state):
@@ -99,3 +91,20 @@ def load(workdir: Path, map_name: str = "") -> Trained:
         digest.hexdigest(),
         frozenset(r["sha256"] for r in files.read_json(workdir / "manifest.json") if r["use"] == "train"),
     )
+
+
+def newest(folder: Path, like: Any) -> Any:
+    """The training state of a folder's newest checkpoint, or None where there is none; `like` is such a state's shapes.
+
+    Raises:
+      InputError: a damaged checkpoint, or one of another structure.
+    """
+    from steel_ad.train.checkpoint import Checkpoints
+
+    if not folder.is_dir():
+        return None
+    # A run of an accelerator is restored to what is here.
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), like)
+    with Checkpoints(folder) as checkpoints:
+        return None if checkpoints.latest() is None else checkpoints.restore(like)[0]
