@@ -1,10 +1,21 @@
-"""Curves of detection recover what trials were drawn from, and their bound covers as often as it says."""
+"""Curves of detection recover what trials were drawn from, their bound covers as often as it says, and trials are as described."""
 
+import csv
+import json
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags as absl_flags
+from absl.testing import flagsaver
 from scipy import special
 
+import experiments.detectability as binary
+from steel_ad.data import defects, folders
+from steel_ad.errors import InputError
 from steel_ad.inspection import detectability
+from steel_ad.studies import trained
+from steel_ad.studies.trained import Trained
 
 B0, B1 = -6.0, 3.0
 A90 = np.exp((np.log(9) - B0) / B1)
@@ -82,3 +93,84 @@ def test_an_uncertain_slope_has_no_bound():
     assert "no upper bound" in curve.note
     with pytest.raises(ValueError, match="above 0"):
         detectability.fit([0.0, 1.0], [0, 1])
+
+
+class Distance:
+    """A detector whose map is the distance from the plate's brightness."""
+
+    def residual(self, state, image):
+        return jnp.abs(image - 0.5)
+
+
+@pytest.fixture
+def line(tmp_path, monkeypatch):
+    """A folder of good plates and one of defects: discs and bars; no network, and an opening that takes what is thin."""
+    stub = Trained(Distance(), {}, 2, 16, None, {}, "", frozenset())
+    monkeypatch.setattr(trained, "load", lambda workdir, map_name: stub)
+    rng = np.random.default_rng(0)
+    pictures = {f"good/{i}.png": rng.normal(128, 2, (70, 60)) for i in range(24)}
+    y, x = np.mgrid[-40:40, -40:40]
+    for kind, mask in (("disc", y**2 + x**2 <= 100), ("bar", (np.abs(y) <= 10) & (np.abs(x) <= 5))):
+        pictures[f"steel/images/{kind}/0.png"] = np.where(mask, 200, 100)
+        pictures[f"steel/masks/{kind}/0.png"] = 255 * mask
+    for name, picture in pictures.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folders.write_image(path, picture.astype(np.uint8))
+    return tmp_path
+
+
+def test_larger_and_stronger_defects_are_found(line, capsys):
+    flags = absl_flags.FLAGS
+    if not flags.is_parsed():
+        flags(["test"])
+    given = {"calibration": str(line / "good"), "defects": str(line / "steel"), "contrasts": ["0.001", "0.1"]}
+    sizes = {"tile_px": 48, "halo_px": 8, "smallest_px": 3.0, "largest_px": 20.0, "trials": 12, "mm_per_px": 0.5}
+    with (
+        flagsaver.flagsaver(model="", out=str(line / "out"), **given),
+        pytest.raises(InputError, match="--model is missing"),
+    ):
+        binary.main()
+    with flagsaver.flagsaver(model="any", out=str(line / "out"), **given, **sizes):
+        with pytest.raises(InputError, match=r"24 independent .* it takes 99"):
+            binary.main()
+        with flagsaver.flagsaver(false_alarm_rate=0.2):
+            binary.main()
+            assert "a90/95" in capsys.readouterr().out
+        with flagsaver.flagsaver(false_alarm_rate=0.25), pytest.raises(InputError, match="differ in false_alarm_rate"):
+            binary.main()
+    trials = list(csv.DictReader((line / "out" / "trials.csv").read_text().splitlines()))
+    assert len(trials) == 2 * 2 * 12
+    # An opening by a disk of radius 2 leaves nothing of what is less than 5 pixels wide.
+    for t in trials:
+        length, strong = int(t["length_px"]), t["contrast"] == "0.1"
+        across = length if t["kind"] == "disc" else length / 2
+        if strong and across >= 7:
+            assert t["found"] == "1"
+        if not strong or length <= 3:
+            assert t["found"] == "0"
+    lengths = [int(t["length_px"]) for t in trials]
+    assert (min(lengths), max(lengths)) == pytest.approx((3, 20), abs=1)
+    record = json.loads((line / "out" / "summary.json").read_text())
+    assert record["unit"] == "mm"
+    rows = {(r["kind"], r["contrast"]): r for r in record["curves"]}
+    assert rows["disc", 0.001]["note"].startswith("none of 12 were found")
+    assert rows["disc", 0.1]["found"] == sum(t["kind"] == "disc" and t["found"] == "1" for t in trials)
+    assert (line / "out" / "table.md").read_text().startswith("| kind | contrast |")
+    assert (line / "out" / "detectability.png").stat().st_size > 10_000
+
+
+def test_a_defect_has_the_length_and_the_contrast_that_are_asked_for(line):
+    library, _ = defects.load(line / "steel")
+    for index, ratio in enumerate(library.kinds):
+        for length in (3, 10, 21, 40):
+            change, mask = defects.resized(library, index, length_px=length, contrast=0.1)
+            y, x = np.nonzero(mask)
+            sides = np.ptp(y) + 1, np.ptp(x) + 1
+            assert abs(max(sides) - length) <= 1
+            assert np.abs(change[mask]).mean() == pytest.approx(0.1, rel=1e-4)
+            assert min(sides) == pytest.approx(length * (0.52 if ratio == "bar" else 1), abs=1.5)
+            # Faded around the mask, and nothing is cut off.
+            assert change.shape[0] >= sides[0]
+            assert change.shape[1] >= sides[1]
+            assert np.abs(change[0]).max() < 0.1

@@ -358,8 +358,8 @@ def resized(library: Library, index: int, *, length_px: float, contrast: float) 
     how = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
     difference = cv2.resize(difference, (side, side), interpolation=how)
     cover = cv2.resize(mask.astype(np.float32), (side, side), interpolation=how)
-    # A line of one pixel, averaged, is no higher than the factor, and less between two samples.
-    mask = cover >= min(0.4 * min(factor, 1.0), cover.max())
+    # Relative, since a line of one pixel, averaged, is no higher than the factor.
+    mask = cover >= 0.4 * cover.max()
     strength = float(np.abs(difference[mask]).mean())
     rows, columns = ndimage.find_objects(((difference != 0) | mask).astype(np.uint8))[0]
     return difference[rows, columns] * np.float32(contrast / max(strength, 1e-6)), mask[rows, columns]

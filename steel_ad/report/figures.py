@@ -565,11 +565,13 @@ def _detectability(kinds: Mapping[str, Sequence[Detection]], *, unit: str, title
         plain(axes)
     for axes in grid[len(kinds) :]:
         axes.set_visible(False)
-    figure.supxlabel(f"length of the defect [{unit}]")
+    for axes in grid[max(0, len(kinds) - columns) : len(kinds)]:
+        axes.set_xlabel(f"length of the defect [{unit}]")
+        axes.tick_params(labelbottom=True)
     figure.supylabel("probability of detection")
     handles, labels = grid[0].get_legend_handles_labels()
     handles.append(Line2D([], [], color=GREY, lw=1.2, ls="--"))
-    figure.legend(handles, [*labels, "a90/95"], loc="outside upper right", frameon=False, ncols=len(labels) + 1)
+    figure.legend(handles, [*labels, "a90/95"], loc="outside lower center", frameon=False, ncols=len(labels) + 1)
     return figure
 
 

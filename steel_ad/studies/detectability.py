@@ -211,7 +211,7 @@ def _write(
         out / "detectability.png",
         panels,
         unit=unit,
-        title=f"Detection at {how.false_alarm_rate:g} false alarms per tile",
+        title=f"Detection at a false-alarm rate of {how.false_alarm_rate:g} per tile",
     )
     summary = {
         "unit": unit,

@@ -154,7 +154,9 @@ def check(
     """
     images = _golden(shape)
     found = jax.device_get(jax.jit(jax.export.deserialize(bytearray(data)).call)(images))
-    maps = evaluation.Mapper({"": detector.detector}, detector.radius)({"": detector.state}, list(images), label="check")[""]
+    maps = evaluation.Mapper({"": detector.detector}, detector.radius)(
+        {"": detector.state}, list(images), label="check"
+    )[""]
     opened = np.stack(maps.opened)
     expected = {"map": opened, "score": maps.scores}
     if classifier is not None and isinstance(detector.detector, SegmentationDetector):
