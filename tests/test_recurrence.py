@@ -110,6 +110,34 @@ def test_detections_tied_to_the_pattern_are_no_period():
     assert found.period_mm == pytest.approx(10 * pitch, rel=0.01)
 
 
+def scratch(rng, pieces, start):
+    return start + np.cumsum(rng.uniform(8, 20, pieces))
+
+
+@pytest.mark.parametrize("starts", [[7000.0], [2000.0, 9100.0, 15000.0]])
+def test_scratches_in_pieces_are_no_roll(starts):
+    rng = np.random.default_rng(8)
+    for seed in range(10):
+        along = np.concatenate([scratch(rng, 10 if len(starts) == 1 else 6, s + rng.uniform(0, 900)) for s in starts])
+        found = recurrence.find(along, np.full(along.size, 500.0), 20000.0, seed=seed)
+        assert not found.periodic
+        assert f"hit in {found.seen} of {found.turns} turns" in recurrence.summary(found)
+
+
+def test_a_roll_beside_a_scratch_and_one_that_leaves_pieces_are_found():
+    rng = np.random.default_rng(9)
+    for seed in range(6):
+        turns = 700 + 1510 * np.arange(12) + rng.normal(0, 10, 12)
+        along = np.concatenate([turns, scratch(rng, 10, rng.uniform(500, 17000))])
+        found = recurrence.find(along, np.zeros(along.size), 19000.0, seed=seed)
+        assert found.periodic
+        assert found.period_mm == pytest.approx(1510, rel=0.01)
+        assert set(range(12)) <= set(found.members)
+        pieces = np.concatenate([t + np.array([0.0, 9.0, 20.0]) for t in turns])
+        broken = recurrence.find(pieces, np.zeros(36), 19000.0, seed=seed)
+        assert (broken.periodic, len(broken.members), broken.seen, broken.turns) == (True, 36, 12, 13)
+
+
 def test_too_few_defects_at_a_place_are_no_evidence():
     assert recurrence.find(np.arange(4.0), np.zeros(4), 10.0) is None
     assert recurrence.find([], [], 10.0) is None

@@ -4,7 +4,8 @@ A roll prints its damage once a turn at the same place across. Of the defects th
 the positions along the strip are compared with a lattice of every admissible period: a periodogram proposes, a likelihood
 with false and missed detections decides, and surrogate strips, with the same number of defects at places redrawn along the
 strip, say how often chance does as well. The p-value is exact for defects that lie independently and uniformly along the
-strip, whatever their places across and looks: a streak of defects at one place is no period.
+strip, whatever their places across and looks. Pieces of one defect are neither: those that lie together count as one, and so do
+those of one turn, in the strip and its surrogates alike, and a period takes turns enough that were hit.
 
 Sources: Rayleigh's periodogram for point events (Brazier 1994); Monte Carlo tests, Davison and Hinkley 1997, chapter 4.
 """
@@ -24,6 +25,10 @@ _LEAST_MEMBERS = 5
 _OVERSAMPLING = 4
 # Nats that each member or turn too few costs.
 _LACKING = 5.0
+# Defects of one place that are closer are pieces of one, as a share of the shortest period.
+_PIECES = 0.1
+# Off the lattice, in jitters, that still belongs to a turn.
+_REACH = 3.5
 # Surrogates times turns in memory.
 _AT_ONCE = 2**17
 _PEAKS = 4
@@ -36,11 +41,12 @@ class Recurrence:
 
     Attributes:
       p_value: the share of surrogate strips, this one counted among them, with a period at least as good.
-      periodic: whether `p_value` is at most the level asked for.
+      periodic: whether `p_value` is at most the level asked for, and turns enough were hit: five, and half of them.
       period_mm: from turn to turn.
       phase_mm: of the first turn on the strip, in [0, period).
       members: indices of the defects that the roll made, in order along the strip.
       turns: turns on the strip, seen or missed.
+      seen: turns with a member.
     """
 
     p_value: float
@@ -49,6 +55,7 @@ class Recurrence:
     phase_mm: float
     members: tuple[int, ...]
     turns: int
+    seen: int
 
     @property
     def roll_diameter_mm(self) -> float:
@@ -124,16 +131,25 @@ def find(
     p_value = float(1 + np.count_nonzero(chance >= value)) / (surrogates + 1)
     period = 1 / frequency
     first = (phase / frequency) % period
-    offset = (along[members] / length_mm - first) * frequency
-    hits = members[np.abs(offset - np.rint(offset)) <= 3.5 * jitter]
+    members = members[np.argsort(along[members], kind="stable")]
+    at, _ = _pieces_together(along[None, members] / length_mm, members.size / _LEAST_SEEN)
+    turn = (at[0] - first) * frequency
+    near = np.abs(turn - np.rint(turn)) <= _REACH * jitter
+    turns, seen = 1 + math.floor((1 - first) * frequency), np.unique(np.rint(turn[near])).size
     return Recurrence(
         p_value,
-        p_value <= level,
+        p_value <= level and seen >= _wanted(turns),
         float(period * length_mm),
         float(first * length_mm),
-        tuple(hits[np.argsort(along[hits])].tolist()),
-        1 + math.floor((1 - first) * frequency),
+        tuple(members[near].tolist()),
+        turns,
+        seen,
     )
+
+
+def _wanted(turns: int) -> float:
+    """Turns that must be hit."""
+    return max(_LEAST_MEMBERS, _LEAST_SEEN * turns)
 
 
 def _places(across: np.ndarray, look: np.ndarray, tolerance: float, look_tolerance: float) -> list[np.ndarray]:
@@ -167,20 +183,21 @@ def _fit(y: np.ndarray, limits: tuple[float, float], jitter: float) -> tuple[np.
     """The best lattice of each row.
 
     Args:
-      y: positions `[b, n]` in [0, 1].
+      y: positions `[b, n]` in [0, 1], in any order.
       limits: least and highest frequency, in turns on the strip.
 
     Returns:
       `[b]` each: log-likelihood ratio against uniform positions of the best lattice; and of the lattice that explains the
       misses too, its frequency in turns on the strip and the phase of its first turn, in turns.
     """
-    frequency, phase = _proposals(y, limits)  # [b, k]
-    at = y[:, None, :]
+    y, alone = _pieces_together(np.sort(y, 1), y.shape[1] / _LEAST_SEEN)
+    frequency, phase = _proposals(y, alone, limits)  # [b, k]
+    at, counts = y[:, None, :], alone[:, None, :]
     for width in _WIDTHS:
         sigma = width * jitter
         turn = at * frequency[..., None] - phase[..., None]
         off = turn - np.rint(turn)
-        weight = _responsibility(off, sigma)
+        weight = counts * _responsibility(off, sigma)
         total = weight.sum(-1) + 1e-9
         mean_y, mean_off = (weight * at).sum(-1) / total, (weight * off).sum(-1) / total
         centred = at - mean_y[..., None]
@@ -189,10 +206,16 @@ def _fit(y: np.ndarray, limits: tuple[float, float], jitter: float) -> tuple[np.
         slope = np.clip(slope, -2 * sigma, 2 * sigma)
         frequency, phase = frequency - slope, phase + mean_off - slope * mean_y
     turn = at * frequency[..., None] - phase[..., None]
-    off = turn - np.rint(turn)
+    number = np.rint(turn)
+    off = turn - number
     density = np.exp(-0.5 * (off / jitter) ** 2) / (jitter * math.sqrt(2 * math.pi))
-    ratio = np.log1p(_SHARE * (density - 1)).sum(-1)
-    seen = (np.abs(off) <= 3.5 * jitter).sum(-1)
+    near = np.abs(off) <= _REACH * jitter
+    # Of the defects that hit one turn, neighbours since they are in order, the first is evidence.
+    again = np.zeros_like(near)
+    again[..., 1:] = near[..., 1:] & near[..., :-1] & (number[..., 1:] == number[..., :-1])
+    counted = counts & ~again
+    ratio = (counted * np.log1p(_SHARE * (density - 1))).sum(-1)
+    seen = (counted & near).sum(-1)
     # Soft, so that strips without any lattice still differ and their p-values are uniform.
     lacking = np.maximum(np.maximum(_LEAST_SEEN * frequency, _LEAST_MEMBERS) - seen, 0)
     outside = np.maximum(np.maximum(limits[0] - frequency, frequency - limits[1]) - 0.5, 0)
@@ -202,21 +225,37 @@ def _fit(y: np.ndarray, limits: tuple[float, float], jitter: float) -> tuple[np.
     return evidence.max(-1), *(np.take_along_axis(a, best, 1)[:, 0] for a in (frequency, phase))
 
 
+def _pieces_together(y: np.ndarray, most: float) -> tuple[np.ndarray, np.ndarray]:
+    """Pieces of one defect at the place of its first.
+
+    Args:
+      y: positions `[b, n]`, ascending.
+      most: turns on the strip at the shortest period.
+
+    Returns:
+      Positions `[b, n]`, and bool `[b, n]`: the first piece of each defect.
+    """
+    alone = np.ones(y.shape, bool)
+    alone[:, 1:] = np.diff(y, axis=1) > _PIECES / most
+    first = np.maximum.accumulate(np.where(alone, np.arange(y.shape[1]), 0), axis=1)
+    return np.take_along_axis(y, first, 1), alone
+
+
 def _responsibility(off: np.ndarray, sigma: float) -> np.ndarray:
     """How much of each position is the roll's: `off` from the nearest turn, in turns."""
     roll = _SHARE * np.exp(-0.5 * (off / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
     return roll / (roll + 1 - _SHARE)
 
 
-def _proposals(y: np.ndarray, limits: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """Frequencies and phases `[b, k]` at the highest peaks of the periodogram of positions `[b, n]` in [0, 1]."""
+def _proposals(y: np.ndarray, counts: np.ndarray, limits: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Frequencies and phases `[b, k]` at the highest peaks of the periodogram of the positions `[b, n]` in [0, 1] that count."""
     first, last = math.floor(limits[0] * _OVERSAMPLING), math.ceil(limits[1] * _OVERSAMPLING)
     frequencies = np.arange(first, last + 1) / _OVERSAMPLING
     bins = 1 << max(6, math.ceil(math.log2(4 * limits[1])))
     rows = np.arange(len(y))[:, None] * bins
     cells = np.minimum((y * bins).astype(np.int64), bins - 1)
-    counts = np.bincount((rows + cells).ravel(), minlength=len(y) * bins).reshape(len(y), bins)
-    spectrum = np.fft.rfft(counts, bins * _OVERSAMPLING)[:, first : last + 1]
+    events = np.bincount((rows + cells)[counts], minlength=len(y) * bins).reshape(len(y), bins)
+    spectrum = np.fft.rfft(events, bins * _OVERSAMPLING)[:, first : last + 1]
     power = np.abs(spectrum)
     inner = power.copy()
     inner[:, 1:][power[:, 1:] < power[:, :-1]] = 0
@@ -231,8 +270,10 @@ def _proposals(y: np.ndarray, limits: tuple[float, float]) -> tuple[np.ndarray, 
 def summary(found: Recurrence, unit: str = "mm") -> str:
     """One sentence for a person."""
     if not found.periodic:
-        return f"No period along the strip (p = {found.p_value:.3g})."
+        few = found.seen < _wanted(found.turns)
+        why = f", the likeliest is hit in {found.seen} of {found.turns} turns only" if few else ""
+        return f"No period along the strip (p = {found.p_value:.3g}{why})."
     return (
         f"A period of {found.period_mm:.1f} {unit} (a roll of {found.roll_diameter_mm:.1f} {unit} in diameter): "
-        f"{len(found.members)} defects in {found.turns} turns, p = {found.p_value:.3g}."
+        f"{len(found.members)} defects in {found.seen} of {found.turns} turns, p = {found.p_value:.3g}."
     )
