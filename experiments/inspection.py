@@ -3,7 +3,8 @@
 python -m experiments.inspection --model=WORKDIR --source=FOLDER|VIDEO.avi|IMAGE|CAMERAS.json --out=DIR \\
     --calibration=FOLDER --false_alarm_rate=0.01
 
-Exit status 0: clean, 3: defects found, 1 or 2: an error. The same command again goes on where it stopped.
+Exit status 0: clean, 3: defects found, 1 or 2: an error; 1 also after the report on a video that is cut short. The same command
+again goes on where it stopped.
 """
 
 from pathlib import Path
@@ -22,7 +23,7 @@ _OUT = flags.DEFINE_string("out", None, "Folder to write: a new one, or one to g
 _CALIBRATION = flags.DEFINE_string(
     "calibration",
     "",
-    "Folder of good images, one subfolder a strip; without it the training run's threshold, and no promise.",
+    "Folder of good images, those of a subfolder of one strip; without it the training run's threshold, and no promise.",
 )
 _MAP = flags.DEFINE_string("map", "", "Of an autoencoder: ssim or l2 (the run's first).")
 _TILE = flags.DEFINE_integer("tile_px", 256, "Side of a tile, the unit of calibration and of inspection, in pixels.")
@@ -49,6 +50,8 @@ def main() -> int:
         confidence = None if _CONFIDENCE.value == "average" else float(_CONFIDENCE.value)
     except ValueError:
         raise InputError(f"--confidence={_CONFIDENCE.value} must be average or a number such as 0.95") from None
+    if not _CALIBRATION.value and _RATE.present:
+        raise InputError("--false_alarm_rate is a promise from good images: give --calibration=FOLDER")
     config = configs.Inspection(
         map=_MAP.value,
         tile_px=_TILE.value,
@@ -68,6 +71,8 @@ def main() -> int:
         print(f"{roll['side']}: {roll['sentence']}")
     print(f"Defects: {found['defects']}; {found['tiles_with_an_alarm']} of {found['tiles']} tiles with an alarm.")
     print(f"Report: {Path(out) / 'report.html'}; list: {Path(out) / 'ledger.csv'}")
+    if found["cut_short"]:
+        raise InputError(" ".join(found["cut_short"]), status=1)
     return 3 if found["defects"] else 0
 
 

@@ -14,7 +14,7 @@ _STRIPS = flags.DEFINE_integer("strips", 1000, "Strips with a period, and as man
 _LEAST = flags.DEFINE_integer("least_turns", 8, "Turns on the shortest strip.", lower_bound=6)
 _MOST = flags.DEFINE_integer("most_turns", 40, "Turns on the longest strip.", lower_bound=6)
 _SAME_PLACE = flags.DEFINE_bool("same_place", False, "Further defects lie at the roll's place across, not anywhere.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the simulation.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the simulation.", lower_bound=0)
 
 
 def main() -> None:

@@ -252,6 +252,10 @@ class Inspection:
             raise InputError(f"--false_alarm_rate={self.false_alarm_rate} must lie between 0 and 1")
         if self.confidence is not None and not 0 < self.confidence < 1:
             raise InputError(f"--confidence={self.confidence} must be average or lie between 0 and 1, such as 0.95")
+        if self.false_alarms_per_m2 and self.confidence is not None:
+            raise InputError(
+                "--confidence is of --false_alarm_rate, the model of --false_alarms_per_m2 has none: leave one out"
+            )
         if self.false_alarms_per_m2 < 0 or (self.false_alarms_per_m2 and not self.mm_per_px):
             raise InputError(
                 f"--false_alarms_per_m2={self.false_alarms_per_m2} must be positive and needs --mm_per_px, the size of a pixel"

@@ -147,6 +147,10 @@ def test_the_tail_model_refuses_what_it_cannot_tell():
         calibration.tail(np.repeat(np.arange(10.0), 100), 1e-4)
     with pytest.raises(InputError, match="not in the tail"):
         calibration.tail(np.arange(1000.0), 0.2)
+    ties = np.concatenate([np.full(955, 1.0), 2 + np.arange(45) / 45])
+    with pytest.raises(InputError, match=r"only 0\.045"):
+        calibration.tail(ties, 0.05)
+    assert calibration.tail(ties, 0.01).threshold > 1
 
 
 def test_scores_that_are_none_are_refused():

@@ -29,7 +29,7 @@ from steel_ad.studies.trained import Trained
 from steel_ad.train.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ("ledger.csv", "ledger.jsonl", "coil_map.png", "scores.png", "report.html")
+RESULTS = ("ledger.csv", "ledger.jsonl")
 
 
 def tile_settings(**settings):
@@ -95,19 +95,23 @@ def strip():
     return image
 
 
-def inspect(model, source, out, *, good=None, threshold=None, **settings):
-    """An inspection by `Contrast`, and with figures of one pixel: neither network nor drawing is what is tested here."""
+def inspect(model, source, out, *, good=None, threshold=None, detector=None, drawn=None, **settings):
+    """An inspection by `Contrast` or another detector without a network, and with figures of one pixel, whose arguments go to
+    `drawn`: neither network nor drawing is what is tested here."""
     on = frozenset(r["sha256"] for r in files.read_json(model / "ae" / "manifest.json") if r["use"] == "train")
-    quick = Trained(Contrast(), (), 1, 32, threshold, {}, "5" * 64, on)
+    quick = Trained(detector or Contrast(), (), 1, 16, threshold, {}, "5" * 64, on)
     dot = folders.png(np.zeros((1, 1), np.uint8))
 
-    def save(figure, path):
+    def draw(path, *arguments, **named):
         files.write_bytes(path, dot)
+        if drawn is not None:
+            drawn[path.name] = (arguments, named)
         return path
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trained, "load", lambda *_: quick)
-        patch.setattr(figures, "save", save)
+        patch.setattr(figures, "coil_map", draw)
+        patch.setattr(figures, "score_histogram", draw)
         good = str(model / "good") if good is None else str(good)
         return inspection.run(
             tile_settings(**settings), model=model / "ae", source=str(source), calibrate_on=good, out=out
@@ -118,7 +122,16 @@ def inspect(model, source, out, *, good=None, threshold=None, **settings):
 def whole(model, strip, tmp_path_factory):
     root = tmp_path_factory.mktemp("whole")
     write(root / "in" / "a.png", strip)
-    return inspect(model, root / "in", root / "out", strip=True), root / "out"
+    drawn = {}
+    found = inspect(model, root / "in", root / "out", strip=True, drawn=drawn)
+    (root / "drawn").write_text(said(drawn))
+    return found, root / "out"
+
+
+def said(drawn):
+    """What figures were drawn of, as text."""
+    with np.printoptions(threshold=sys.maxsize):
+        return repr(drawn)
 
 
 def test_marks_are_found_where_they_are(whole):
@@ -144,29 +157,186 @@ def test_the_result_does_not_depend_on_how_the_strip_is_cut(model, strip, whole,
     (tmp_path / "out").mkdir()
     # The fixture's calibration, since reading is replaced here.
     (tmp_path / "out" / "calibration.json").write_text((whole[1] / "calibration.json").read_text())
-    inspect(model, tmp_path / "in", tmp_path / "out", strip=True)
-    for name in RESULTS[:-1]:
+    drawn = {}
+    inspect(model, tmp_path / "in", tmp_path / "out", strip=True, drawn=drawn)
+    assert said(drawn) == (whole[1].parent / "drawn").read_text()
+    for name in RESULTS:
         assert (tmp_path / "out" / name).read_bytes() == (whole[1] / name).read_bytes()
 
 
 @pytest.mark.parametrize("kept_lines", [0, 3.5, 5, 7])
-def test_an_interrupted_inspection_goes_on_without_losing_or_doubling_a_row(model, strip, whole, tmp_path, kept_lines):
-    write(tmp_path / "in" / "a.png", strip)
+def test_an_interrupted_inspection_goes_on_without_losing_or_doubling_a_row(model, whole, tmp_path, kept_lines):
     out = tmp_path / "out"
     out.mkdir()
-    settings = json.loads((whole[1] / "inspection.json").read_text()) | {"source": str(tmp_path / "in")}
-    (out / "inspection.json").write_text(json.dumps(settings))
-    (out / "calibration.json").write_text((whole[1] / "calibration.json").read_text())
+    for name in ("inspection.json", "calibration.json"):
+        (out / name).write_text((whole[1] / name).read_text())
     lines = (whole[1] / "journal.jsonl").read_bytes().splitlines(keepends=True)
     assert len(lines) == 8  # seven bands and the end
     cut = b"".join(lines[: int(kept_lines)])
     if kept_lines % 1:
         cut += lines[int(kept_lines)][:40]
     (out / "journal.jsonl").write_bytes(cut)
-    inspect(model, tmp_path / "in", out, strip=True)
+    drawn = {}
+    inspect(model, whole[1].parent / "in", out, strip=True, drawn=drawn)
+    assert said(drawn) == (whole[1].parent / "drawn").read_text()
     assert (out / "journal.jsonl").read_bytes() == (whole[1] / "journal.jsonl").read_bytes()
-    for name in RESULTS[:-1]:
+    for name in RESULTS:
         assert (out / name).read_bytes() == (whole[1] / name).read_bytes()
+
+
+def test_images_go_on_after_an_interruption_between_them(model, plates_64, tmp_path):
+    for i in range(3):
+        image = plates_64[i].copy()
+        image[20:29, 50 - 10 * i : 60 - 10 * i] = 255
+        write(tmp_path / "in" / f"{i}.png", image)
+    inspect(model, tmp_path / "in", tmp_path / "a")
+    lines = (tmp_path / "a" / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    assert [json.loads(line)["finished"] for line in lines] == 3 * [False, False, True]
+    for kept in (3, 4, 6, 9):
+        out = tmp_path / f"after_{kept}"
+        out.mkdir()
+        for name in ("inspection.json", "calibration.json"):
+            (out / name).write_bytes((tmp_path / "a" / name).read_bytes())
+        (out / "journal.jsonl").write_bytes(b"".join(lines[:kept]))
+        inspect(model, tmp_path / "in", out)
+        for name in (*RESULTS, "journal.jsonl"):
+            assert (out / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
+class Shifted:
+    """How far each pixel is from that a pitch of 8 before it."""
+
+    def residual(self, state, image):
+        return jnp.abs(image - jnp.roll(image, 8, 1)) + jnp.abs(image - jnp.roll(image, 8, 0))
+
+
+def sines(path, rng, count, shape):
+    y, x = np.indices(shape)
+    for i in range(count):
+        a, b = rng.uniform(0, 2 * np.pi, 2)
+        wave = np.sin(2 * np.pi * x / 8 + a) + np.sin(2 * np.pi * y / 8 + b)
+        write(path / f"{i:03d}.png", np.round(128 + 40 * wave + rng.normal(0, 4, shape)).astype(np.uint8))
+
+
+def test_the_promise_holds_on_images_that_are_no_multiple_of_the_tile(model, tmp_path):
+    rng = np.random.default_rng(0)
+    sines(tmp_path / "good", rng, 39, (70, 60))
+    sines(tmp_path / "in", rng, 60, (70, 60))
+    found = inspect(
+        model,
+        tmp_path / "in",
+        tmp_path / "out",
+        good=tmp_path / "good",
+        detector=Shifted(),
+        tile_px=32,
+        false_alarm_rate=0.1,
+    )
+    assert found["tiles"] == 60 * 6
+    promised = found["calibration"]["average_rate"]
+    spread = np.sqrt(promised * (1 - promised) * (1 / 40 + 1 / 60))
+    assert found["tiles_with_an_alarm"] / found["tiles"] <= promised + 3 * spread
+
+
+def test_a_plate_smaller_than_a_tile_has_no_promise(model, plates_64, tmp_path):
+    write(tmp_path / "in" / "a.png", plates_64[0])
+    write(tmp_path / "in" / "b.png", plates_64[1][:40])
+    with pytest.raises(InputError, match=r"b.png is 64x40 pixels, less than a tile"):
+        inspect(model, tmp_path / "in", tmp_path / "out")
+    with pytest.raises(InputError, match=r"less than a tile"):
+        inspect(model, tmp_path / "in" / "b.png", tmp_path / "out")
+    assert inspect(model, tmp_path / "in", tmp_path / "out", good="", threshold=2.0)["tiles"] == 6
+
+
+def test_files_are_known_by_more_than_name_and_size(model, plates_64, strip, tmp_path):
+    source = tmp_path / "a.bmp"
+    write(source, strip)
+    inspect(model, source, tmp_path / "out")
+    os.utime(source, ns=(0, 0))
+    with pytest.raises(InputError, match="source_files"):
+        inspect(model, source, tmp_path / "out")
+    good = tmp_path / "good"
+    for i in range(8):
+        write(good / f"{i}.bmp", plates_64[6 + i])
+    first = inspect(model, source, tmp_path / "b", good=good)["calibration"]
+    (tmp_path / "b" / "inspection.json").unlink()
+    (tmp_path / "b" / "summary.json").unlink()
+    for i in range(2):
+        (good / "strip").mkdir(exist_ok=True)
+        os.rename(good / f"{i}.bmp", good / "strip" / f"{i}.bmp")
+    again = inspect(model, source, tmp_path / "b", good=good)["calibration"]
+    assert (first["groups"], again["groups"]) == (8, 7)
+    write(good / "7.bmp", plates_64[19])
+    with pytest.raises(InputError, match="calibration_files"):
+        inspect(model, source, tmp_path / "b", good=good)
+
+
+def test_a_group_is_a_subfolder_of_the_root_and_copies_count_once(model, plates_64, tmp_path):
+    good = tmp_path / "good"
+    for i, image in enumerate(plates_64[6:18]):
+        write(good / f"strip_{i % 4}" / f"part_{i // 6}" / f"{i}.png", image)
+        write(good / f"strip_{i % 4}" / f"copy_{i}.png", image)
+    write(tmp_path / "a.png", plates_64[19])
+    found = inspect(model, tmp_path / "a.png", tmp_path / "out", good=good, false_alarm_rate=0.4)["calibration"]
+    assert (found["groups"], found["images"], found["left_out_as_copies"]) == (4, 12, 12)
+    assert "12 as copies" in inspection.promise_sentence(found)
+
+
+def test_a_strip_calibrates_on_strips_in_the_order_of_their_names(model, strip, plates_64, tmp_path):
+    good = tmp_path / "good"
+    for i in range(5):
+        turned = np.roll(strip, 60 * i, 0)
+        for k, part in enumerate(np.split(turned, 11)):  # of 30 lines each, less than a tile
+            write(good / f"{i}" / f"{k:02d}.png", part)
+    write(tmp_path / "in" / "0.png", strip)
+    found = inspect(model, tmp_path / "in", tmp_path / "out", good=good, strip=True)
+    assert (found["calibration"]["groups"], found["calibration"]["tiles"]) == (5, 5 * 7 * 2)
+    with pytest.raises(InputError, match=r"no image .* as large as a tile"):
+        inspect(model, tmp_path / "in", tmp_path / "other", good=good)
+    # What is left out is a gap.
+    write(good / "0" / "03.png", cv2.imread(str(good / "1" / "03.png"), cv2.IMREAD_GRAYSCALE))
+    gap = inspect(model, tmp_path / "in", tmp_path / "gap", good=good, strip=True)["calibration"]
+    assert (gap["left_out_as_copies"], gap["tiles"]) == (1, 5 * 7 * 2 - 14 + 2 * (2 + 5))
+    os.rename(good / "2" / "02.png", good / "2" / "2.png")
+    os.rename(good / "2" / "10.png", good / "2" / "a10.png")
+    os.rename(good / "2" / "00.png", good / "2" / "10.png")
+    with pytest.raises(InputError, match=r"10.png would come before 2.png: pad"):
+        inspect(model, tmp_path / "in", tmp_path / "third", good=good, strip=True)
+    for i in (2, 10):
+        write(tmp_path / "frames" / f"frame_{i}.png", plates_64[0])
+    with pytest.raises(InputError, match=r"frame_10.png would come before frame_2.png"):
+        inspect(model, tmp_path / "frames", tmp_path / "third", strip=True)
+
+
+def test_a_map_that_is_not_finite_is_no_clean_plate(model, plates_64, tmp_path):
+    class Broken:
+        def residual(self, state, image):
+            return jnp.where(image == image.max(), jnp.nan, image)
+
+    write(tmp_path / "a.png", plates_64[0])
+    with pytest.raises(InputError, match="not finite") as error:
+        inspect(model, tmp_path / "a.png", tmp_path / "out", good="", threshold=2.0, detector=Broken())
+    assert error.value.status == 1
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_a_period_of_the_tile_or_the_frame_is_said_to_be_one(model, tmp_path):
+    image = np.full((48 * 20, 64), 128, np.uint8)
+    for turn in range(20):
+        image[48 * turn + 5 : 48 * turn + 14, 30:39] = 255
+    for k, part in enumerate(np.split(image, 10)):
+        write(tmp_path / "in" / f"{k}.png", part)
+    one = {"good": "", "threshold": 0.2, "strip": True, "mm_per_px": 0.5}
+    (roll,) = inspect(model, tmp_path / "in", tmp_path / "a", **one)["recurrence"]
+    assert roll["period"] == pytest.approx(24, rel=0.01)
+    assert "This is the height of a tile" in roll["sentence"]
+    (roll,) = inspect(model, tmp_path / "in", tmp_path / "b", tile_px=80, **one)["recurrence"]
+    assert "height of a" not in roll["sentence"]
+    (roll,) = inspect(model, tmp_path / "in", tmp_path / "c", tile_px=32, halo_px=8, **one)["recurrence"]
+    assert "height of a" not in roll["sentence"]
+    for k, part in enumerate(np.split(image, 20)):
+        write(tmp_path / "frames" / f"{k:02d}.png", part)
+    (roll,) = inspect(model, tmp_path / "frames", tmp_path / "d", tile_px=80, **one)["recurrence"]
+    assert "This is the height of a frame" in roll["sentence"]
 
 
 def test_a_finished_inspection_is_only_read_and_its_folder_is_not_for_another(model, whole):
@@ -186,13 +356,13 @@ def test_a_tile_sees_itself_and_its_halo_and_nothing_else(strip):
 
     view = inspection.View(Trained(Surroundings(), (), 1, 32, None, {}, "", frozenset()), tile_settings())
     (first, second, *_) = view.maps((0, b) for b in tiles.bands([strip], tile=48, halo=8))
-    padded = np.pad(strip, ((8, 8), (8, 14)), mode="reflect").astype(np.float32) / 255
+    padded = np.pad(strip, 8, mode="reflect").astype(np.float32) / 255
     for (_, band, found), top in ((first, 0), (second, 48)):
         assert (band.top, found.shape) == (top, (48, 90))
-        for left, right in ((0, 48), (48, 90)):
-            piece = padded[top : top + 64, left : left + 64]
+        for start, left, right in ((0, 0, 48), (42, 48, 90)):
+            piece = padded[top : top + 64, start : start + 64]
             opened = ndimage.grey_opening(np.abs(piece - piece.mean()), footprint=disk(1))
-            core = opened[8:56, 8 : 8 + right - left]
+            core = opened[8:56, 8 + left - start : 8 + right - start]
             np.testing.assert_allclose(found[:, left:right], core, atol=1e-5)
 
 
@@ -200,7 +370,7 @@ def test_images_that_were_trained_on_do_not_calibrate(whole, model):
     record = whole[0]["calibration"]
     assert record["left_out_as_trained_on"] == 5
     assert record["images"] == record["groups"] == 15
-    assert record["tiles"] == 15  # one whole tile of 48 in an image of 64
+    assert record["tiles"] == 60  # four of 48 in an image of 64, flush with its ends
     known = json.loads((whole[1] / "calibration.json").read_text())
     assert whole[0]["threshold"] == sorted(known["scores"])[-3]  # the floor(16 x 0.2)-th largest
 
@@ -335,6 +505,7 @@ def test_without_calibration_the_runs_own_threshold_serves_and_promises_nothing(
 def test_a_rate_that_no_set_of_images_can_prove_is_called_a_model(model, plates_64, whole, tmp_path):
     rng = np.random.default_rng(0)
     known = json.loads((whole[1] / "calibration.json").read_text())
+    known["made_of"]["calibration_strips"] = False
     known["scores"] = (0.3 + 0.01 * rng.exponential(size=400)).tolist()
     files.write_json(tmp_path / "out" / "calibration.json", known)
     write(tmp_path / "a.png", plates_64[0])
@@ -350,15 +521,18 @@ def test_tiles_of_a_strip_see_its_surroundings_and_are_the_same_in_every_cut():
     rng = np.random.default_rng(0)
     for height, tile, halo in ((1, 32, 8), (33, 32, 8), (64, 32, 8), (97, 16, 20), (200, 32, 0)):
         image = rng.integers(0, 255, (height, 50)).astype(np.uint8)
-        padded = np.pad(image, ((halo, halo - height % -tile), (halo, halo + -50 % tile)), mode="reflect")
+        starts = [np.minimum(np.arange(0, n, tile), max(0, n - tile)) for n in (height, 50)]
+        beyond = [halo + max(0, tile - n) for n in (height, 50)]
+        padded = np.pad(image, ((halo, beyond[0]), (halo, beyond[1])), mode="reflect")
         for cut in ([image], np.split(image, height), np.split(image, [height // 3])):
             found = list(tiles.bands(cut, tile=tile, halo=halo))
             assert [b.top for b in found] == list(range(0, height, tile))
-            for band in found:
-                for k, piece in enumerate(tiles.cut(band, tile=tile, halo=halo)):
+            for band, top in zip(found, starts[0], strict=True):
+                assert band.top - band.offset == top
+                pieces = tiles.cut(band, tile=tile, halo=halo)
+                for left, piece in zip(starts[1], pieces, strict=True):
                     size = tile + 2 * halo
-                    expected = padded[band.top : band.top + size, k * tile : k * tile + size]
-                    np.testing.assert_array_equal(piece, expected)
+                    np.testing.assert_array_equal(piece, padded[top : top + size, left : left + size])
             cores = [tiles.cut(b, tile=tile, halo=halo)[:, halo : halo + tile, halo : halo + tile] for b in found]
             joined = [tiles.join(c, b) for c, b in zip(cores, found, strict=True)]
             np.testing.assert_array_equal(np.concatenate(joined), image)
@@ -385,6 +559,7 @@ def test_the_binary_tells_of_defects_by_its_status(model, strip, tmp_path):
 
 def test_a_clean_plate_has_an_empty_ledger(model, plates_64, whole, tmp_path):
     known = json.loads((whole[1] / "calibration.json").read_text())
+    known["made_of"]["calibration_strips"] = False
     known["scores"] = [s + 10 for s in known["scores"]]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "calibration.json").write_text(json.dumps(known))

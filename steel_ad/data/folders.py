@@ -57,6 +57,20 @@ def read_image(path: str | Path, *, max_pixels: int = 2**28) -> np.ndarray:
     return _grey(_load(Path(path), max_pixels))
 
 
+def image_shape(path: str | Path, *, max_pixels: int = 2**28) -> tuple[int, int]:
+    """(h, w) of an image, which is checked as `read_image` does, but not decoded.
+
+    Raises:
+      InputError: as `read_image`, but for what decoding would show.
+    """
+    try:
+        return _checked(_read_bytes(Path(path), max_pixels), max_pixels)
+    except _Refused as refused:
+        raise InputError(f"{path} {refused}") from refused
+    except (struct.error, OverflowError) as error:
+        raise InputError(f"{path} {_DAMAGED}") from error
+
+
 def read_mask(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
     """Reads a ground-truth mask as bool [h, w]; any value above 0 in any colour is a defect, alpha is ignored.
 
@@ -319,12 +333,7 @@ def _read_bytes(path: Path, max_pixels: int) -> np.ndarray:
 
 
 def _decode(data: np.ndarray, max_pixels: int) -> np.ndarray:
-    for signature, check in _FORMATS:
-        if data[: len(signature)].tobytes() == signature:
-            size = check(memoryview(data), max_pixels)
-            break
-    else:
-        raise _Refused("is not a PNG, BMP, TIFF or JPEG image: convert it or leave it out")
+    size = _checked(data, max_pixels)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # the user is to see one sentence, not two
     try:
         raw = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
@@ -337,6 +346,14 @@ def _decode(data: np.ndarray, max_pixels: int) -> np.ndarray:
     if raw.shape[:2] != size or (raw.ndim == 3 and raw.shape[2] not in (3, 4)):
         raise _Refused(_UNDECODABLE)
     return raw
+
+
+def _checked(data: np.ndarray, max_pixels: int) -> tuple[int, int]:
+    """(h, w) of a whole image."""
+    for signature, check in _FORMATS:
+        if data[: len(signature)].tobytes() == signature:
+            return check(memoryview(data), max_pixels)
+    raise _Refused("is not a PNG, BMP, TIFF or JPEG image: convert it or leave it out")
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> tuple[int, int]:

@@ -156,6 +156,8 @@ class Camera:
     def __post_init__(self):
         if self.side not in _SIDES:
             raise InputError(f"camera {self.name}: side {self.side!r} must be one of {', '.join(_SIDES)}")
+        if not math.isfinite(self.across_mm):
+            raise InputError(f"camera {self.name}: across_mm={self.across_mm} must be a number of millimetres")
         if self.mm_per_px is not None and not 0 < self.mm_per_px < math.inf:
             raise InputError(f"camera {self.name}: mm_per_px={self.mm_per_px} must be positive")
 

@@ -1,7 +1,9 @@
 """A strip in tiles at fixed places, each with a halo of its surroundings: what a detector sees at once.
 
-Tiles begin at the strip's first row and column, whatever pieces it is read in, and a detector sees exactly one tile and its
-halo. So a map depends on nothing but the strip, and calibration and inspection look at the same unit.
+Tiles begin at the strip's first row and column, whatever pieces it is read in; the last one of each direction lies flush with
+the end, and of its map only what the tile before does not show is taken. A detector sees exactly one tile and its halo. So a map
+depends on nothing but the strip, a tile is on the strip as a whole, and calibration and inspection look at the same unit. Only a
+strip smaller than a tile is mirrored into it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,13 +17,15 @@ class Band(NamedTuple):
 
     Attributes:
       top: the strip's row that the band begins with.
-      height: rows of it that are on the strip, 1..tile.
-      pixels: uint8 `[tile + 2 halo, w]`, the first row being `top - halo`; beyond the strip's ends it is mirrored.
+      height: its rows, 1..tile.
+      pixels: uint8 `[tile + 2 halo, w]`; beyond the strip's ends it is mirrored.
+      offset: rows of the tiles above `top`, which the band before shows: the first row of `pixels` is `top - offset - halo`.
     """
 
     top: int
     height: int
     pixels: np.ndarray
+    offset: int = 0
 
 
 def bands(chunks: Iterable[np.ndarray], *, tile: int, halo: int) -> Iterator[Band]:
@@ -52,15 +56,18 @@ def bands(chunks: Iterable[np.ndarray], *, tile: int, halo: int) -> Iterator[Ban
             kept, first = kept[gone:], first + gone
     end = first + len(kept)
     while top < end:
-        rows = _mirrored(np.arange(top - halo, top + tile + halo), end)
-        yield Band(top, min(tile, end - top), kept[rows - first])
+        height = min(tile, end - top)
+        offset = min(top, tile - height)
+        start = top - offset
+        rows = _mirrored(np.arange(start - halo, start + tile + halo), end)
+        yield Band(top, height, kept[rows - first], offset)
         top += tile
 
 
 def cut(band: Band, *, tile: int, halo: int) -> np.ndarray:
     """A band's tiles with their halos, from left to right: uint8 `[n, tile + 2 halo, tile + 2 halo]`."""
     width = band.pixels.shape[1]
-    starts = np.arange(0, width, tile)
+    starts = np.minimum(np.arange(0, width, tile), max(0, width - tile))
     columns = _mirrored(starts[:, None] + np.arange(-halo, tile + halo)[None, :], width)
     return band.pixels[:, columns].transpose(1, 0, 2)
 
@@ -68,7 +75,9 @@ def cut(band: Band, *, tile: int, halo: int) -> np.ndarray:
 def join(cores: np.ndarray, band: Band) -> np.ndarray:
     """The map `[height, w]` of a band from those of its tiles, `[n, tile, tile]`."""
     n, tile, _ = cores.shape
-    return cores.transpose(1, 0, 2).reshape(tile, n * tile)[: band.height, : band.pixels.shape[1]]
+    rows, last = slice(band.offset, band.offset + band.height), band.pixels.shape[1] - (n - 1) * tile
+    left = tile - last if n > 1 else 0
+    return np.concatenate([*cores[:-1, rows], cores[-1, rows, left : left + last]], axis=1)
 
 
 def maxima(joined: np.ndarray, tile: int) -> np.ndarray:

@@ -55,7 +55,8 @@ def run(
     inspection.check_tile(how, detector)
     if config.largest_px > how.tile_px / 2:
         raise InputError(f"--largest_px={config.largest_px:g} is more than half a tile: use a larger --tile_px")
-    good = folders.list_images(calibrate_on, recursive=True)
+    inspection.check_out(out, [calibrate_on, defects_from])
+    good = inspection.good_images(calibrate_on)
     library, skipped = _library(defects_from, how.seed)
     settings = {
         **dataclasses.asdict(config),

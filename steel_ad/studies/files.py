@@ -15,12 +15,12 @@ from steel_ad.errors import InputError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes or replaces a file, whole or not at all.
+    """Writes or replaces a file, whole or not at all; what UTF-8 has not, such as parts of a Latin-1 file name, as escapes.
 
     Raises:
       InputError: the folder is not writable or the disk is full.
     """
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -5,11 +5,13 @@ import dataclasses
 import hashlib
 import heapq
 import json
+import os
 import queue
+import re
 import threading
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +48,11 @@ class Strip:
     image: str
     paths: tuple[Path, ...]
 
+    @property
+    def single(self) -> bool:
+        """Whether it is a plate of its own."""
+        return bool(self.image)
+
     def frames(self) -> Iterator[np.ndarray]:
         """uint8 `[h_i, w]` along the strip.
 
@@ -73,8 +80,8 @@ def run(config: configs.Inspection, *, model: Path, source: str, calibrate_on: s
       model: the workdir of a training run.
       source: an image, a video (one endless strip), a folder of images, or a JSON file of cameras: a list of objects with
         `name`, `source` (relative to the file), and optionally `side`, `across_mm`, `mm_per_px`.
-      calibrate_on: folder of good images; those of one subfolder come from one strip. "": no promise, the run's own
-        threshold.
+      calibrate_on: folder of good images; those of one of its subfolders, at any depth, come from one strip. "": no promise,
+        the run's own threshold.
 
     Returns:
       What `summary.json` holds.
@@ -84,16 +91,22 @@ def run(config: configs.Inspection, *, model: Path, source: str, calibrate_on: s
     """
     detector = trained.load(model, config.map)
     check_tile(config, detector)
-    strips = _strips(source, config)
-    good = folders.list_images(calibrate_on, recursive=True) if calibrate_on else []
+    cameras = _cameras(Path(source), config.mm_per_px or None)
+    check_out(out, [calibrate_on, *(where for _, where in cameras)])
+    strips = [s for camera, where in cameras for s in _strips_of(where, camera, config.strip)]
+    _check_flags(config, strips, calibrate_on)
+    good = good_images(calibrate_on) if calibrate_on else []
     settings = {
         **dataclasses.asdict(config),
         "model": str(model),
         "model_sha256": detector.sha256,
         "source": source,
-        "source_files": _digest(path for strip in strips for path in strip.paths),
+        "source_files": _stamp(strips, Path(source)),
         "calibration": calibrate_on,
-        "calibration_files": _digest(good),
+        "calibration_files": _digest([[os.path.relpath(p, calibrate_on), folders.fingerprint(p)] for p in good]),
+        "calibration_strips": bool(good) and _endless(strips),
+        "training_finished": detector.finished,
+        **({} if good else {"training_threshold": detector.threshold}),
     }
     frames = sum(max(1, video.length(p)) if _is_video(p) else 1 for s in strips for p in s.paths)
     claimed = out / "inspection.json"
@@ -101,6 +114,9 @@ def run(config: configs.Inspection, *, model: Path, source: str, calibrate_on: s
         raise InputError(f"{out} holds another inspection, which differs in {other}: use a new --out")
     if (out / "summary.json").exists():
         return files.read_json(out / "summary.json")
+    for s in strips if good else ():
+        if s.single:
+            _check_size(s.paths[0], folders.image_shape(s.paths[0]), config.tile_px)
     view = View(detector, config)
     limit = _limit(config, detector, view, good, calibrate_on, settings, out)
     # Not before the calibration, so that after a refusal another rate may be asked for in the same place.
@@ -123,22 +139,63 @@ def check_tile(config: configs.Inspection, detector: Trained) -> None:
         )
 
 
-def _strips(source: str, config: configs.Inspection) -> list[Strip]:
-    path = Path(source)
-    if path.suffix.lower() == ".json":
-        found = []
-        for camera, where in _cameras(path):
-            found += _strips_of(where, camera, config.strip)
-        return found
-    return _strips_of(path, Camera(mm_per_px=config.mm_per_px or None), config.strip)
+def check_out(out: Path, read: Iterable[str | Path]) -> None:
+    """Refuses a folder to write in one that is read, whose files would be input the next time.
+
+    Raises:
+      InputError: it is one of the folders, or lies in one.
+    """
+    for folder in filter(None, map(str, read)):
+        if os.path.isdir(folder) and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
+            raise InputError(f"--out={out} lies in {folder}, which is read: write to another folder")
 
 
-def _cameras(path: Path) -> list[tuple[Camera, Path]]:
+def _check_flags(config: configs.Inspection, strips: Sequence[Strip], calibrate_on: str) -> None:
+    """Refuses settings that would have no effect, or one that was not meant."""
+    scales = {s.camera.mm_per_px for s in strips}
+    if not calibrate_on and (config.confidence is not None or config.false_alarms_per_m2):
+        raise InputError(
+            "--confidence and --false_alarms_per_m2 are promises from good images: give --calibration=FOLDER"
+        )
+    if config.false_alarms_per_m2 and scales != {config.mm_per_px}:
+        raise InputError(
+            f"--false_alarms_per_m2 takes one scale, that of --mm_per_px={config.mm_per_px:g}, but the cameras have others: "
+            "inspect them one by one"
+        )
+    if config.pitch_mm and scales == {None}:
+        raise InputError(f"--pitch_mm={config.pitch_mm:g} needs --mm_per_px, the size of a pixel")
+
+
+def _check_size(path: Path, shape: tuple[int, ...], tile: int) -> None:
+    if min(shape) < tile:
+        raise InputError(
+            f"{path} is {shape[1]}x{shape[0]} pixels, less than a tile of {tile}, for which no promise was made: leave it out or "
+            "use a smaller --tile_px"
+        )
+
+
+def good_images(folder: str) -> list[Path]:
+    """The calibration images below a folder.
+
+    Raises:
+      InputError: there are none, or the folder is a whole data set, with its defective images.
+    """
+    if (Path(folder) / "ground_truth").exists():
+        raise InputError(
+            f"{folder} is a data set with defective images: name its folder of good ones, such as test/good"
+        )
+    return folders.list_images(folder, recursive=True)
+
+
+def _cameras(path: Path, usual: float | None) -> list[tuple[Camera, Path]]:
+    """The cameras and what they saw; `usual` is the scale, mm a pixel, of those that do not give theirs."""
+    if path.suffix.lower() != ".json":
+        return [(Camera(mm_per_px=usual), path)]
     rows = files.read_json(path)
     try:
         found = []
         for r in rows:
-            scale = r.get("mm_per_px")
+            scale = r.get("mm_per_px", usual)
             camera = Camera(
                 str(r["name"]),
                 r.get("side", "top"),
@@ -158,7 +215,12 @@ def _cameras(path: Path) -> list[tuple[Camera, Path]]:
 def _strips_of(path: Path, camera: Camera, one: bool) -> list[Strip]:
     if path.is_dir():
         images = folders.list_images(path)
-        return [Strip(camera, "", tuple(images))] if one else [Strip(camera, p.name, (p,)) for p in images]
+        if not one:
+            return [Strip(camera, p.name, (p,)) for p in images]
+        _check_order(images, path)
+        return [Strip(camera, "", tuple(images))]
+    if one and not _is_video(path):
+        raise InputError(f"--strip is for a folder of images that follow each other, and {path} is one: leave it out")
     return [Strip(camera, "" if _is_video(path) else path.name, (path,))]
 
 
@@ -166,12 +228,41 @@ def _is_video(path: Path) -> bool:
     return path.suffix.lower() in _VIDEOS
 
 
-def _digest(paths: Iterable[Path]) -> str:
-    """Of names and sizes: whether the files are those of the first start."""
+def _endless(strips: Sequence[Strip]) -> bool:
+    """Whether strips are inspected, not plates."""
+    return not all(s.single for s in strips)
+
+
+def _check_order(paths: Sequence[Path], root: Path) -> None:
+    """Refuses images that would follow each other as 1, 10, 2.
+
+    Raises:
+      InputError: plain and natural order of the names differ.
+    """
+
+    def natural(path: Path) -> list[str | int]:
+        parts = re.split("([0-9]+)", os.path.relpath(path, root))
+        return [int(part) if i % 2 else part for i, part in enumerate(parts)]
+
+    for plain, meant in zip(paths, sorted(paths, key=natural), strict=True):
+        if plain != meant:
+            raise InputError(
+                f"in {root}, {plain.name} would come before {meant.name}: pad the numbers in the names with zeros, since images "
+                "of a strip follow each other in plain order"
+            )
+
+
+def _stamp(strips: Sequence[Strip], source: Path) -> str:
+    """Of names, sizes and times: whether the files are those of the first start, without reading what may be long."""
+    root = source if source.is_dir() else source.parent
     try:
-        listed = [[path.name, path.stat().st_size] for path in paths]
+        stats = [(path, path.stat()) for strip in strips for path in strip.paths]
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read ({error.strerror}): check its name") from None
+    return _digest([[os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns] for path, stat in stats])
+
+
+def _digest(listed: Any) -> str:
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
@@ -191,10 +282,11 @@ class View:
 
     def cores(self, pieces: np.ndarray) -> np.ndarray:
         """Opened maps float32 `[n, tile, tile]` of tiles with their halos, uint8 `[n, tile + 2 halo, tile + 2 halo]`."""
-        return np.concatenate(jax.device_get(self._begin(pieces)))[: len(pieces)]
+        return _finite(np.concatenate(jax.device_get(self._begin(pieces)))[: len(pieces)])
 
     def _begin(self, pieces: np.ndarray) -> list[jax.Array]:
-        size = min(_BATCH, len(pieces))
+        # One program for all; on CPU a batch's activations would leave the caches.
+        size = 1 if jax.default_backend() == "cpu" else _BATCH
         padded = np.concatenate([pieces, np.repeat(pieces[-1:], -len(pieces) % size, 0)])
         return [self._program(self._state, batch) for batch in padded.reshape(-1, size, *pieces.shape[1:])]
 
@@ -211,24 +303,44 @@ class View:
     def _end(self, item: tuple[int, Band, list[jax.Array]]) -> tuple[int, Band, np.ndarray]:
         strip, band, batches = item
         count = -(-band.pixels.shape[1] // self.tile)
-        return strip, band, tiles.join(np.concatenate(jax.device_get(batches))[:count], band)
+        return strip, band, tiles.join(_finite(np.concatenate(jax.device_get(batches))[:count]), band)
+
+
+def _finite(maps: np.ndarray) -> np.ndarray:
+    if not np.isfinite(maps).all():
+        raise InputError("the detector's map is not finite, so nothing can be said: train the model again", status=1)
+    return maps
 
 
 def _bands(
-    strips: Sequence[Strip], view: View, update: Update, *, first: int = 0, skip: int = 0
+    strips: Sequence[Strip],
+    view: View,
+    update: Update,
+    *,
+    first: int = 0,
+    skip: int = 0,
+    cut_short: dict[int, str] | None = None,
 ) -> Iterator[tuple[int, Band]]:
-    """Bands of the strips from `first` on, of which `skip` bands are left out; frames and pixels read go to `update`."""
+    """Bands of the strips from `first` on, of which `skip` bands are left out; frames and pixels read go to `update`.
+
+    A video that is cut short ends there, and its sentence is in `cut_short` before its last band comes.
+    """
     frames, pixels, start = sum(len(s.paths) for s in strips[:first]), 0, time.perf_counter()
 
-    def read(strip: Strip) -> Iterator[np.ndarray]:
+    def read(i: int) -> Iterator[np.ndarray]:
         nonlocal frames, pixels
-        for frame in strip.frames():
-            yield frame
-            frames, pixels = frames + 1, pixels + frame.size
-            update(frames, f"{pixels / 1e6 / max(time.perf_counter() - start, 1e-9):.2f} Mpx/s")
+        try:
+            for frame in strips[i].frames():
+                yield frame
+                frames, pixels = frames + 1, pixels + frame.size
+                update(frames, f"{pixels / 1e6 / max(time.perf_counter() - start, 1e-9):.2f} Mpx/s")
+        except video.CutShort as error:
+            if cut_short is None:
+                raise
+            cut_short[i] = str(error)
 
     for i in range(first, len(strips)):
-        for k, band in enumerate(tiles.bands(read(strips[i]), tile=view.tile, halo=view.halo)):
+        for k, band in enumerate(tiles.bands(read(i), tile=view.tile, halo=view.halo)):
             if i > first or k >= skip:
                 yield i, band
 
@@ -291,10 +403,12 @@ def _limit(
             )
         return Limit(detector.threshold, np.zeros(0), {"form": "none", "threshold": detector.threshold})
     path = out / "calibration.json"
-    made_of = {k: settings[k] for k in ("model_sha256", "calibration_files", "tile_px", "halo_px", "seed")}
+    names = ("model_sha256", "calibration_files", "calibration_strips", "tile_px", "halo_px", "seed")
+    made_of = {k: settings[k] for k in names}
     known = files.read_json(path) if path.exists() else {}
     if known.get("made_of") != made_of:
-        known = {"made_of": made_of, **good_scores(config, detector, view, good, Path(folder))}
+        found = good_scores(config, detector, view, good, Path(folder), strips=settings["calibration_strips"])
+        known = {"made_of": made_of, **found}
         files.write_json(path, known)
     scores = np.array(known["scores"])
     record = {k: v for k, v in known.items() if k not in ("made_of", "scores")}
@@ -327,30 +441,66 @@ def untrained(good: Sequence[Path], detector: Trained) -> list[Path]:
 
 
 def good_scores(
-    config: configs.Inspection, detector: Trained, view: View, good: Sequence[Path], root: Path
+    config: configs.Inspection,
+    detector: Trained,
+    view: View,
+    good: Sequence[Path],
+    root: Path,
+    *,
+    strips: bool = False,
 ) -> dict[str, Any]:
-    """The highest value of one whole tile of each group of good images that were not trained on, and counts."""
+    """The highest value of one tile of each group of good images that were not trained on, and counts.
+
+    Args:
+      root: the folder of the images; a group is what lies in one of its subfolders.
+      strips: the images of a group follow each other along a strip, else each is a plate.
+    """
     fresh = untrained(good, detector)
-    strips = [Strip(Camera(), "", (path,)) for path in fresh]
-    groups = [str(path if path.parent == root else path.parent) for path in fresh]
+    single = list({folders.fingerprint(path): path for path in reversed(fresh)}.values())[::-1]
+    parts = _parts(good, set(single), root, strips)
     scores: list[float] = []
     owners: list[str] = []
-    with progress("calibrate", len(strips), "images") as update:
-        for i, band, opened in view.maps(_ahead(_bands(strips, view, update))):
-            # Tiles that stick out of an image are not the unit: what they show is less.
-            whole = band.pixels.shape[1] // view.tile if band.height == view.tile else 0
-            scores += tiles.maxima(opened, view.tile)[:whole].tolist()
-            owners += [groups[i]] * whole
+    with progress("calibrate", len(single), "images") as update:
+        for i, band in _ahead(_bands([strip for _, strip in parts], view, update)):
+            # What is smaller than a tile is not the unit.
+            if band.offset + band.height == view.tile <= band.pixels.shape[1]:
+                maps = view.cores(tiles.cut(band, tile=view.tile, halo=view.halo))
+                scores += maps.max((1, 2)).tolist()
+                owners += [parts[i][0]] * len(maps)
     if not scores:
         raise InputError(f"no image in {root} is as large as a tile of {view.tile} pixels: use a smaller --tile_px")
-    single = calibration.one_per_group(scores, owners, seed=config.seed)
+    drawn = calibration.one_per_group(scores, owners, seed=config.seed)
     return {
-        "images": len(strips),
-        "left_out_as_trained_on": len(good) - len(strips),
+        "images": len(single),
+        "left_out_as_trained_on": len(good) - len(fresh),
+        "left_out_as_copies": len(fresh) - len(single),
         "tiles": len(scores),
-        "groups": len(single),
-        "scores": single.tolist(),
+        "groups": len(drawn),
+        "scores": drawn.tolist(),
     }
+
+
+def _parts(good: Sequence[Path], used: set[Path], root: Path, strips: bool) -> list[tuple[str, Strip]]:
+    """Groups and what is inspected of them as one: images that follow each other, or each image.
+
+    Raises:
+      InputError: names of a strip's images are not in order.
+    """
+    groups: dict[str, list[Path]] = {}
+    for path in good:
+        groups.setdefault(path.relative_to(root).parts[0], []).append(path)
+    found = []
+    for group, members in groups.items():
+        if strips:
+            _check_order(members, root)
+        run: list[Path] = []
+        # An image that is left out is a gap.
+        for path, following in zip(members, [*members[1:], None], strict=True):
+            run += [path] if path in used else []
+            if run and not (strips and path in used and following in used):
+                found.append((group, Strip(Camera(), "", tuple(run))))
+                run = []
+    return found
 
 
 @dataclasses.dataclass
@@ -363,6 +513,7 @@ class _Found:
     sizes: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     close_ups: dict[int, str] = dataclasses.field(default_factory=dict)
     worst: list[tuple[float, int]] = dataclasses.field(default_factory=list)
+    cut_short: list[str] = dataclasses.field(default_factory=list)  # sentences
     inspected_now: int = 0  # pixels, since this start
 
     def wants(self, peak: float) -> bool:
@@ -373,6 +524,7 @@ class _Found:
         self.scores.extend(record["scores"])
         if record["finished"]:
             self.sizes[record["strip"]] = record["size"]
+            self.cut_short += [record["cut_short"]] if record["cut_short"] else []
         for row, close_up in zip(record["rows"], record["close_ups"], strict=True):
             if close_up is not None and self.wants(row["peak"]):
                 # Of equal peaks the first stay.
@@ -441,23 +593,37 @@ def _inspect(view: View, strips: Sequence[Strip], limit: Limit, frames: int, out
             for r, value in zip(regions, p, strict=True)
         ]
         close_ups = [crops.get((r.peak_y, r.peak_x)) for r in regions]
-        line = {"strip": strip, "finished": False, "scores": [], "rows": rows, "close_ups": close_ups, **state}
+        line = {
+            "strip": strip,
+            "finished": False,
+            "cut_short": None,
+            "scores": [],
+            "rows": rows,
+            "close_ups": close_ups,
+            **state,
+        }
         journal.write(line)
         found.add(line)
 
     crops: dict[tuple[int, int], str] = {}
+    cut_short: dict[int, str] = {}
     at, done, size, pending = -1, 0, [0, 0], ledger.nothing(0)
     if before is not None and record is not None:
         at, done, size = first, skip, record["size"]
         pending, crops = before
     with progress("inspect", frames, "frames") as update:
-        for strip, band, opened in view.maps(_ahead(_bands(strips, view, update, first=first, skip=skip))):
+        bands = _bands(strips, view, update, first=first, skip=skip, cut_short=cut_short)
+        for strip, band, opened in view.maps(_ahead(bands)):
             if strip != at:
                 if at >= 0:
-                    note(at, pending.regions, crops, finished=True, size=size)
+                    note(at, pending.regions, crops, finished=True, size=size, cut_short=cut_short.get(at))
                 at, done, pending, crops = strip, 0, ledger.nothing(opened.shape[1]), {}
+            if limit.scores.size:
+                _check_size(strips[strip].paths[0], (band.offset + band.height, opened.shape[1]), view.tile)
             closed, pending = ledger.advance(pending, opened, limit.threshold, top=band.top)
-            crops = _crops(crops, band, view.halo, [r for r in closed if found.wants(r.peak)] + list(pending.regions))
+            # Who is not among the worst now will not be later.
+            wanted = [r for r in (*closed, *pending.regions) if found.wants(r.peak)]
+            crops = _crops(crops, band, view.halo, wanted)
             found.inspected_now += opened.size
             done, size = done + 1, [band.top + band.height, opened.shape[1]]
             scores = tiles.maxima(opened, view.tile).tolist()
@@ -465,7 +631,7 @@ def _inspect(view: View, strips: Sequence[Strip], limit: Limit, frames: int, out
             note(strip, closed, crops, scores=scores, bands=done, size=size, open=_to_json(pending, crops))
             crops = {key: crop for key, crop in crops.items() if key in left}
     if at >= 0:
-        note(at, pending.regions, crops, finished=True, size=size)
+        note(at, pending.regions, crops, finished=True, size=size, cut_short=cut_short.get(at))
     return found
 
 
@@ -480,7 +646,7 @@ def _crops(
         if key in known:
             crops[key] = known[key]
             continue
-        centre = r.peak_y - band.top + halo
+        centre = r.peak_y - (band.top - band.offset) + halo
         y, x = (
             int(np.clip(c - _CLOSE_UP_PX // 2, 0, max(0, n - _CLOSE_UP_PX)))
             for c, n in ((centre, rows), (r.peak_x, columns))
@@ -499,7 +665,7 @@ def _to_json(state: ledger.Open, crops: dict[tuple[int, int], str]) -> dict[str,
         "width": state.labels.size,
         "runs": [[start, int(state.labels[start])] for start in starts],
         "regions": [dataclasses.astuple(r) for r in state.regions],
-        "close_ups": [crops[r.peak_y, r.peak_x] for r in state.regions],
+        "close_ups": [crops.get((r.peak_y, r.peak_x)) for r in state.regions],
     }
 
 
@@ -513,7 +679,7 @@ def _opened_again(record: dict[str, Any]) -> tuple[ledger.Open, dict[tuple[int, 
     names = [f.name for f in dataclasses.fields(ledger.Region)]
     kept = [dict(zip(names, fields, strict=True)) for fields in stored["regions"]]
     regions = [ledger.Region(**{**fields, "sums": tuple(fields["sums"])}) for fields in kept]
-    crops = {(r.peak_y, r.peak_x): crop for r, crop in zip(regions, stored["close_ups"], strict=True)}
+    crops = {(r.peak_y, r.peak_x): crop for r, crop in zip(regions, stored["close_ups"], strict=True) if crop}
     return ledger.Open(tuple(regions), labels), crops
 
 
@@ -544,6 +710,7 @@ def _write(
         "threshold": limit.threshold,
         "calibration": limit.record,
         "recurrence": rolls,
+        "cut_short": found.cut_short,
         "megapixels": sum(h * w for h, w in found.sizes.values()) / 1e6,
         "megapixels_per_second": found.inspected_now / 1e6 / seconds if seconds > 0 else None,
         "settings": settings,
@@ -554,7 +721,8 @@ def _write(
     files.write_text(out / "ledger.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     for defect, png in close_ups.items():
         files.write_bytes(out / "close_ups" / f"{defect:06d}.png", png)
-    name = Path(settings["source"]).name
+    # A name that is not UTF-8 cannot be drawn.
+    name = Path(settings["source"]).name.encode("utf-8", "backslashreplace").decode()
     counted = f"{len(rows)} defect{'s' * (len(rows) != 1)}"
     sides, unit = _coil(strips, found, rows, rolls)
     coil = figures.coil_map(out / "coil_map.png", sides, unit=unit, title=f"{name}: {counted}")
@@ -567,12 +735,13 @@ def _write(
         title="tile scores" + (" of calibration (above) and inspection" if limit.scores.size else ""),
     )
     verdict = f"{counted} in {alarmed} of {len(scores)} tiles." if rows else f"Clean: no defect in {len(scores)} tiles."
+    verdict = " ".join([verdict, *(f"Not all was inspected: {sentence}." for sentence in found.cut_short)])
     files.write_text(
         out / "report.html",
         page.inspection(
             title=f"Inspection of {name}",
             verdict=verdict,
-            clean=not rows,
+            clean=not rows and not found.cut_short,
             facts=[*_facts(summary), *((k, str(v)) for k, v in settings.items())],
             pictures=[("Where the defects lie", coil.read_bytes()), ("Tile scores", histogram.read_bytes())],
             rows=sorted(rows, key=lambda r: -r["peak"])[:_LISTED],
@@ -591,9 +760,10 @@ def promise_sentence(record: dict[str, Any]) -> str:
     """What a summary's `calibration` promises, in one or two sentences."""
     if record["form"] == "none":
         return "No calibration images were given, so nothing is promised of false alarms: the threshold is the training run's."
+    copies = f", {record['left_out_as_copies']} as copies" if record.get("left_out_as_copies") else ""
     counted = (
         f"{record['groups']} independent good tiles, one of each of {record['groups']} groups ({record['images']} images, "
-        f"{record['left_out_as_trained_on']} more left out because they were trained on)"
+        f"{record['left_out_as_trained_on']} more left out because they were trained on{copies})"
     )
     if record["form"] == "model":
         low, high = record["per_m2_interval"]
@@ -609,6 +779,8 @@ def promise_sentence(record: dict[str, Any]) -> str:
 
 def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     facts = [("promise", promise_sentence(summary["calibration"])), ("threshold", f"{summary['threshold']:.6g}")]
+    if not summary["settings"]["training_finished"]:
+        facts.append(("training", "The model's training run is not finished: this is its newest checkpoint."))
     facts += [(f"recurrence, {r['side']}", r["sentence"]) for r in summary["recurrence"]]
     speed = summary["megapixels_per_second"]
     if speed is not None:
@@ -619,47 +791,73 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
 def _rolls(
     config: configs.Inspection, strips: Sequence[Strip], found: _Found, rows: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Periods of the defects on endless strips, by side; several rolls may be damaged."""
+    """Periods of the defects on endless strips, by side, or by camera where a scale is not known; several rolls may be damaged."""
     results = []
     for side in sorted({s.camera.side for s in strips}, reverse=True):
-        members = [i for i, s in enumerate(strips) if s.camera.side == side and not s.image]
-        if not members:
-            continue
-        scales = [strips[i].camera.mm_per_px for i in members]
-        metric = None not in scales
-        unit = "mm" if metric else "px"
-        length = max(
-            found.sizes[i][0] * (scale if metric and scale else 1) for i, scale in zip(members, scales, strict=True)
-        )
-        seen = [r for r in rows if r["side"] == side and not r["image"]]
-        seen = sorted(seen, key=lambda r: -r["peak"])[:_LISTED]
-        for _ in range(5):
-            one = recurrence.find(
-                [r[f"along_{unit}"] for r in seen],
-                [r[f"across_{unit}"] for r in seen],
-                length,
-                tolerance_mm=_PLACE_MM if metric else _PLACE_PX,
-                look=np.log([[r["length_px"], r["width_px"]] for r in seen]).reshape(-1, 2),
-                pitch_mm=config.pitch_mm if metric and config.pitch_mm else None,
-                seed=config.seed,
-            )
-            if one is None or not one.periodic:
-                break
-            results.append(
-                {
-                    "side": side,
-                    "unit": unit,
-                    "period": one.period_mm,
-                    "roll_diameter": one.roll_diameter_mm,
-                    "phase": one.phase_mm,
-                    "turns": one.turns,
-                    "p_value": one.p_value,
-                    "members": sorted(seen[k]["defect"] for k in one.members),
-                    "sentence": recurrence.summary(one, unit),
-                }
-            )
-            seen = [r for k, r in enumerate(seen) if k not in set(one.members)]
+        own = [i for i, s in enumerate(strips) if s.camera.side == side and not s.single]
+        metric = all(strips[i].camera.mm_per_px for i in own)
+        for members in [own] if metric and own else [[i] for i in own]:
+            results += _periods(config, {i: strips[i] for i in members}, found, rows, "mm" if metric else "px")
     return results
+
+
+def _periods(
+    config: configs.Inspection, strips: Mapping[int, Strip], found: _Found, rows: Sequence[dict[str, Any]], unit: str
+) -> list[dict[str, Any]]:
+    """Of strips side by side."""
+    metric = unit == "mm"
+    scales = {i: s.camera.mm_per_px or 1 if metric else 1 for i, s in strips.items()}
+    cameras = {s.camera.name: s.camera for s in strips.values()}
+    length = max(found.sizes[i][0] * scale for i, scale in scales.items())
+    seen = [r for r in rows if r["camera"] in cameras and not r["image"]]
+    seen = sorted(seen, key=lambda r: -r["peak"])[:_LISTED]
+    results: list[dict[str, Any]] = []
+    for _ in range(5):
+        one = recurrence.find(
+            [r[f"along_{unit}"] for r in seen],
+            [r[f"across_{unit}"] for r in seen],
+            length,
+            tolerance_mm=_PLACE_MM if metric else _PLACE_PX,
+            look=np.log([[r["length_px"], r["width_px"]] for r in seen]).reshape(-1, 2),
+            pitch_mm=config.pitch_mm if metric and config.pitch_mm else None,
+            seed=config.seed,
+        )
+        if one is None or not one.periodic:
+            break
+        suspect = _own_period(one.period_mm, config.tile_px, strips, scales)
+        results.append(
+            {
+                "side": next(iter(cameras.values())).side,
+                "cameras": list(cameras),
+                "unit": unit,
+                "period": one.period_mm,
+                "roll_diameter": one.roll_diameter_mm,
+                "phase": one.phase_mm,
+                "turns": one.turns,
+                "turns_seen": one.seen,
+                "p_value": one.p_value,
+                "members": sorted(seen[k]["defect"] for k in one.members),
+                "sentence": " ".join([recurrence.summary(one, unit), *suspect]),
+            }
+        )
+        seen = [r for k, r in enumerate(seen) if k not in set(one.members)]
+    return results
+
+
+def _own_period(period: float, tile: int, strips: Mapping[int, Strip], scales: Mapping[int, float]) -> list[str]:
+    """Sentences where a period is one that the camera or the inspection brings along."""
+    found = {}
+    for i, strip in strips.items():
+        # Of many multiples one is near by chance.
+        for what, side in (("tile", tile), ("frame", next(strip.frames()).shape[0])):
+            step = side * scales[i]
+            times = round(period / step)
+            if times and abs(period - times * step) <= min(0.01 * period, 0.05 * step):
+                number = "the height" if times == 1 else f"{times} times the height"
+                found[what] = (
+                    f"This is {number} of a {what}, so look whether the {what} makes the marks rather than a roll."
+                )
+    return list(found.values())
 
 
 def _coil(strips: Sequence[Strip], found: _Found, rows: Sequence[dict[str, Any]], rolls: Sequence[dict[str, Any]]):

@@ -23,7 +23,7 @@ from steel_ad.studies.evaluation import Thresholds
 from steel_ad.train.state import TrainState, create
 
 # What is read off a trained model; --evaluate_only may change it.
-_READING = ("threshold", "percentile", "radius")
+READING = ("threshold", "percentile", "radius")
 _PROCEDURAL_DEFECTS = 600
 _SENTENCES = 10  # about defects left out
 
@@ -55,7 +55,7 @@ def run(
     if not evaluate_only:
         parallel.check_batch(config.batch_size, parallel.mesh())
     settings = {**configs.to_dict(config), "data": os.path.normpath(data), "defects": defects_from}
-    if finished := runs.begin(workdir, settings, evaluate_only=evaluate_only, reading=_READING):
+    if finished := runs.begin(workdir, settings, evaluate_only=evaluate_only, reading=READING):
         return finished
     line = _load_line(config, data, load)
     samples, used = _samples(config, line, defects_from, [data])
@@ -105,7 +105,7 @@ def transfer(
         "target": os.path.normpath(target),
         "defects": defects_from,
     }
-    if finished := runs.begin(workdir, settings, evaluate_only=evaluate_only, reading=_READING):
+    if finished := runs.begin(workdir, settings, evaluate_only=evaluate_only, reading=READING):
         return finished
     lines = {"source": _load_line(config, source, load), "target": _load_line(config, target, load)}
     samples, used = _samples(config, lines["source"], defects_from, [source, target])

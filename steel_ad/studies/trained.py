@@ -14,7 +14,9 @@ from steel_ad.detectors import Detector, autoencoder, segmentation
 from steel_ad.detectors.autoencoder import AutoencoderDetector
 from steel_ad.detectors.segmentation import SegmentationDetector
 from steel_ad.errors import InputError
+from steel_ad.studies import autoencoder as autoencoder_run
 from steel_ad.studies import files
+from steel_ad.studies import segmentation as segmentation_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Trained:
       settings: of the run.
       sha256: of the settings that the map depends on, and the weights.
       trained_on: hashes of the images that the run was trained on.
+      finished: whether its training is.
     """
 
     detector: Detector
@@ -39,6 +42,7 @@ class Trained:
     settings: dict[str, Any]
     sha256: str
     trained_on: frozenset[str]
+    finished: bool = True
 
 
 def load(workdir: Path, map_name: str = "") -> Trained:
@@ -54,6 +58,11 @@ def load(workdir: Path, map_name: str = "") -> Trained:
     if not path.exists():
         raise InputError(f"there is no trained model in {workdir}: name the --workdir of a run")
     settings = files.read_json(path)
+    metrics = workdir / "metrics.json"
+    evaluated = files.read_json(metrics) if metrics.exists() else {}
+    # The threshold belongs to the map that was evaluated last.
+    reading = segmentation_run.READING if "defects" in settings else autoencoder_run.READING
+    settings |= {k: v for k, v in evaluated.get("config", {}).items() if k in reading}
     if "source" in settings:
         raise InputError(f"{workdir} is a run of experiments.transfer: name one of autoencoder or segmentation")
     fields = {k: v for k, v in settings.items() if k not in ("data", "defects")}
@@ -79,8 +88,7 @@ def load(workdir: Path, map_name: str = "") -> Trained:
     digest = hashlib.sha256(json.dumps([name, radius, fields], sort_keys=True).encode())
     for leaf in jax.tree.leaves(state):
         digest.update(np.asarray(leaf).tobytes())
-    metrics = workdir / "metrics.json"
-    limits = files.read_json(metrics)["thresholds"] if metrics.exists() else {}
+    limits = evaluated.get("thresholds", {})
     return Trained(
         detector,
         state,
@@ -90,6 +98,7 @@ def load(workdir: Path, map_name: str = "") -> Trained:
         settings,
         digest.hexdigest(),
         frozenset(r["sha256"] for r in files.read_json(workdir / "manifest.json") if r["use"] == "train"),
+        bool(evaluated.get("finished")),
     )
 
 
