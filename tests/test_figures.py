@@ -427,3 +427,23 @@ def test_no_global_state_of_matplotlib_is_touched(tmp_path):
         "assert 'matplotlib.pyplot' not in sys.modules and settings() == before"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_title_is_no_formula(tmp_path):
+    side = figures.Coil(
+        name="top",
+        length=9.0,
+        width=9.0,
+        across=0.0,
+        joints=(),
+        boxes=np.array([[1.0, 2.0, 3.0, 5.0], [4.0, 4.0, 5.0, 5.0]]),
+        scores=np.array([0.1, 0.9]),
+        periodic=np.zeros(2, bool),
+    )
+    path = figures.coil_map(tmp_path / "a.png", [side], unit="px", title=r"cost_$\frac$")
+    assert path.stat().st_size > 0
+    # One artist for all boxes, each with its corners.
+    (axes, *_) = figures._coil_map([side], unit="px", title="").axes
+    (boxes,) = (c for c in axes.collections if len(c.get_paths()) == 2)
+    np.testing.assert_array_equal(boxes.get_paths()[0].get_extents().get_points(), [[1, 2], [3, 5]])
+    assert not axes.patches

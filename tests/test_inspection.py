@@ -5,6 +5,7 @@ import csv
 import html.parser
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from scipy import ndimage
 
 from steel_ad import config as configs
 from steel_ad.config import Inspection
-from steel_ad.data import folders, plates
+from steel_ad.data import folders, plates, video
 from steel_ad.detectors import autoencoder, segmentation
 from steel_ad.errors import InputError
 from steel_ad.inspection import ledger, tiles
@@ -204,10 +205,10 @@ def test_images_go_on_after_an_interruption_between_them(model, plates_64, tmp_p
 
 
 class Shifted:
-    """How far each pixel is from that a pitch of 8 before it."""
+    """How far each pixel is from that a pitch of 8 behind it: much where the image is mirrored."""
 
     def residual(self, state, image):
-        return jnp.abs(image - jnp.roll(image, 8, 1)) + jnp.abs(image - jnp.roll(image, 8, 0))
+        return jnp.abs(image - jnp.roll(image, -8, 1)) + jnp.abs(image - jnp.roll(image, -8, 0))
 
 
 def sines(path, rng, count, shape):
@@ -284,8 +285,7 @@ def test_a_group_is_a_subfolder_of_the_root_and_copies_count_once(model, plates_
 def test_a_strip_calibrates_on_strips_in_the_order_of_their_names(model, strip, plates_64, tmp_path):
     good = tmp_path / "good"
     for i in range(5):
-        turned = np.roll(strip, 60 * i, 0)
-        for k, part in enumerate(np.split(turned, 11)):  # of 30 lines each, less than a tile
+        for k, part in enumerate(np.split(strip // 2 + np.uint8(8 * i), 11)):  # of 30 lines each, less than a tile
             write(good / f"{i}" / f"{k:02d}.png", part)
     write(tmp_path / "in" / "0.png", strip)
     found = inspect(model, tmp_path / "in", tmp_path / "out", good=good, strip=True)
@@ -293,13 +293,13 @@ def test_a_strip_calibrates_on_strips_in_the_order_of_their_names(model, strip, 
     with pytest.raises(InputError, match=r"no image .* as large as a tile"):
         inspect(model, tmp_path / "in", tmp_path / "other", good=good)
     # What is left out is a gap.
-    write(good / "0" / "03.png", cv2.imread(str(good / "1" / "03.png"), cv2.IMREAD_GRAYSCALE))
+    (good / "0" / "05.png").write_bytes((good / "1" / "05.png").read_bytes())
     gap = inspect(model, tmp_path / "in", tmp_path / "gap", good=good, strip=True)["calibration"]
-    assert (gap["left_out_as_copies"], gap["tiles"]) == (1, 5 * 7 * 2 - 14 + 2 * (2 + 5))
+    assert (gap["left_out_as_copies"], gap["tiles"]) == (1, 2 * (4 * 7 + 4 + 4))
     os.rename(good / "2" / "02.png", good / "2" / "2.png")
     os.rename(good / "2" / "10.png", good / "2" / "a10.png")
     os.rename(good / "2" / "00.png", good / "2" / "10.png")
-    with pytest.raises(InputError, match=r"10.png would come before 2.png: pad"):
+    with pytest.raises(InputError, match=r"03.png would come before 2.png: pad"):
         inspect(model, tmp_path / "in", tmp_path / "third", good=good, strip=True)
     for i in (2, 10):
         write(tmp_path / "frames" / f"frame_{i}.png", plates_64[0])
@@ -602,3 +602,117 @@ def test_close_ups_are_png():
     image = np.arange(64, dtype=np.uint8).reshape(8, 8)
     decoded = cv2.imdecode(np.frombuffer(folders.png(image), np.uint8), cv2.IMREAD_UNCHANGED)
     np.testing.assert_array_equal(decoded, image)
+
+
+def test_a_name_that_is_not_utf_8_costs_no_report(model, plates_64, tmp_path):
+    (tmp_path / "in").mkdir()
+    image = plates_64[0].copy()
+    image[10:20, 10:20] = 255
+    (tmp_path / "in" / os.fsdecode(b"pl\xe9.png")).write_bytes(folders.png(image))
+    found = inspect(model, tmp_path / "in", tmp_path / "out", good="", threshold=0.25)
+    assert found["defects"] > 0
+    for name in ("ledger.csv", "report.html"):
+        assert "pl\\udce9.png" in (tmp_path / "out" / name).read_text()
+
+
+def test_the_journal_keeps_close_ups_of_the_worst_only(model, tmp_path):
+    image = np.full((144, 480), 128, np.uint8)
+    for k in range(30):
+        image[10:16, 16 * k + 2 : 16 * k + 8] = 255
+        image[80:110, 16 * k + 2 : 16 * k + 6] = 180
+    write(tmp_path / "a.png", image)
+    inspect(model, tmp_path / "a.png", tmp_path / "out", good="", threshold=0.1)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "journal.jsonl").read_text().splitlines()]
+    assert len(lines[1]["open"]["regions"]) == 30
+    assert lines[1]["open"]["close_ups"] == [None] * 30
+    assert len(list((tmp_path / "out" / "close_ups").iterdir())) == 24
+
+
+def test_a_video_that_is_cut_short_is_reported_as_far_as_it_goes(model, tmp_path, monkeypatch):
+    frame = np.full((40, 64), 128, np.uint8)
+    last = frame.copy()
+    last[30:38, 20:30] = 255
+
+    def frames(path):
+        yield from (frame, frame, last)
+        raise video.CutShort(f"{path} promises 9 frames")
+
+    monkeypatch.setattr(video, "frames", frames)
+    monkeypatch.setattr(video, "length", lambda path: 9)
+    (tmp_path / "a.avi").write_bytes(b"x")
+    found = inspect(model, tmp_path / "a.avi", tmp_path / "out", good="", threshold=0.25)
+    assert (found["defects"], found["megapixels"]) == (1, 120 * 64 / 1e6)
+    assert len(found["cut_short"]) == 1
+    assert "Not all was inspected" in (tmp_path / "out" / "report.html").read_text()
+    (tmp_path / "out" / "summary.json").unlink()
+    assert (
+        inspect(model, tmp_path / "a.avi", tmp_path / "out", good="", threshold=0.25)["cut_short"] == found["cut_short"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strip": True}, "--strip is for a folder"),
+        ({"pitch_mm": 5.0}, "--pitch_mm=5 needs --mm_per_px"),
+        ({"confidence": 0.95, "good": "", "threshold": 0.5}, "give --calibration"),
+        ({"false_alarms_per_m2": 0.1, "mm_per_px": 1.0, "good": "", "threshold": 0.5}, "give --calibration"),
+        ({"false_alarms_per_m2": 0.1, "mm_per_px": 1.0, "confidence": 0.9}, "leave one out"),
+    ],
+)
+def test_settings_without_effect_are_refused(model, strip, tmp_path, settings, message):
+    write(tmp_path / "a.png", strip)
+    with pytest.raises(InputError, match=message):
+        inspect(model, tmp_path / "a.png", tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_written_is_never_what_is_read(model, strip, tmp_path):
+    write(tmp_path / "in" / "a.png", strip)
+    write(tmp_path / "good" / "a.png", strip)
+    for out in (tmp_path / "in", tmp_path / "in" / "out", tmp_path / "good" / "out"):
+        with pytest.raises(InputError, match="which is read"):
+            inspect(model, tmp_path / "in", out, good=tmp_path / "good")
+    (tmp_path / "good" / "ground_truth").mkdir()
+    with pytest.raises(InputError, match="a data set with defective images"):
+        inspect(model, tmp_path / "in", tmp_path / "out", good=tmp_path / "good")
+
+
+def test_the_scale_is_that_of_cameras_without_one(model, strip, tmp_path):
+    for name in ("left", "right"):
+        write(tmp_path / f"{name}.png", strip)
+    rows = [{"name": "left", "source": "left.png"}, {"name": "right", "source": "right.png", "mm_per_px": 0.5}]
+    (tmp_path / "cameras.json").write_text(json.dumps(rows))
+    inspect(model, tmp_path / "cameras.json", tmp_path / "out", good="", threshold=0.3, mm_per_px=2.0)
+    found = [json.loads(line) for line in (tmp_path / "out" / "ledger.jsonl").read_text().splitlines()]
+    assert {(r["camera"], r["along_mm"] / r["along_px"]) for r in found} == {("left", 2.0), ("right", 0.5)}
+    with pytest.raises(InputError, match="takes one scale"):
+        inspect(model, tmp_path / "cameras.json", tmp_path / "b", false_alarms_per_m2=0.1, mm_per_px=2.0)
+
+
+def test_cameras_without_a_scale_have_rolls_of_their_own(tmp_path):
+    write(tmp_path / "0.png", np.zeros((70, 9), np.uint8))
+    cameras = [ledger.Camera("left"), ledger.Camera("right")]
+    strips = [inspection.Strip(c, "", (tmp_path / "0.png",)) for c in cameras]
+    found = inspection._Found(sizes={0: [2000, 9], 1: [4000, 9]})
+    look = {"side": "top", "image": "", "length_px": 9.0, "width_px": 9.0, "peak": 1.0, "across_px": 4.0}
+    rows = [{**look, "defect": k, "camera": "left", "along_px": 100.0 * k + 31} for k in range(20)]
+    rng = np.random.default_rng(0)
+    rows += [{**look, "defect": 20 + k, "camera": "right", "along_px": rng.uniform(0, 4000)} for k in range(20)]
+    (roll,) = inspection._rolls(tile_settings(), strips, found, rows)
+    assert (roll["cameras"], roll["turns"], roll["members"]) == (["left"], 20, list(range(20)))
+
+
+def test_a_runs_threshold_comes_with_the_settings_it_was_found_with(model, tmp_path):
+    shutil.copytree(model / "ae", tmp_path / "ae")
+    assert not trained.load(tmp_path / "ae").finished
+    known = files.read_json(tmp_path / "ae" / "config.json")
+    record = {
+        "finished": True,
+        "config": {**known, "radius": 3, "maps": ["ssim"]},
+        "thresholds": {"ssim": {"pixel": 0.7}},
+    }
+    files.write_json(tmp_path / "ae" / "metrics.json", record)
+    found = trained.load(tmp_path / "ae")
+    assert (found.radius, found.detector.map, found.threshold, found.finished) == (3, "ssim", 0.7, True)
+    assert found.sha256 != trained.load(model / "ae").sha256

@@ -149,3 +149,33 @@ def test_a_camera_that_cannot_be_is_refused():
         Camera("a", "left")
     with pytest.raises(InputError, match="mm_per_px"):
         Camera("a", mm_per_px=0.0)
+
+
+def test_a_camera_has_a_place():
+    with pytest.raises(InputError, match="across_mm=nan"):
+        Camera("a", across_mm=math.nan)
+
+
+def test_of_many_rows_those_stay_that_the_definition_keeps():
+    rng = np.random.default_rng(5)
+    cameras = [Camera("a", mm_per_px=1), Camera("b", across_mm=20, mm_per_px=1), Camera("c", across_mm=40, mm_per_px=1)]
+    rows = []
+    for k in range(400):
+        top, left = rng.integers(0, 600), rng.integers(0, 40)
+        bottom, right = top + rng.integers(1, 300 if k % 50 == 0 else 20), left + rng.integers(1, 20)
+        box = {"top_px": top, "left_px": left, "bottom_px": bottom, "right_px": right}
+        area = int(rng.integers(1, 30))
+        rows.append({"side": "top", "image": "", "camera": cameras[k % 3].name, "area_mm2": area, **box, "k": k})
+    across = {c.name: c.across_mm for c in cameras}
+    kept = []
+    for r in sorted(rows, key=lambda r: -r["area_mm2"]):
+
+        def meets(o, r=r):
+            shift = across[o["camera"]] - across[r["camera"]]
+            along = o["top_px"] < r["bottom_px"] and r["top_px"] < o["bottom_px"]
+            return along and o["left_px"] + shift < r["right_px"] and r["left_px"] < o["right_px"] + shift
+
+        if not any(o["camera"] != r["camera"] and meets(o) for o in kept):
+            kept.append(r)
+    assert 20 < len(kept) < 380
+    assert [r["k"] for r in ledger.deduplicated(rows, cameras)] == sorted(r["k"] for r in kept)

@@ -230,18 +230,30 @@ def deduplicated(rows: Sequence[Mapping[str, Any]], cameras: Sequence[Camera]) -
     for i, r in enumerate(rows):
         if known[r["camera"]].mm_per_px is not None:
             groups.setdefault((r["side"], r["image"]), []).append(i)
-    dropped = np.zeros(len(rows), bool)
+    dropped: set[int] = set()
     for members in groups.values():
-        names = np.array([rows[i]["camera"] for i in members])
-        if len(set(names.tolist())) < 2:
-            continue
-        box, area = boxes[members], np.array([rows[i]["area_mm2"] for i in members])
-        kept = np.zeros(len(members), bool)
-        for k in np.argsort(-area, kind="stable"):
-            meets = (box[:, :2] < box[k, 2:]).all(1) & (box[k, :2] < box[:, 2:]).all(1)
-            kept[k] = not (meets & kept & (names != names[k])).any()
-        dropped[np.array(members)[~kept]] = True
-    return [r for r, gone in zip(rows, dropped, strict=True) if not gone]
+        meeting = _meeting(members, boxes, [r["camera"] for r in rows])
+        kept: set[int] = set()
+        for i in sorted(members, key=lambda i: -rows[i]["area_mm2"]):
+            (dropped if meeting.get(i, set()) & kept else kept).add(i)
+    return [r for i, r in enumerate(rows) if i not in dropped]
+
+
+def _meeting(members: Sequence[int], boxes: np.ndarray, cameras: Sequence[str]) -> dict[int, set[int]]:
+    """Of each box that meets one of another camera, which; only boxes that are abreast are compared."""
+    found: dict[int, set[int]] = {}
+    if len({cameras[i] for i in members}) < 2:
+        return found
+    abreast: list[int] = []
+    for i in sorted(members, key=lambda i: boxes[i, 0]):
+        top, left, _, right = boxes[i]
+        abreast = [k for k in abreast if boxes[k, 2] > top]
+        for k in abreast:
+            if cameras[k] != cameras[i] and boxes[k, 1] < right and boxes[k, 3] > left:
+                found.setdefault(i, set()).add(k)
+                found.setdefault(k, set()).add(i)
+        abreast.append(i)
+    return found
 
 
 def _box(r: Mapping[str, Any], camera: Camera) -> tuple[float, float, float, float]:

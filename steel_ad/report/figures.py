@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
+from matplotlib.collections import PolyCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -281,7 +282,7 @@ def _training_curve(history: Mapping[str, Any], *, title: str) -> Figure:
     step, loss = np.asarray(history["step"]), np.asarray(history["loss"], np.float64)
     rate = history.get("learning_rate")
     figure = Figure(figsize=(WIDTH_IN, 4.5 if rate is None else 5.6), layout="constrained")
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(title, fontsize=13, parse_math=False)
     panels = figure.subplots(
         1 if rate is None else 2, 1, sharex=True, squeeze=False, height_ratios=[1] if rate is None else [3, 1]
     )[:, 0]
@@ -376,7 +377,7 @@ def _score_histogram(
     edges = np.geomspace(low, high, 41) if log else np.linspace(low, high, 41)
 
     figure = Figure(figsize=(WIDTH_IN, 1.4 + 1.9 * len(groups)), layout="constrained")
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(title, fontsize=13, parse_math=False)
     panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
     for axes, group, colours in zip(panels, groups, ((BLUE,), KINDS), strict=False):
         bottom = np.zeros(40)
@@ -423,7 +424,7 @@ def _score_histogram(
 
 def _curves(series: Mapping[str, Mapping[str, Any]], *, title: str) -> Figure:
     figure = Figure(figsize=(WIDTH_IN, 4.8 + 0.22 * len(series)), layout="constrained")
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(title, fontsize=13, parse_math=False)
     roc, pro = figure.subplots(1, 2)
     roc.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":")
     roc.annotate("chance", (0.7, 0.7), xytext=(4, -4), textcoords="offset points", va="top", color=GREY)
@@ -507,7 +508,7 @@ def _insertion(rows: Sequence[Insertion], *, title: str) -> Figure:
 
 def _coil_map(sides: Sequence[Coil], *, unit: str, title: str) -> Figure:
     figure = Figure(figsize=(WIDTH_IN, 0.9 + 2.3 * len(sides)), layout="constrained")
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(title, fontsize=13, parse_math=False)
     panels = figure.subplots(len(sides), 1, squeeze=False)[:, 0]
     scores = np.concatenate([side.scores for side in sides])
     norm = Normalize(*_widened(float(scores.min()), float(scores.max()))) if scores.size else None
@@ -523,9 +524,12 @@ def _coil_map(sides: Sequence[Coil], *, unit: str, title: str) -> Figure:
             axes.axvline(joint / along, color="white", lw=1)
         middle = (boxes[:, :2] + boxes[:, 2:]) / 2
         if norm is not None and len(boxes):
-            for (x0, y0, x1, y1), score in zip(boxes, side.scores, strict=True):
-                colour = RESIDUAL_COLOURS(norm(score))
-                axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=colour, edgecolor=colour, lw=0.5))
+            # One artist for all: a coil may have a hundred thousand.
+            corners = boxes[:, [[0, 1], [2, 1], [2, 3], [0, 3]]]
+            drawn = PolyCollection(
+                list(corners), array=side.scores, cmap=RESIDUAL_COLOURS, norm=norm, edgecolors="face", lw=0.5
+            )
+            axes.add_collection(drawn, autolim=False)
             axes.scatter(*middle.T, s=14, c=side.scores, cmap=RESIDUAL_COLOURS, norm=norm, zorder=3, lw=0)
             rings = middle[side.periodic]
             if len(rings):
@@ -544,7 +548,7 @@ def _detectability(kinds: Mapping[str, Sequence[Detection]], *, unit: str, title
     columns = min(3, len(kinds))
     rows = -(-len(kinds) // columns)
     figure = Figure(figsize=(WIDTH_IN, 0.9 + 2.6 * rows), layout="constrained")
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(title, fontsize=13, parse_math=False)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     sizes = np.concatenate([d.size for ds in kinds.values() for d in ds])
     low, high = sizes.min() / 1.1, sizes.max() * 1.1
@@ -594,7 +598,7 @@ def _panels(
         figsize=(WIDTH_IN, len(labels) * (height_in + 0.25) + 0.8 + extra_in),
         layout=ConstrainedLayoutEngine(compress=True, w_pad=0.04, h_pad=0.04),
     )
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(title, fontsize=13, parse_math=False)
     grid = figure.subplots(len(labels), len(headers), squeeze=False)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])

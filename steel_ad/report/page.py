@@ -105,4 +105,5 @@ def _cell(value: Any) -> str:
     if isinstance(value, int | float):
         shown = f"{value:d}" if isinstance(value, int) else f"{value:#.4g}".removesuffix(".")
         return f'<td class="number" data-value="{value!r}">{shown}</td>'
-    return f"<td data-value={_quoted(str(value))}>{_text(value)}</td>"
+    shown = "" if value is None else str(value)
+    return f"<td data-value={_quoted(shown)}>{_text(shown)}</td>"

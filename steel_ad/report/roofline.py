@@ -40,7 +40,7 @@ def roofline(
 
 def _roofline(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float], *, title: str, ours: str) -> Figure:
     figure = Figure(figsize=(figures.WIDTH_IN, _HEIGHT_IN), layout="constrained")
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(title, fontsize=13, parse_math=False)
     axes = figure.subplots()
     axes.set(xscale="log", yscale="log", xlabel="intensity (FLOP per byte that must move)", ylabel="rate (GFLOP/s)")
     points = [(row["flops"] / row["bytes"], row["flops"] / row["median_ms"] / 1e6, row) for row in rows]

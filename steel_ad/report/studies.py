@@ -42,7 +42,7 @@ def study(
     """
     rows = -(-len(metrics) // 3)
     figure = Figure(figsize=(WIDTH_IN, 0.9 + 2.5 * rows + 0.25 * len(found)), layout="constrained")
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(title, fontsize=13, parse_math=False)
     panels = figure.subplots(rows, 3, squeeze=False, sharex=True).ravel()
     for axes, (metric, label) in zip(panels, metrics.items(), strict=False):
         for number, (name, points) in enumerate(found.items()):
@@ -79,7 +79,7 @@ def methods(
     """
     datasets = sorted({d for of in found.values() for d in of})
     figure = Figure(figsize=(WIDTH_IN, 1.4 + 0.34 * len(found) + 0.12 * len(datasets)), layout="constrained")
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(title, fontsize=13, parse_math=False)
     panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for axes, (metric, label) in zip(panels, metrics.items(), strict=True):
         for y, of in enumerate(found.values()):

@@ -35,11 +35,11 @@ def _start(cached: bool) -> Program:
             )
         )
 
-    if not cached:
-        return Program(call=call, wait=lambda _: None, warm=False)
+    # What cannot start is left out here; within a block it would end the benchmark.
     start = time.perf_counter()
     call()
-    return Program(call=call, wait=lambda _: None, warm=False, compile_s=time.perf_counter() - start)
+    elapsed = time.perf_counter() - start
+    return Program(call=call, wait=lambda _: None, warm=False, compile_s=elapsed if cached else None)
 
 
 def first_step(command: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """What feeds training: files read, patches cut, defects inserted, plates drawn."""
 
 import functools
+import itertools
 import tempfile
 from pathlib import Path
 
@@ -101,8 +102,8 @@ def _render(num: int, side: int) -> Program:
 
 
 def _keyed(function, *args) -> Program:
-    """The program of `function(key, *args)`, which is called with another key every time."""
-    keys = iter(jax.random.split(jax.random.key(1), 2**14))
+    """The program of `function(key, *args)`, which is called with another key every time, the first again after 1024."""
+    keys = itertools.cycle(jax.random.split(jax.random.key(1), 2**10))
     program, compile_s, counted = compiled(
         jax.jit(function, compiler_options=cpu_compiler_options()), next(keys), *args
     )

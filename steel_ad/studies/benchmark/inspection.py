@@ -1,4 +1,8 @@
-"""Inspection with the autoencoder at stride 32: uint8 frames in, float16 maps and scores out, on the host."""
+"""Inspection with the autoencoder at stride 32: uint8 frames in, float16 maps and scores out, on the host.
+
+What is timed is `detectors.inspector`, the program of whole frames; `experiments.inspection` runs the same steps tile by tile, each
+with its halo, in float32, and also reads, lists and draws.
+"""
 
 import dataclasses
 import functools
