@@ -1,10 +1,15 @@
 """Drift is noticed within the tiles that are promised, and warnings without drift are as rare as promised."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
 
+from steel_ad import config as configs
+from steel_ad.data import folders
 from steel_ad.inspection import drift
+from steel_ad.studies import inspection, trained
+from steel_ad.studies.trained import Trained
 
 
 def draw(rng, n):
@@ -85,3 +90,43 @@ def test_brightness_and_contrast_are_mean_and_deviation():
     np.testing.assert_allclose(found["brightness"], tiles.mean((1, 2)), rtol=1e-12)
     np.testing.assert_allclose(found["contrast"], tiles.std((1, 2)), rtol=1e-12)
     assert drift.measure(np.full((1, 5, 5), 255, np.uint8))["contrast"] == [0.0]
+    assert drift.measure(np.zeros((0, 5, 5), np.uint8))["brightness"].size == 0
+
+
+class Blind:
+    """A detector that sees nothing."""
+
+    def residual(self, state, image):
+        return jnp.zeros_like(image)
+
+
+def test_an_inspection_says_what_moved_also_after_an_interruption(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trained, "load", lambda *_: Trained(Blind(), {}, 0, 16, None, {}, "", frozenset()))
+    rng = np.random.default_rng(0)
+    (tmp_path / "good").mkdir()
+    for i in range(60):
+        folders.write_image(
+            tmp_path / "good" / f"{i}.png", rng.normal(100 + rng.normal(0, 4), 6, (16, 16)).astype(np.uint8)
+        )
+    tiles = rng.normal(100 + rng.normal(0, 4, (128, 2, 1, 1)), 6, (128, 2, 16, 16))
+    tiles[64:] -= 5
+    strip = tiles.transpose(0, 2, 1, 3).reshape(2048, 32).astype(np.uint8)
+    (tmp_path / "strips").mkdir()
+    folders.write_image(tmp_path / "strips" / "a.png", strip)
+    config = configs.Inspection(tile_px=16, halo_px=0, false_alarm_rate=0.1, strip=True)
+
+    def inspect():
+        arguments = {"model": tmp_path, "source": str(tmp_path / "strips"), "calibrate_on": str(tmp_path / "good")}
+        return inspection.run(config, out=tmp_path / "out", **arguments)
+
+    found = inspect()
+    (sentence,) = found["drift"]
+    assert sentence.startswith("brightness fell from 1")
+    assert "in tiles 64 to 127" in sentence
+    assert f"warning: {sentence}\n" in capsys.readouterr().out
+    assert sentence in (tmp_path / "out" / "report.html").read_text()
+    # Again from the 100th band on.
+    journal = tmp_path / "out" / "journal.jsonl"
+    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:100]))
+    (tmp_path / "out" / "summary.json").unlink()
+    assert inspect()["drift"] == [sentence]

@@ -48,7 +48,7 @@ class Moved:
 
 def measure(tiles: np.ndarray) -> dict[str, np.ndarray]:
     """Mean ("brightness") and standard deviation ("contrast") of tiles uint8 `[n, h, w]`, in grey levels: float64 `[n]` each."""
-    grey = tiles.reshape(len(tiles), -1)
+    grey = tiles.reshape(len(tiles), tiles.shape[1] * tiles.shape[2])
     # Whole numbers below 2^53, so exact.
     total, square = grey.sum(1, dtype=np.int64), np.einsum("ij,ij->i", grey, grey, dtype=np.int64)
     mean = total / grey.shape[1]
@@ -56,7 +56,7 @@ def measure(tiles: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def moved(
-    values: Mapping[str, ArrayLike], good: Mapping[str, ArrayLike], *, rate: float = RATE, block: int = BLOCK
+    values: Mapping[str, Sequence[float]], good: Mapping[str, ArrayLike], *, rate: float = RATE, block: int = BLOCK
 ) -> list[Moved]:
     """What has moved, by the newest tiles; nothing between two blocks' ends.
 
@@ -69,13 +69,13 @@ def moved(
     Raises:
       ValueError: other quantities than calibration's, or of different lengths.
     """
-    series = {name: np.asarray(v, np.float64) for name, v in values.items()}
-    lengths = {v.shape for v in series.values()}
-    if series.keys() != good.keys() or len(lengths) != 1:
-        raise ValueError(f"{sorted(series)} of shapes {sorted(lengths)} do not match calibration's {sorted(good)}")
-    ((n,),) = lengths
+    lengths = {len(v) for v in values.values()}
+    if values.keys() != good.keys() or len(lengths) != 1:
+        raise ValueError(f"{sorted(values)} of lengths {sorted(lengths)} do not match calibration's {sorted(good)}")
+    (n,) = lengths
     if n == 0 or n % block:
         return []
+    series = {name: np.asarray(v, np.float64) for name, v in values.items()}
     # From the first block on all windows count, so that the rate holds at every one.
     level = rate / (len(series) * len(_WINDOWS))
     found = []
@@ -94,9 +94,9 @@ def history(
 ) -> list[Moved]:
     """All warnings of a whole inspection, arguments as `moved`'s: the first of each quantity."""
     first: dict[str, Moved] = {}
-    n = min((len(v) for v in values.values()), default=0)
-    for end in range(block, n + 1, block):
-        for one in moved({k: v[:end] for k, v in values.items()}, good, rate=rate, block=block):
+    series = {name: np.asarray(v, np.float64) for name, v in values.items()}
+    for end in range(block, 1 + min((v.size for v in series.values()), default=0), block):
+        for one in moved({k: v[:end] for k, v in series.items()}, good, rate=rate, block=block):  # type: ignore[misc]
             first.setdefault(one.quantity, one)
     return list(first.values())
 

@@ -22,7 +22,7 @@ import numpy as np
 from steel_ad import config as configs
 from steel_ad.data import folders, video
 from steel_ad.errors import InputError
-from steel_ad.inspection import calibration, ledger, recurrence, tiles
+from steel_ad.inspection import calibration, drift, ledger, recurrence, tiles
 from steel_ad.inspection.ledger import Camera
 from steel_ad.inspection.tiles import Band
 from steel_ad.ops.convolution import cpu_compiler_options
@@ -284,6 +284,12 @@ class View:
         """Opened maps float32 `[n, tile, tile]` of tiles with their halos, uint8 `[n, tile + 2 halo, tile + 2 halo]`."""
         return _finite(np.concatenate(jax.device_get(self._begin(pieces)))[: len(pieces)])
 
+    def whole(self, band: Band) -> np.ndarray:
+        """The band's tiles that do not stick out, without their halos: uint8 `[n, tile, tile]`."""
+        rows = band.pixels[self.halo : self.halo + self.tile]
+        n = rows.shape[1] // self.tile if band.height == self.tile else 0
+        return rows[:, : n * self.tile].reshape(self.tile, n, self.tile).transpose(1, 0, 2)
+
     def _begin(self, pieces: np.ndarray) -> list[jax.Array]:
         # One program for all; on CPU a batch's activations would leave the caches.
         size = 1 if jax.default_backend() == "cpu" else _BATCH
@@ -380,11 +386,13 @@ def _ahead(items: Iterator[Any], depth: int = 2) -> Iterator[Any]:
 
 
 class Limit(NamedTuple):
-    """The threshold, the independent good scores behind it `[n]` (none without calibration), and a record of both."""
+    """The threshold, the independent good scores behind it `[n]` (none without calibration), a record of both, and what drift
+    is measured against: of each quantity its values `[n]` in the same tiles."""
 
     threshold: float
     scores: np.ndarray
     record: dict[str, Any]
+    good: dict[str, np.ndarray]
 
 
 def _limit(
@@ -401,7 +409,7 @@ def _limit(
             raise InputError(
                 "the model has no threshold of its own, its run is not finished: give --calibration=FOLDER"
             )
-        return Limit(detector.threshold, np.zeros(0), {"form": "none", "threshold": detector.threshold})
+        return Limit(detector.threshold, np.zeros(0), {"form": "none", "threshold": detector.threshold}, {})
     path = out / "calibration.json"
     names = ("model_sha256", "calibration_files", "calibration_strips", "tile_px", "halo_px", "seed")
     made_of = {k: settings[k] for k in names}
@@ -411,16 +419,17 @@ def _limit(
         known = {"made_of": made_of, **found}
         files.write_json(path, known)
     scores = np.array(known["scores"])
-    record = {k: v for k, v in known.items() if k not in ("made_of", "scores")}
+    good_tiles = {"score": scores} | {name: np.array(known[name]) for name in ("brightness", "contrast")}
+    record = {k: v for k, v in known.items() if k not in ("made_of", "scores", "brightness", "contrast")}
     if config.false_alarms_per_m2:
         tile_m2 = (config.tile_px * config.mm_per_px / 1000) ** 2
         modelled = calibration.tail(scores, config.false_alarms_per_m2 * tile_m2)
         per_m2 = [rate / tile_m2 for rate in modelled.rate_interval]
         record |= {"form": "model", "per_m2": config.false_alarms_per_m2, "per_m2_interval": per_m2}
-        return Limit(modelled.threshold, scores, {**record, **dataclasses.asdict(modelled)})
+        return Limit(modelled.threshold, scores, {**record, **dataclasses.asdict(modelled)}, good_tiles)
     promised = calibration.promise(scores, config.false_alarm_rate, config.confidence)
     form = "average" if config.confidence is None else "confidence"
-    return Limit(promised.threshold, scores, {**record, "form": form, **dataclasses.asdict(promised)})
+    return Limit(promised.threshold, scores, {**record, "form": form, **dataclasses.asdict(promised)}, good_tiles)
 
 
 def untrained(good: Sequence[Path], detector: Trained) -> list[Path]:
@@ -449,7 +458,7 @@ def good_scores(
     *,
     strips: bool = False,
 ) -> dict[str, Any]:
-    """The highest value of one tile of each group of good images that were not trained on, and counts.
+    """Scores, brightness and contrast of one tile of each group of good images that were not trained on, and counts.
 
     Args:
       root: the folder of the images; a group is what lies in one of its subfolders.
@@ -459,13 +468,18 @@ def good_scores(
     single = list({folders.fingerprint(path): path for path in reversed(fresh)}.values())[::-1]
     parts = _parts(good, set(single), root, strips)
     scores: list[float] = []
+    seen: dict[str, list[float]] = {"brightness": [], "contrast": []}
     owners: list[str] = []
     with progress("calibrate", len(single), "images") as update:
         for i, band in _ahead(_bands([strip for _, strip in parts], view, update)):
             # What is smaller than a tile is not the unit.
             if band.offset + band.height == view.tile <= band.pixels.shape[1]:
-                maps = view.cores(tiles.cut(band, tile=view.tile, halo=view.halo))
+                pieces = tiles.cut(band, tile=view.tile, halo=view.halo)
+                maps = view.cores(pieces)
                 scores += maps.max((1, 2)).tolist()
+                core = slice(view.halo, view.halo + view.tile)
+                for name, values in drift.measure(pieces[:, core, core]).items():
+                    seen[name] += values.tolist()
                 owners += [parts[i][0]] * len(maps)
     if not scores:
         raise InputError(f"no image in {root} is as large as a tile of {view.tile} pixels: use a smaller --tile_px")
@@ -477,6 +491,8 @@ def good_scores(
         "tiles": len(scores),
         "groups": len(drawn),
         "scores": drawn.tolist(),
+        # The same draws.
+        **{k: calibration.one_per_group(v, owners, seed=config.seed).tolist() for k, v in seen.items()},
     }
 
 
@@ -506,7 +522,7 @@ def _parts(good: Sequence[Path], used: set[Path], root: Path, strips: bool) -> l
 @dataclasses.dataclass
 class _Found:
     """What has been found so far: rows of the ledger, scores of all tiles, sizes `[h, w]` of the finished strips; of the worst
-    rows, by their index, close-ups as PNG in base64."""
+    rows, by their index, close-ups as PNG in base64; what drift is looked for in, by quantity."""
 
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     scores: array = dataclasses.field(default_factory=lambda: array("d"))
@@ -514,6 +530,7 @@ class _Found:
     close_ups: dict[int, str] = dataclasses.field(default_factory=dict)
     worst: list[tuple[float, int]] = dataclasses.field(default_factory=list)
     cut_short: list[str] = dataclasses.field(default_factory=list)  # sentences
+    drawn: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     inspected_now: int = 0  # pixels, since this start
 
     def wants(self, peak: float) -> bool:
@@ -522,6 +539,8 @@ class _Found:
     def add(self, record: dict[str, Any]) -> None:
         """Takes in a line of the journal."""
         self.scores.extend(record["scores"])
+        for name, value in record.get("drawn", {}).items():
+            self.drawn.setdefault(name, []).append(value)
         if record["finished"]:
             self.sizes[record["strip"]] = record["size"]
             self.cut_short += [record["cut_short"]] if record["cut_short"] else []
@@ -611,6 +630,7 @@ def _inspect(view: View, strips: Sequence[Strip], limit: Limit, frames: int, out
     if before is not None and record is not None:
         at, done, size = first, skip, record["size"]
         pending, crops = before
+    warned = {one.quantity for one in drift.history(found.drawn, limit.good)} if limit.good else set()
     with progress("inspect", frames, "frames") as update:
         bands = _bands(strips, view, update, first=first, skip=skip, cut_short=cut_short)
         for strip, band, opened in view.maps(_ahead(bands)):
@@ -627,12 +647,26 @@ def _inspect(view: View, strips: Sequence[Strip], limit: Limit, frames: int, out
             found.inspected_now += opened.size
             done, size = done + 1, [band.top + band.height, opened.shape[1]]
             scores = tiles.maxima(opened, view.tile).tolist()
+            drawn = _drawn(view.whole(band), scores, strip, done) if done == 1 or not strips[strip].image else {}
             left = {(r.peak_y, r.peak_x) for r in pending.regions}
-            note(strip, closed, crops, scores=scores, bands=done, size=size, open=_to_json(pending, crops))
+            state = {"bands": done, "size": size, "open": _to_json(pending, crops)}
+            note(strip, closed, crops, scores=scores, drawn=drawn, **state)
+            for one in drift.moved(found.drawn, limit.good) if drawn and limit.good else ():
+                if one.quantity not in warned:
+                    print(f"warning: {one}", flush=True)
+                    warned.add(one.quantity)
             crops = {key: crop for key, crop in crops.items() if key in left}
     if at >= 0:
         note(at, pending.regions, crops, finished=True, size=size, cut_short=cut_short.get(at))
     return found
+
+
+def _drawn(whole: np.ndarray, scores: Sequence[float], strip: int, band: int) -> dict[str, float]:
+    """Score, brightness and contrast of one random tile of a band `[n, tile, tile]`; nothing of a band without a whole one."""
+    if not len(whole):
+        return {}
+    k = int(np.random.default_rng([strip, band, 0xD4]).integers(len(whole)))
+    return {"score": scores[k]} | {name: float(v[0]) for name, v in drift.measure(whole[k : k + 1]).items()}
 
 
 def _crops(
@@ -711,6 +745,7 @@ def _write(
         "calibration": limit.record,
         "recurrence": rolls,
         "cut_short": found.cut_short,
+        "drift": [str(one) for one in drift.history(found.drawn, limit.good)] if limit.good else None,
         "megapixels": sum(h * w for h, w in found.sizes.values()) / 1e6,
         "megapixels_per_second": found.inspected_now / 1e6 / seconds if seconds > 0 else None,
         "settings": settings,
@@ -782,6 +817,7 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if not summary["settings"]["training_finished"]:
         facts.append(("training", "The model's training run is not finished: this is its newest checkpoint."))
     facts += [(f"recurrence, {r['side']}", r["sentence"]) for r in summary["recurrence"]]
+    facts += [("drift", sentence) for sentence in summary["drift"] or ()]
     speed = summary["megapixels_per_second"]
     if speed is not None:
         facts.append(("inspected", f"{summary['megapixels']:.2f} Mpx, {speed:.2f} Mpx/s"))
