@@ -121,7 +121,7 @@ def test_an_inspection_says_what_moved_also_after_an_interruption(tmp_path, monk
 
     found = inspect()
     (sentence,) = found["drift"]
-    assert sentence.startswith("brightness fell from 1")
+    assert sentence.startswith("brightness fell from 99")
     assert "in tiles 64 to 127" in sentence
     assert f"warning: {sentence}\n" in capsys.readouterr().out
     assert sentence in (tmp_path / "out" / "report.html").read_text()

@@ -125,7 +125,7 @@ def _program(detector: Trained, classifier: Any, threshold: float) -> Callable[[
     """uint8 `[b, h, w]` -> the outputs that `run` lists."""
     # A float32 is above the threshold if it is above the greatest float32 that is not.
     limit = np.float32(threshold)
-    if limit > threshold:
+    if float(limit) > threshold:
         limit = np.nextafter(limit, np.float32(-np.inf))
 
     def one(pixels: Array) -> dict[str, Array]:
@@ -163,7 +163,8 @@ def check(
         expected["probability"] = _probabilities(detector.detector, (detector.state, classifier), images)
     # A NaN is no agreement.
     largest = max(float(np.nan_to_num(np.abs(found[k] - v), nan=np.inf).max()) for k, v in expected.items())
-    differs = (found["mask"] != (opened > threshold)) & (np.abs(opened - threshold) > TOLERANCE)
+    above = opened - np.float64(threshold)
+    differs = (found["mask"] != (above > 0)) & (np.abs(above) > TOLERANCE)
     if largest > TOLERANCE or differs.any():
         raise InputError(
             f"the exported program differs from the trained model, by {largest:.2g} in its maps and in {differs.sum()} pixels "
