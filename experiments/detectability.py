@@ -22,7 +22,7 @@ _DEFECTS = flags.DEFINE_string(
 _SMALLEST = flags.DEFINE_float("smallest_px", 3.0, "Length of the smallest defect, the longer side of its box, px.")
 _LARGEST = flags.DEFINE_float("largest_px", 48.0, "Length of the largest defect, px.")
 _CONTRASTS = flags.DEFINE_list(
-    "contrasts", ["0.04", "0.08", "0.16"], "Mean absolute changes of brightness, of the full range."
+    "contrasts", ["0.05", "0.1", "0.2"], "Mean absolute changes of brightness, of the full range."
 )
 _TRIALS = flags.DEFINE_integer("trials", 60, "Defects of each kind and contrast.")
 _MAP = flags.DEFINE_string("map", "", "Of an autoencoder: ssim or l2 (the run's first).")
@@ -47,7 +47,7 @@ def main() -> None:
         confidence = None if _CONFIDENCE.value == "average" else float(_CONFIDENCE.value)
     except ValueError as error:
         raise InputError(
-            f"--contrasts takes numbers such as 0.04,0.08 and --confidence average or a number such as 0.95: {error}"
+            f"--contrasts takes numbers such as 0.05,0.1 and --confidence average or a number such as 0.95: {error}"
         ) from None
     model, calibrate_on, out = (cli.required(holder) for holder in (_MODEL, _CALIBRATION, _OUT))
     config = configs.Detectability(

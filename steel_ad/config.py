@@ -268,7 +268,7 @@ class Detectability:
 
     smallest_px: float = 3.0  # length of the smallest defect, the longer side of its bounding box
     largest_px: float = 48.0
-    contrasts: tuple[float, ...] = (0.04, 0.08, 0.16)  # mean absolute change of brightness, of the full range
+    contrasts: tuple[float, ...] = (0.05, 0.1, 0.2)  # mean absolute change of brightness, of the full range
     trials: int = 60  # of each kind and contrast
 
     def __post_init__(self):

@@ -71,7 +71,8 @@ def test_the_bound_covers_as_often_as_it_says():
     [
         ([2, 4, 8], [1, 1, 1], "all of 3 were found: the curve lies below the smallest size, 2"),
         ([2, 4, 8], [0, 0, 0], "none of 3 were found: the curve lies above the largest size, 8"),
-        ([2, 4, 8, 16], [0, 0, 1, 1], "all up to 4 were missed and all from 8 found"),
+        ([2, 4, 8, 16], [0, 0, 1, 1], "all below 8 were missed and all above 4 found"),
+        ([2, 4, 4, 8], [0, 1, 0, 1], "all below 4 were missed and all above 4 found"),
         ([2, 4, 8, 16], [1, 1, 0, 0], "no curve grows"),
         ([2, 4, 4, 8, 8, 16], [1, 1, 0, 1, 0, 0], "were not found more often"),
         ([3, 3, 3], [1, 0, 1], "all sizes are 3"),

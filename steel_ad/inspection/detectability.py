@@ -73,12 +73,12 @@ def fit(size: ArrayLike, hit: ArrayLike) -> Curve:
     if spread == 0:
         return Curve(n, hits, note=f"all sizes are {a[0]:.3g}: it takes several for a curve")
     found, missed = a[y], a[~y]
-    if missed.max() < found.min():
-        low, high = missed.max(), found.min()
+    # Equal ends are no overlap either: the likelihood grows with the slope without end.
+    if missed.max() <= found.min():
         return Curve(
             n,
             hits,
-            note=f"all up to {low:.3g} were missed and all from {high:.3g} found: sizes between them are needed",
+            note=f"all below {found.min():.3g} were missed and all above {missed.max():.3g} found: more trials in between are needed",
         )
     if found.max() <= missed.min():
         return Curve(n, hits, note="the larger ones were missed and the smaller ones found: no curve grows with size")
