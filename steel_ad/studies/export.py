@@ -183,10 +183,9 @@ def _probabilities(detector: SegmentationDetector, stages: tuple[Any, Any], imag
 
 
 def _golden(shape: tuple[int | str, int | str]) -> np.ndarray:
-    """Three procedural plates, the first with a defect, uint8 `[3, h, w]`."""
+    """Three procedural plates, each with a defect, uint8 `[3, h, w]`."""
     h, w = (n if isinstance(n, int) else free for n, free in zip(shape, (160, 112), strict=True))
-    defective, _ = plates.render_defective(jax.random.key(0), "teardrop1", "spot", size=_SIDE_PX)
-    good = plates.render(jax.random.key(1), "teardrop1", size=_SIDE_PX, num=2)
-    images = np.asarray(plates.to_uint8(jnp.concatenate([defective, good])))
+    rendered, _ = plates.render_defective(jax.random.key(0), "teardrop1", "spot", size=_SIDE_PX, num=3)
+    images = np.asarray(plates.to_uint8(rendered))
     larger = ((0, 0), (0, max(0, h - _SIDE_PX)), (0, max(0, w - _SIDE_PX)))
     return np.pad(images, larger, mode="reflect")[:, :h, :w]
