@@ -2,21 +2,37 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags as absl_flags
-from absl.testing import flagsaver
 from scipy import special
 
-import experiments.detectability as binary
+from steel_ad.config import Detectability, Inspection
 from steel_ad.data import defects, folders
 from steel_ad.errors import InputError
 from steel_ad.inspection import detectability
+from steel_ad.studies import detectability as study
 from steel_ad.studies import trained
 from steel_ad.studies.trained import Trained
 
+ROOT = Path(__file__).parent.parent
+# The binary, with no network and an opening that takes what is thin.
+BINARY = """
+import runpy
+import jax.numpy as jnp
+from steel_ad.studies import trained
+
+class Distance:
+    def residual(self, state, image):
+        return jnp.abs(image - 0.5)
+
+trained.load = lambda *_: trained.Trained(Distance(), {}, 2, 16, None, {}, "", frozenset())
+runpy.run_module("experiments.detectability", run_name="__main__", alter_sys=True)
+"""
 B0, B1 = -6.0, 3.0
 A90 = np.exp((np.log(9) - B0) / B1)
 
@@ -96,18 +112,9 @@ def test_an_uncertain_slope_has_no_bound():
         detectability.fit([0.0, 1.0], [0, 1])
 
 
-class Distance:
-    """A detector whose map is the distance from the plate's brightness."""
-
-    def residual(self, state, image):
-        return jnp.abs(image - 0.5)
-
-
 @pytest.fixture
-def line(tmp_path, monkeypatch):
-    """A folder of good plates and one of defects: discs and bars; no network, and an opening that takes what is thin."""
-    stub = Trained(Distance(), {}, 2, 16, None, {}, "", frozenset())
-    monkeypatch.setattr(trained, "load", lambda workdir, map_name: stub)
+def line(tmp_path):
+    """A folder of good plates and one of defects: discs and bars."""
     rng = np.random.default_rng(0)
     pictures = {f"good/{i}.png": rng.normal(128, 2, (70, 60)) for i in range(24)}
     y, x = np.mgrid[-40:40, -40:40]
@@ -121,26 +128,23 @@ def line(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_larger_and_stronger_defects_are_found(line, capsys):
-    flags = absl_flags.FLAGS
-    if not flags.is_parsed():
-        flags(["test"])
-    given = {"calibration": str(line / "good"), "defects": str(line / "steel"), "contrasts": ["0.001", "0.1"]}
-    sizes = {"tile_px": 48, "halo_px": 8, "smallest_px": 3.0, "largest_px": 20.0, "trials": 12, "mm_per_px": 0.5}
-    with (
-        flagsaver.flagsaver(model="", out=str(line / "out"), **given),
-        pytest.raises(InputError, match="--model is missing"),
-    ):
-        binary.main()
-    with flagsaver.flagsaver(model="any", out=str(line / "out"), **given, **sizes):
-        with pytest.raises(InputError, match=r"24 independent .* it takes 99"):
-            binary.main()
-        with flagsaver.flagsaver(false_alarm_rate=0.2):
-            binary.main()
-            assert "a90/95" in capsys.readouterr().out
-        with flagsaver.flagsaver(false_alarm_rate=0.25), pytest.raises(InputError, match="differ in false_alarm_rate"):
-            binary.main()
-    trials = list(csv.DictReader((line / "out" / "trials.csv").read_text().splitlines()))
+def test_larger_and_stronger_defects_are_found(line):
+    out = line / "out"
+    flags = {
+        "model": "any",
+        "calibration": line / "good",
+        "defects": line / "steel",
+        "out": out,
+        "tile_px": 48,
+        "halo_px": 8,
+    }
+    flags |= {"contrasts": "0.001,0.1", "smallest_px": 3, "largest_px": 20, "trials": 12, "mm_per_px": 0.5}
+    flags |= {"false_alarm_rate": 0.2, "compilation_cache": os.environ["STEEL_AD_TEST_CACHE"]}
+    command = [sys.executable, "-c", BINARY, *(f"--{k}={v}" for k, v in flags.items())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "a90/95" in done.stdout
+    trials = list(csv.DictReader((out / "trials.csv").read_text().splitlines()))
     assert len(trials) == 2 * 2 * 12
     # An opening by a disk of radius 2 leaves nothing of what is less than 5 pixels wide.
     for t in trials:
@@ -152,13 +156,36 @@ def test_larger_and_stronger_defects_are_found(line, capsys):
             assert t["found"] == "0"
     lengths = [int(t["length_px"]) for t in trials]
     assert (min(lengths), max(lengths)) == pytest.approx((3, 20), abs=1)
-    record = json.loads((line / "out" / "summary.json").read_text())
+    record = json.loads((out / "summary.json").read_text())
     assert record["unit"] == "mm"
     rows = {(r["kind"], r["contrast"]): r for r in record["curves"]}
     assert rows["disc", 0.001]["note"].startswith("none of 12 were found")
     assert rows["disc", 0.1]["found"] == sum(t["kind"] == "disc" and t["found"] == "1" for t in trials)
-    assert (line / "out" / "table.md").read_text().startswith("| kind | contrast |")
-    assert (line / "out" / "detectability.png").stat().st_size > 10_000
+    assert (out / "table.md").read_text().startswith("| kind | contrast |")
+    assert (out / "detectability.png").stat().st_size > 10_000
+
+
+def test_what_is_wrong_is_said(line, monkeypatch):
+    monkeypatch.setattr(trained, "load", lambda *_: Trained(None, {}, 2, 16, None, {}, "", frozenset()))
+    monkeypatch.setattr(study.inspection, "good_scores", lambda *_: {"scores": [0.1] * 24})
+    where = {
+        "model": line,
+        "calibrate_on": str(line / "good"),
+        "defects_from": str(line / "steel"),
+        "out": line / "out",
+    }
+    how = Inspection(tile_px=48, halo_px=8)
+    with pytest.raises(InputError, match=r"24 independent .* it takes 99"):
+        study.run(Detectability(largest_px=20), how, **where)
+    with pytest.raises(InputError, match="more than half a tile"):
+        study.run(Detectability(largest_px=25), how, **where)
+    assert not (line / "out").exists()
+    (line / "out").mkdir()
+    (line / "out" / "settings.json").write_text('{"trials": 7}')
+    with pytest.raises(InputError, match="holds other trials"):
+        study.run(Detectability(largest_px=20), how, **where)
+    with pytest.raises(InputError, match="must be at least 10"):
+        Detectability(trials=5)
 
 
 def test_a_defect_has_the_length_and_the_contrast_that_are_asked_for(line):
