@@ -16,7 +16,7 @@ _OUT = flags.DEFINE_string("out", "docs/results.md", "The page; CSV files and fi
 
 
 def main() -> None:
-    from configs import autoencoder, segmentation
+    from configs import autoencoder, segmentation, spectrum
     from steel_ad import config as configs
     from steel_ad.studies import page, results
 
@@ -26,6 +26,7 @@ def main() -> None:
         "autoencoder": {name: configs.Autoencoder(**p) for name, p in autoencoder.PRESETS.items()},
         "segmentation": supervised,
         "transfer": supervised,
+        "spectrum": {name: configs.Spectrum(**p) for name, p in spectrum.PRESETS.items()},
     }
     if _RUNS.value:
         page.write(out, *results.gather([Path(folder) for folder in _RUNS.value], presets))

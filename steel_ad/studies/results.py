@@ -38,18 +38,20 @@ def rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
             for where, evaluated in record[when].items()
             for row in rows({"config": record["config"], **evaluated})
         ]
+    # A detector without training is not trained but fitted; where maps are timed apart, each has its own.
+    timed = {"train_seconds": record.get("fit_seconds"), **record}
     common = {
         "experiment": record["experiment"],
         "dataset": record["dataset"],
         "seed": record.get("config", {}).get("seed", 0),
-        **{name: record.get(name) for name in COSTS},
         "device": record.get("versions", {}).get("device"),
     }
     found = []
     for name, metrics in record["maps"].items():
         flat = metrics | {f"found_{k}": v for k, v in (metrics.get("defects_found") or {}).items()}
         numbers = {k: _number(flat.get(k)) for k in METRICS}
-        found.append({k: {**common, "map": name, **numbers}[k] for k in ROW})
+        costs = {k: v.get(name) if isinstance(v := timed.get(k), Mapping) else v for k in COSTS}
+        found.append({k: {**common, "map": name, **numbers, **costs}[k] for k in ROW})
     return found
 
 
@@ -215,8 +217,6 @@ def _methods(path: Path, presets: Mapping[str, Mapping[str, Any]]) -> list[dict[
 def _command(
     experiment: str, settings: Mapping[str, Any], record: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]]
 ) -> str:
-    if "command" in record:
-        return public(record["command"])
     where = {k: settings[k] for k in ("data", "source", "target", "defects") if settings.get(k)}
     if not where:
         where = {"data": record["dataset"]}
