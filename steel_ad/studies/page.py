@@ -144,8 +144,11 @@ def _claims(methods: Rows, studies: Rows) -> list[str]:
     parts = [
         "## Claims\n\nA is compared with B by one metric, run against run of the same data set, settings and seed. "
         "A claim holds on a data set where the\n95 % confidence interval of the mean difference A - B lies above minus the "
-        "margin, fails where it lies below, and is open else or with\nfewer than three seeds. It is confirmed if it holds on "
-        "every data set with at least three seeds, refuted if it fails on one, undecided else.\n"
+        "margin, fails where it lies below, and is open else or with\nfewer than three seeds. Where A or B is the better of "
+        "several, all of them must be there; each pair's interval then has a level of\n5 % divided by the number of pairs, and "
+        "the best of A is held against the best of B. Every data set is judged by itself, without a\ncorrection for their "
+        "number: a claim is confirmed if it holds on each with at least three seeds, refuted if it fails on one,\nundecided "
+        "else.\n"
     ]
     for claim in claims.CLAIMS:
         verdict, found = claims.judge(claim, methods, studies)
