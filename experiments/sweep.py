@@ -20,7 +20,7 @@ _CONFIG = cli.define_config(
     else "configs/segmentation.py:quick"
 )
 _STUDY = flags.DEFINE_list("study", [], "Studies, whose names a wrong one lists; several share their runs.")
-_AXIS = flags.DEFINE_string("axis", "", "Instead of a study: any setting of the config, with --values.")
+_AXIS = flags.DEFINE_string("axis", "", "Instead of a study: a number, word or yes/no of the config, with --values.")
 _VALUES = flags.DEFINE_list("values", [], "Values to try; by default the study's own.")
 _SEEDS = flags.DEFINE_integer("seeds", 1, "Runs of each value, with seeds from --config.seed on.")
 _DATA = flags.DEFINE_list(

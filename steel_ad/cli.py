@@ -106,14 +106,27 @@ def required(holder: flags.FlagHolder) -> str:
 def early(name: str, default: str) -> str:
     """The value of a flag before flags are parsed, for what depends on it where flags are defined."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(f"--{name}", default=default)
+    parser.add_argument(f"--{name}", f"-{name}", default=default)
     return getattr(parser.parse_known_args()[0], name)
 
 
 def command(binary: str) -> str:
     """The command line that started this binary, without --compilation_cache, which changes no number."""
-    arguments = [a for a in sys.argv[1:] if not a.startswith("--compilation_cache")]
+    arguments = [a for a in joined(sys.argv[1:]) if not a.startswith("--compilation_cache")]
     return shlex.join(["python", "-m", f"experiments.{binary}", *arguments])
+
+
+def joined(words: Sequence[str]) -> list[str]:
+    """Words of a command line with every flag as one, --name=value, whichever of the forms that flags take it had."""
+    found: list[str] = []
+    for word in words:
+        if word.startswith("-"):
+            found.append("--" + word.lstrip("-"))
+        elif found and found[-1].startswith("--") and "=" not in found[-1]:
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
 
 
 def _parse(argv: Sequence[str], commands: Sequence[str] = ()) -> list[str]:

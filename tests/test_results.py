@@ -116,8 +116,13 @@ def test_the_command_of_settings():
     )
     line = "python -m experiments.sweep --config=c.py:x --data=/q/lens,procedural/diamond --workdir=/tmp/w --workdir V"
     assert results.public(line) == (
-        "python -m experiments.sweep --config=c.py:x --data=lens,procedural/diamond --workdir=W --workdir V"
+        "python -m experiments.sweep --config=c.py:x --data=lens,procedural/diamond --workdir=W --workdir=W"
     )
+    more = (
+        "python -m experiments.sweep --data lens --config=c.py:x -seeds=3 --config.seed 2 --study=a,b --config.loss=l2"
+    )
+    assert results.shared(more) == "python -m experiments.sweep --config.loss=l2 --config=c.py:x"
+    assert results.shared(line) == "python -m experiments.sweep --config=c.py:x"
 
 
 def test_what_is_gathered(tmp_path):
@@ -199,6 +204,10 @@ def test_a_claim_is_judged_by_its_interval():
         overall, found = claims.judge(claim, [], rows)
         return overall, [j.verdict for j in found]
 
+    # Seeds that were added later came by another command.
+    later = [{**r, "command": f"python -m experiments.sweep --seeds={int(r['seed']) + 1}"} for r in rows]
+    assert [(j.seeds, j.low) for j in claims.judge(epochs, [], later)[1]] == [(5, found.low)]
+
     steady = np.array([0.900, 0.901, 0.902])
     noise = np.array([0.0, 0.001, -0.001])
     assert verdict(epochs, study_rows("epochs", {"25": steady, "100": steady + 0.002})) == ("confirmed", ["holds"])
@@ -264,6 +273,8 @@ def test_the_page_follows_from_the_files_alone(tmp_path):
     methods, _ = results.gather([write(tmp_path / "runs", *runs, record(percentile=90.0))], SETTINGS)
     studies = study_rows("epochs", {"25": [0.9, 0.91, 0.92], "100": [0.9, 0.91, 0.92]})
     studies += study_rows("loss", {"mse": [0.9, 0.8], "a$b_c": [0.7]})
+    for row in studies:
+        row["command"] = f"python -m experiments.sweep --seeds={int(row['seed']) + 1}"
     out = tmp_path / "page" / "results.md"
     page.write(out, methods, studies)
     page.render(out)

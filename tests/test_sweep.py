@@ -14,6 +14,7 @@ import pytest
 
 from configs.autoencoder import PRESETS
 from configs.segmentation import PRESETS as SUPERVISED
+from steel_ad import cli
 from steel_ad import config as configs
 from steel_ad.data import datasets, plates
 from steel_ad.detectors import autoencoder as detector
@@ -102,6 +103,9 @@ def test_nothing_is_trained_twice_and_other_studies_share_the_runs(finished, dat
     before = results.read(workdir / "results.csv")
     monkeypatch.setattr(detector, "train", lambda *a, **k: pytest.fail("trained again"))
     assert run(data, workdir, axis="latent", values=["8"], seeds=2) == [{**r, "command": "c"} for r in before]
+    monkeypatch.setattr(sys, "argv", ["x", "--compilation_cache", "/c", "-axis=latent", "--values", "8"])
+    assert cli.command("sweep") == "python -m experiments.sweep --axis=latent --values=8"
+    assert cli.early("axis", "") == "latent"
     rows = run(data, workdir, "percentile,radius,stride,map")
     assert {r["study"] for r in rows} == {"latent", "percentile", "radius", "stride", "map"}
     record = json.loads((workdir / rows[0]["run"] / "metrics.json").read_text())
@@ -115,7 +119,11 @@ def test_nothing_is_trained_twice_and_other_studies_share_the_runs(finished, dat
     assert values == ["32", "16"]  # those which fit into the patch, as the others do not
     # Read once, rows are kept.
     monkeypatch.setattr(reading, "Reader", lambda *a: pytest.fail("read again"))
-    assert run(data, workdir, "percentile,radius,stride,map") == rows
+    again = sweep.select("autoencoder", ["percentile", "radius", "stride", "map"], "", [])
+    refreshed = sweep.run(
+        tiny(), experiment="autoencoder", studies=again, data=[data], workdir=workdir, command="later"
+    )
+    assert refreshed == [r if r["study"] == "latent" else {**r, "command": "later"} for r in rows]
 
 
 def test_reading_again_is_evaluating_again(finished, data):
@@ -210,11 +218,13 @@ def test_supervised_studies(data, tmp_path, monkeypatch):
         seen.append((config.optimizer, config.adadelta, source, target))
         part = {"dataset": "line", "train_seconds": 1.0, "maps": {"segmentation": {"pixel_auroc": 0.5}}}
         parts = {w: {"experiment": "transfer, x", **part} for w in ("source", "target")}
+        parts["target"]["dataset"] = Path(target).name
         return {"experiment": "transfer", "config": {"seed": 0}, "before": parts, "after": parts}
 
     monkeypatch.setattr(segmentation, "transfer", transfer)
-    rows = run(data, tmp_path / "t", "adadelta", experiment="transfer", config=config, source="other")
-    assert seen == [("adadelta", k, "other", data) for k in ("tf_keras", "old_keras", "pytorch")]
+    rows = run(data, tmp_path / "t", "adadelta", experiment="transfer", config=config, source=data)
+    assert seen == [("adadelta", k, data, data) for k in ("tf_keras", "old_keras", "pytorch")]
+    assert [r["dataset"] for r in rows[:2]] == ["line (to line)", "line"]
     assert [r["map"] for r in rows[:4]] == [
         f"{when} {where} segmentation" for when in ("before", "after") for where in ("source", "target")
     ]
@@ -241,6 +251,46 @@ def test_every_study_changes_what_it_says():
     window = sweep.STUDIES["autoencoder"]["window"].apply(tiny(), 7)
     assert window.loss_options == {"window_size": 7}
     assert sweep.STUDIES["autoencoder"]["window"].apply(tiny(loss="l2"), 7).loss_options == {}
+
+
+def test_an_axis_of_a_setting_alone_has_an_effect():
+    quick = {"autoencoder": PRESETS["quick"], "segmentation": SUPERVISED["quick"], "transfer": SUPERVISED["quick"]}
+
+    def applied(experiment, field, value):
+        (axis,) = sweep.select(experiment, [], field, [value]).values()
+        return axis.apply(sweep.KINDS[experiment](**quick[experiment]), axis.values[0])
+
+    assert applied("autoencoder", "epochs", "2").total_steps == 2 * 625
+    assert applied("autoencoder", "decay", "learning_rate").weight_decay > 0
+    assert applied("segmentation", "adadelta", "pytorch").optimizer == "adadelta"
+    assert applied("transfer", "epochs", "2").total_steps == 2 * 250
+    assert applied("segmentation", "classifier_epochs", "2").total_classifier_steps == 2 * 250
+    for experiment, field in (("autoencoder", "num_crops"), ("segmentation", "samples"), ("segmentation", "new_line")):
+        base = sweep.KINDS[experiment](**quick[experiment])
+        with pytest.raises(InputError, match=f"{field} changes nothing"):
+            run("nowhere", Path("nowhere"), axis=field, values=["1"], experiment=experiment, config=base)
+
+
+def test_what_is_wrong_is_said_before_anything_is_run(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(autoencoder, "run", lambda *a, **k: pytest.fail("was run"))
+    with pytest.raises(InputError, match=r"train_images=50.*only 5"):
+        run(data, tmp_path / "w", axis="train_images", values=["2", "50"])
+    with pytest.raises(InputError, match="too small for every value"):
+        run(data, tmp_path / "w", "samples")
+
+    def no_defects(*arguments, **options):
+        raise InputError("there is no folder of defects")
+
+    monkeypatch.setattr(segmentation, "run", no_defects)
+    config = configs.Segmentation(**SUPERVISED["tiny"])
+    with pytest.raises(InputError, match="no folder of defects"):
+        run(data, tmp_path / "w", "ratio", experiment="segmentation", config=config)
+    assert not (tmp_path / "w").exists()
+
+
+def test_where_runs_of_the_folder_one_is_in_go(data, monkeypatch):
+    monkeypatch.chdir(data)
+    assert sweep._dataset_folder(".") == "_".join(Path(data).parts[-2:])
 
 
 @pytest.mark.parametrize(
@@ -276,14 +326,17 @@ def test_studies_of_another_config_or_data(finished, data, tmp_path):
         run(data, finished[0], "latent", config=tiny(batch_size=2))
     with pytest.raises(InputError, match="no test images"):
         run(str(Path(data) / "train" / "good"), tmp_path / "w", "latent")
-    with pytest.raises(InputError, match="two data sets end in"):
+    (tmp_path / "line").mkdir()
+    with pytest.raises(InputError, match="two data sets are called 'line'"):
         sweep.run(
             tiny(),
             experiment="autoencoder",
             studies=sweep.select("autoencoder", ["latent"], "", []),
-            data=["a/b/line", "c/b/line"],
+            data=[data, str(tmp_path / "line")],
             workdir=tmp_path / "w",
         )
+    with pytest.raises(InputError, match="another data set called 'line'"):
+        run(str(tmp_path / "line"), finished[0], "latent")
     assert not (tmp_path / "w").exists()
 
 

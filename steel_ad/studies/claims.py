@@ -108,7 +108,7 @@ def _along(study: str, name: str, side: Callable[[str], str], needed: Collection
         rows = [r for r in studies if r["study"] == study and r["map"] == name]
         return _paired(
             rows,
-            lambda r: (r["dataset"], r["command"]),
+            lambda r: (r["dataset"], results.shared(r["command"])),
             metric,
             lambda r: (which, r["value"]) if (which := side(r["value"])) else None,
             needed,

@@ -190,7 +190,8 @@ def _published(methods: Rows) -> list[str]:
 def _studies(studies: Rows, folder: Path, commands: _Commands) -> list[str]:
     parts = []
     taken: set[str] = set()
-    for (experiment, study, _), rows in results.series(studies, "experiment", "study", "command").items():
+    alike = [{**row, "shared": results.shared(row["command"])} for row in studies]
+    for (experiment, study, _), rows in results.series(alike, "experiment", "study", "shared").items():
         name = f"study_{experiment}_{study}"
         while name in taken:
             name += "_"

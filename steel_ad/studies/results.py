@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from steel_ad import cli
 from steel_ad import config as configs
 from steel_ad.errors import InputError
 from steel_ad.studies import files
@@ -172,7 +173,7 @@ def gather(
             if (path.parent / "sweep.json").exists():
                 for row in read(path):
                     row = {**row, "command": public(row["command"])}
-                    studies.setdefault(tuple(row[k] for k in (*_STUDY, "command")), row)
+                    studies.setdefault((*(row[k] for k in _STUDY), shared(row["command"])), row)
                     for again in _read_again(path.parent, row):
                         add(again)
     if not methods and not studies:
@@ -233,12 +234,21 @@ def _command(
 
 def public(line: str) -> str:
     """A command line with absolute paths named by their last part, and the working directory W."""
-    words = []
-    for word in shlex.split(line):
-        name, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    # "python", "-m" and the module stand before the flags.
+    start, flags = (words := shlex.split(line))[:3], cli.joined(words[3:])
+    named = []
+    for flag in flags:
+        name, equals, value = flag.partition("=")
         value = ",".join(Path(v).name if v.startswith("/") else v for v in value.split(","))
-        words.append(f"{name}{equals}{'W' if name == '--workdir' else value}")
-    return shlex.join(words)
+        named.append(f"{name}{equals}{'W' if name == '--workdir' else value}")
+    return shlex.join([*start, *named])
+
+
+def shared(line: str) -> str:
+    """What the commands of one study's runs have in common, whichever seeds, values and data sets each of them added."""
+    own = ("config.seed", "seeds", "study", "axis", "values", "data", "workdir")
+    start, flags = (words := shlex.split(line))[:3], cli.joined(words[3:])
+    return shlex.join([*start, *sorted(f for f in flags if f.partition("=")[0].removeprefix("--") not in own)])
 
 
 _LOSSES = {"ssim": "SSIM", "l2": "L2", "l1": "L1", "ssim_l2": "SSIM and L2"}

@@ -5,6 +5,7 @@ A new study is one line in `STUDIES`.
 
 import dataclasses
 import functools
+import os
 import re
 import sys
 import time
@@ -59,6 +60,11 @@ def _decay(config: configs.Autoencoder, value: str) -> dict[str, Any]:
     return {"decay": value, "weight_decay": config.weight_decay or 1e-5}
 
 
+def _epochs(field: str) -> Change:
+    """Steps, where they are given, stand before epochs."""
+    return lambda _, value: {field: value, field.replace("epochs", "steps"): 0}
+
+
 def _adadelta(config: configs.Segmentation, value: str) -> dict[str, Any]:
     plain = {"learning_rate": 1e-3, "warmup_steps": 0, "schedule": "constant"}
     return {"optimizer": "adadelta", "adadelta": value, **plain}
@@ -95,7 +101,7 @@ STUDIES: dict[str, dict[str, Axis]] = {
         "patch_size": Axis("patch_size", (64, 128, 256, 512), fits=_patch_fits),
         "loss": Axis("loss", ("l2", "l1", "ssim", "ssim_l2")),
         "samples": Axis("train_images", _COUNTS, fits=_count_fits),
-        "epochs": Axis("epochs", (25, 50, 100, 200), lambda _, v: {"epochs": v, "steps": 0}),
+        "epochs": Axis("epochs", (25, 50, 100, 200), _epochs("epochs")),
         "constants": Axis("constants", ("thesis", "wang")),
         "decay": Axis("decay", ("l2", "learning_rate"), _decay),
         "seeds": Axis("seed", (0, 1, 2)),
@@ -106,11 +112,30 @@ STUDIES: dict[str, dict[str, Axis]] = {
     },
     "segmentation": {
         **_SUPERVISED,
-        "epochs": Axis("epochs", (25, 100), lambda _, v: {"epochs": v, "steps": 0}),
+        "epochs": Axis("epochs", (25, 100), _epochs("epochs")),
     },
     "transfer": {
         **_SUPERVISED,
-        "epochs": Axis("adapt_epochs", (1, 5, 10), lambda _, v: {"adapt_epochs": v, "adapt_steps": 0}),
+        "epochs": Axis("adapt_epochs", (1, 5, 10), _epochs("adapt_epochs")),
+    },
+}
+# Axes of a setting alone that would change nothing without these.
+_CHANGES: dict[str, Change] = {
+    "decay": _decay,
+    "adadelta": _adadelta,
+    **{field: _epochs(field) for field in ("epochs", "classifier_epochs", "adapt_epochs")},
+}
+# Setting -> (whether it changes nothing, how it would), of the experiment and its settings.
+_VOID: dict[str, tuple[Callable[[str, Any], bool], str]] = {
+    "num_crops": (lambda _, c: c.crops == "fresh" and c.steps > 0, "set --config.crops=fixed"),
+    "constants": (lambda _, c: c.loss in ("l1", "l2"), "use --config.loss=ssim"),
+    "residual_constants": (lambda _, c: "ssim" not in c.maps, "add ssim to --config.maps"),
+    "samples": (lambda _, c: min(c.steps, c.classifier_steps) > 0, "set --config.steps=0"),
+    "width": (lambda _, c: c.model != "unet", "use --config.model=unet"),
+    "upsampling": (lambda _, c: c.model != "unet", "use --config.model=unet"),
+    **{
+        field: (lambda experiment, _: experiment != "transfer", "use --experiment=transfer")
+        for field in ("new_line", "adapt_epochs", "adapt_steps")
     },
 }
 # What the figures and tables show.
@@ -147,7 +172,7 @@ def select(experiment: str, studies: Sequence[str], axis: str, values: Sequence[
         raise InputError("--values are those of one study: give one --study with them")
     if axis and not values:
         raise InputError(f"--axis={axis} needs --values, such as --values=1,2,3")
-    chosen = {name: known[name] for name in studies} or {axis: Axis(axis, ())}
+    chosen = {name: known[name] for name in studies} or {axis: Axis(axis, (), _CHANGES.get(axis))}
     if values:
         chosen = {
             name: dataclasses.replace(a, fits=None, values=tuple(_parse(KINDS[experiment], a.field, v) for v in values))
@@ -226,9 +251,13 @@ def run(
       InputError: data or settings that cannot be used, before anything is run; a workdir of other settings; at the end, runs
         that failed (the others are finished).
     """
-    names = [_dataset_folder(d) for d in data]
-    if twice := [d for d, n in zip(data, names, strict=True) if names.count(n) > 1]:
-        raise InputError(f"two data sets end in {_dataset_folder(twice[0])!r}: give them folders of different names")
+    names, called = [_dataset_folder(d) for d in data], [_called(d) for d in data]
+    if twice := [n for n in called if called.count(n) > 1]:
+        raise InputError(f"two data sets are called {twice[0]!r}: give them folders of different names")
+    for axis in studies.values():
+        void, mend = _VOID.get(axis.field, (None, ""))
+        if void and void(experiment, config):
+            raise InputError(f"with these settings {axis.field} changes nothing: {mend}, or vary something else")
     if seeds < 1:
         raise InputError(f"--seeds={seeds} must be at least 1")
     base = {"experiment": experiment, "source": source, "defects": defects_from, **configs.to_dict(config)}
@@ -236,6 +265,12 @@ def run(
     if path.exists() and (other := configs.difference(base, files.read_json(path))):
         raise InputError(f"{workdir} holds studies of another config, which differs in {other}: use a new --workdir")
     rows = _Rows(workdir)
+    taken = {row["dataset"]: row["run"].split("/")[1] for row in rows.found}
+    for n, folder in zip(called, names, strict=True):
+        if taken.get(n, folder) != folder:
+            raise InputError(
+                f"{workdir} holds runs of another data set called {n!r}, in runs/{taken[n]}: use a new --workdir"
+            )
     tried = [config, *(a.apply(config, v) for a in studies.values() if a.fits is None for v in a.values)]
     for c in tried:
         (autoencoder if experiment == "autoencoder" else segmentation).check_loss(c)
@@ -243,11 +278,17 @@ def run(
     plan: list[_Run] = []
     for d, name in zip(data, names, strict=True):
         plan += _plan(config, experiment, studies, d, workdir / "runs" / name, range(seeds), load)
+    if not plan:
+        raise InputError(f"{', '.join(data)} is too small for every value: give smaller --values or other --data")
     if not all(_finished(r, rows) for r in plan):
         for d in data:
             if not load(d).test:
                 raise InputError(f"{d} has no test images: a study needs some, with masks")
-    files.write_json(path, base)
+        # Before hours of training that one of the last runs would then lack.
+        for r in plan:
+            for d in [r.data, *([source] if source else [])]:
+                train, _ = datasets.split(len(load(d).train), r.config.validation_fraction, r.config.seed)
+                datasets.chosen(train, r.config.train_images, r.config.seed)
 
     failed: list[tuple[_Run, InputError]] = []
     clock = _Clock(len(plan))
@@ -262,6 +303,8 @@ def run(
             # A run that died is a result of the study; the others go on.
             failed.append((r, error))
             print(f"this run failed: {error}", file=sys.stderr, flush=True)
+        if not path.exists():
+            files.write_json(path, base)
         rows.write({study for study, _, _ in r.parts})
     if failed:
         raise InputError(
@@ -316,9 +359,16 @@ def _rows_of(
         )
     if not r.read:
         ((study, axis, (value,)),) = r.parts
-        return [_row(study, axis, value, base, r.config, row) for row in results.rows(record)]
+        found = results.rows(record)
+        if experiment == "transfer":
+            # The source line gives other numbers with every new line.
+            new = record["after"]["target"]["dataset"]
+            found = [
+                {**row, "dataset": f"{row['dataset']} (to {new})"} if " source " in row["map"] else row for row in found
+            ]
+        return [_row(study, axis, value, base, r.config, row) for row in found]
     if rows.has(r):
-        return []
+        return rows.of(r)
     asked = [(study, axis, value, axis.apply(r.config, value)) for study, axis, values in r.parts for value in values]
     dataset = load(r.data)
     _, validation = datasets.split(len(dataset.train), r.config.validation_fraction, r.config.seed)
@@ -366,7 +416,13 @@ def _text(value: Any) -> str:
 
 
 def _dataset_folder(data: str) -> str:
-    return "_".join(p for p in Path(data).parts[-2:] if p.strip("/."))
+    path = Path(os.path.abspath(data)) if Path(data).is_dir() else Path(data)
+    return "_".join(p for p in path.parts[-2:] if p.strip("/."))
+
+
+def _called(data: str) -> str:
+    """The name that rows give a data set, before it is read."""
+    return Path(data).resolve().name if Path(data).is_dir() else data.rstrip("/").replace("/", "_")
 
 
 def _finished(r: _Run, rows: "_Rows") -> bool:
@@ -386,7 +442,7 @@ class _Loader:
 class _Rows:
     """What `results.csv` holds; a row of the same run and map replaces the one before."""
 
-    _KEY = ("study", "value", "dataset", "seed", "map")
+    _KEY = ("study", "value", "run", "map")
 
     def __init__(self, workdir: Path):
         self._workdir = workdir
@@ -403,9 +459,15 @@ class _Rows:
 
     def has(self, r: _Run) -> bool:
         """Whether every value of a run that is read again has its rows."""
-        run = f"runs/{r.folder.parent.name}/{r.folder.name}"
-        there = {(row["study"], row["value"]) for row in self.found if row["run"] == run}
-        return {(study, _text(v)) for study, _, values in r.parts for v in values} <= there
+        return self._asked(r) <= {(row["study"], row["value"]) for row in self.of(r)}
+
+    def of(self, r: _Run) -> list[dict[str, Any]]:
+        """The rows of a run that its studies ask for."""
+        run, asked = str(r.folder.relative_to(self._workdir)), self._asked(r)
+        return [row for row in self.found if row["run"] == run and (row["study"], row["value"]) in asked]
+
+    def _asked(self, r: _Run) -> set[tuple[str, str]]:
+        return {(study, _text(v)) for study, _, values in r.parts for v in values}
 
     def write(self, studies: set[str]) -> None:
         """All rows, the tables, and the figures of these studies."""
