@@ -268,6 +268,17 @@ def test_methods_are_compared_where_all_else_is_shared(tmp_path):
     assert published == dict.fromkeys(published, "-")  # these runs have no pixel AUROC
 
 
+def test_accuracies_are_those_of_the_rules_that_the_page_names():
+    def shown(experiment, percentile, threshold):
+        row = {"image_accuracy": 0.7, "image_accuracy_calibrated": 0.8, "experiment": experiment}
+        return tuple(page._accuracies({**row, "percentile": percentile, "threshold": threshold}).values())
+
+    assert shown("autoencoder", "98.0", 0.3) == (0.7, 0.8)
+    assert shown("autoencoder", "90.0", 0.3) == (None, None)
+    assert shown("segmentation", "90.0", 0.5) == (0.7, None)
+    assert shown("segmentation", "98.0", 0.4) == (None, 0.8)
+
+
 def test_the_page_follows_from_the_files_alone(tmp_path):
     runs = [record(seed=s, maps={"ssim": {"pixel_auroc": 0.9 + 0.01 * s, "image_accuracy": 0.5}}) for s in range(3)]
     methods, _ = results.gather([write(tmp_path / "runs", *runs, record(percentile=90.0))], SETTINGS)

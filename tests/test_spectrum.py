@@ -22,6 +22,7 @@ from steel_ad.detectors.phase_only import PhaseOnlyDetector
 from steel_ad.detectors.whitening import WhiteningDetector
 from steel_ad.errors import InputError
 from steel_ad.ops import filters, spectrum
+from steel_ad.report import tables
 from steel_ad.studies import spectrum as study
 
 ROOT = Path(__file__).parent.parent
@@ -138,6 +139,23 @@ def test_the_lattice_is_exact_on_exact_dots():
     # A neighbour's lattice is drawn to this one's.
     near = spectrum.refine_lattice(spectrum.autocorrelation(dots(vectors)), jnp.asarray(vectors * 1.05, jnp.float32))
     np.testing.assert_allclose(near.vectors, vectors, atol=0.05)
+
+
+def test_too_few_peaks_tell_no_error():
+    """Of a pattern with a single repeat within the lags there is no error to be read: none is stated."""
+    vectors = np.array([[0.0, 40.0], [45.0, 0.0]])
+    near = spectrum.autocorrelation(dots(vectors, (96, 100)))
+    found = spectrum.refine_lattice(near, jnp.asarray(vectors, jnp.float32), order=1)
+    assert np.isinf(np.asarray(found.deviation)).all()
+    rows = spectrum.pitch_and_angle(found)
+    assert np.isinf([r[k] for r in rows for k in ("pitch_error_px", "angle_error_deg")]).all()
+    assert "inf" not in tables.table(rows, ["pitch_px", "pitch_error_px"])
+
+
+def test_whitening_of_flat_plates_is_finite():
+    detector = WhiteningDetector(32, 5, 2)
+    state = detector.fit(patches.stack([np.full((64, 64), 9, np.uint8)] * 2))
+    assert np.isfinite(np.asarray(detector.residual(state, jnp.full((64, 64), 9 / 255, jnp.float32)))).all()
 
 
 def test_a_basis_is_reduced_to_its_lattices_shortest():
@@ -321,7 +339,13 @@ def test_several_data_sets_have_a_folder_each_and_one_figure(data, tmp_path):
         study.run(tiny(), data=[str(data), str(data)], workdir=tmp_path / "v")
     with pytest.raises(InputError, match=r"no pattern.*--config.maps=phase_only,whitening"):
         study.run(tiny(), data=[str(other)], workdir=tmp_path / "u")
+    with pytest.raises(InputError, match=r"images of other show no pattern"):
+        study.run(tiny(), data=[str(data), str(other)], workdir=tmp_path / "u")
     assert not (tmp_path / "u").exists()
+    # The figure of these two is none of another two.
+    before = (workdir / "figures" / "spectra.png").stat().st_mtime_ns
+    study.run(tiny(maps=("phase_only",)), data=[str(data), str(other)], workdir=workdir)
+    assert (workdir / "figures" / "spectra.png").stat().st_mtime_ns > before
 
 
 def test_wrong_input_ends_in_one_sentence(data, tmp_path):
@@ -329,7 +353,8 @@ def test_wrong_input_ends_in_one_sentence(data, tmp_path):
         "must be even": {"tile": 15},
         "must be odd": {"smoothing_px": 4},
         "must name some of phase_only, whitening, lattice": {"maps": ("ssim",)},
-        "64x64 pixels, smaller than the tile of 128": {"tile": 128},
+        "64x64 pixels, smaller than the tile of 128.*--config.tile": {"tile": 128},
+        "smaller than the smoothing of 65.*--config.smoothing_px": {"smoothing_px": 65},
     }
     for sentence, settings in cases.items():
         with pytest.raises(InputError, match=sentence):

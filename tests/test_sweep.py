@@ -152,7 +152,7 @@ def test_reading_again_is_evaluating_again(finished, data):
                 assert found[name][metric] == pytest.approx(measured[metric], abs=2e-4), metric
 
 
-def test_reconstructions_share_windows_of_any_image():
+def test_reconstructions_share_windows_of_any_image(monkeypatch):
     config = tiny()
     params = detector.initial_state(config, jax.random.key(0)).params
     image = np.random.default_rng(0).random((70, 53)).astype(np.float32)
@@ -160,6 +160,13 @@ def test_reconstructions_share_windows_of_any_image():
     for stride, one in zip([8, 24, 32], found, strict=True):
         expected = detector.reconstruct(dataclasses.replace(config, stride=stride), params, image)
         np.testing.assert_allclose(one, expected, atol=1e-6)
+    # As many windows as are not kept at once come stride by stride.
+    whole, strides = detector.reconstruct, []
+    monkeypatch.setattr(detector, "_KEPT", 20)
+    monkeypatch.setattr(detector, "reconstruct", lambda c, *a: (strides.append(c.stride), whole(c, *a))[1])
+    for one, same in zip(found, detector.reconstructions(config, params, image, [8, 24, 32]), strict=True):
+        np.testing.assert_allclose(same, one, atol=1e-6)
+    assert strides == [8, 24, 32]
     assert list(reading._families([128, 48, 32, 96, 32])) == [[32, 96, 128], [48]]
 
 
@@ -222,8 +229,9 @@ def test_supervised_studies(data, tmp_path, monkeypatch):
         return {"experiment": "transfer", "config": {"seed": 0}, "before": parts, "after": parts}
 
     monkeypatch.setattr(segmentation, "transfer", transfer)
-    rows = run(data, tmp_path / "t", "adadelta", experiment="transfer", config=config, source=data)
-    assert seen == [("adadelta", k, data, data) for k in ("tf_keras", "old_keras", "pytorch")]
+    rows = run(data, tmp_path / "t", "adadelta", experiment="transfer", config=config, source=data + "/")
+    assert json.loads((tmp_path / "t" / "sweep.json").read_text())["source"] == data
+    assert seen == [("adadelta", k, data + "/", data) for k in ("tf_keras", "old_keras", "pytorch")]
     assert [r["dataset"] for r in rows[:2]] == ["line (to line)", "line"]
     assert [r["map"] for r in rows[:4]] == [
         f"{when} {where} segmentation" for when in ("before", "after") for where in ("source", "target")

@@ -30,6 +30,8 @@ _FLAT = 0.02
 # Windows that go through the network at once. On CPU the activations of more than some 25 leave the caches, which takes a
 # quarter longer.
 _TILES, _TILES_ON_CPU = 128, 25
+# Windows of one image that are kept for several strides: 128 MiB of 128x128 pixels.
+_KEPT = 2048
 
 OnStep = Callable[[int, dict[str, float]], None]
 
@@ -212,18 +214,20 @@ def reconstruct(config: configs.Autoencoder, params: Any, image: Array) -> Array
 
 
 def reconstructions(config: configs.Autoencoder, params: Any, image: Array, strides: Sequence[int]) -> list[Array]:
-    """As `reconstruct`, at several strides; the network sees each window of the finest once.
+    """As `reconstruct`, at several strides; the network sees each window of the finest once, unless there are too many to keep.
 
     Args:
       strides: multiples of the first one, which is the finest.
     """
     size, network = config.patch_size, _network(config, params)
+    rows, columns = (sliding.positions(side, size, strides[0]) for side in image.shape)
+    if len(rows) * len(columns) > _KEPT:
+        return [reconstruct(dataclasses.replace(config, stride=stride), params, image) for stride in strides]
     tiles = sliding.windows(image, size=size, stride=strides[0])
     if len(tiles) <= _at_once():
         tiles = network(tiles)
     else:
         tiles = jax.lax.map(lambda tile: network(tile[None])[0], tiles, batch_size=_at_once())
-    rows, columns = (sliding.positions(side, size, strides[0]) for side in image.shape)
     found = []
     for stride in strides:
         chosen = [

@@ -13,7 +13,8 @@ from steel_ad.ops.filters import box_mean
 class PhaseOnlyDetector:
     """Root mean square, over two box means of `smoothing_px`, of the image with every amplitude of its DFT set to 1.
 
-    A pattern is few, strong frequencies; a defect is faint in many. The residual's mean square is 1, whatever the image.
+    A pattern is few, strong frequencies; a defect is faint in many. The residual's mean square is 1, of whatever image that
+    has all frequencies; of a flat one, which has a single frequency, it is next to 0.
     """
 
     smoothing_px: int = 9

@@ -41,7 +41,7 @@ class WhiteningDetector:
         tiles = (tiles - tiles.mean((1, 2), keepdims=True)) * weight[None]
         # No frequency counts as emptier than a thousandth of the fullest: there is noise enough.
         white = jnp.fft.rfft2(tiles)
-        white = white / jnp.maximum(state, 1e-3 * state.max())[None].astype(white.dtype)
+        white = white / jnp.maximum(state, 1e-3 * state.max() + 1e-9)[None].astype(white.dtype)
         # 3 / 8 is the window's root mean square: a good plate's residual is about 1.
         white = jnp.fft.irfft2(white, (self.tile, self.tile)) * np.float32(self.tile * 3 / 8)
         shape, stride = (image.shape[0], image.shape[1]), self.tile // 2

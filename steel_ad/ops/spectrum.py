@@ -28,7 +28,8 @@ _SEARCH = 3
 
 class Lattice(NamedTuple):
     """A pattern's lattice: `vectors` [2, 2] are two primitive vectors, one a row, each (y, x) in pixels, the one more across
-    first, (roughly) pointing right and down; `deviation` [2, 2] their standard errors; `echo` the mean correlation of the
+    first, (roughly) pointing right and down; `deviation` [2, 2] their standard errors, infinite where too few
+    peaks tell them; `echo` the mean correlation of the
     pattern with itself at the lattice's points, in [-1, 1]."""
 
     vectors: Array | np.ndarray
@@ -171,6 +172,8 @@ def refine_lattice(correlation: Array, vectors: Array, *, order: int = 3) -> Lat
         variance = variance * (count / jnp.maximum(count - 2, 1)).astype(dtype)
         # All peaks come of the same pixels, so that their errors do not average out.
         deviation = jnp.abs(to_vectors @ (steps * weights[:, None]).T).sum(1) * jnp.sqrt(variance)
+        # As many peaks as unknowns fit exactly, whatever their error.
+        deviation = jnp.where(count > 2, deviation, jnp.inf)
         echo = (weights * heights).sum() / (weights.sum() + 1e-9)
         return Lattice(vectors + moved, jnp.broadcast_to(deviation[:, None], (2, 2)), echo)
 
@@ -249,14 +252,15 @@ def read_lattice(correlation: Array | np.ndarray) -> Lattice | None:
 
 
 def pitch_and_angle(lattice: Lattice) -> list[dict[str, float]]:
-    """Of each vector: pitch_px, angle_deg (0 points right, 90 down), and their standard errors."""
+    """Of each vector: pitch_px, angle_deg (0 points right, 90 down), and their standard errors, infinite where not known."""
     rows = []
     for vector, deviation in zip(
         np.asarray(lattice.vectors, np.float64), np.asarray(lattice.deviation, np.float64), strict=True
     ):
         pitch = float(np.hypot(*vector))
-        along = float(np.hypot(*(vector * deviation)) / pitch)
-        aside = float(np.hypot(vector[1] * deviation[0], vector[0] * deviation[1]) / pitch)
+        known = np.isfinite(deviation).all()
+        along = float(np.hypot(*(vector * deviation)) / pitch) if known else math.inf
+        aside = float(np.hypot(vector[1] * deviation[0], vector[0] * deviation[1]) / pitch) if known else math.inf
         rows.append(
             {
                 "pitch_px": pitch,

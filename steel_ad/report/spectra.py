@@ -38,7 +38,10 @@ class View:
 
 def spectra(path: str | os.PathLike[str], views: Sequence[View]) -> Path:
     """Plate, its log-amplitude spectrum, the mean one of the line, and the mean autocorrelation with the lattice's vectors."""
-    labels = ["plate", "log(1 + amplitude)", f"mean of {views[0].images} plates", "autocorrelation"]
+    counts = sorted({view.images for view in views})
+    plates = "plates" if counts[-1] > 1 else "plate"
+    number = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    labels = ["plate", "log(1 + amplitude)", f"mean of {number} {plates}", "autocorrelation"]
     figure, grid = _panels(labels, views)
     for view, column in zip(views, grid.T, strict=True):
         column[0].imshow(view.image, cmap="gray")

@@ -59,12 +59,16 @@ class Reader:
             compare = jax.jit(
                 lambda reconstruction, image: {
                     name: d.compare(reconstruction, image.astype(jnp.float32) / 255) for name, d in detectors.items()
-                }
+                },
+                compiler_options=cpu_compiler_options(),
             )
             self._raw = (key, _each(compare, zip(self._reconstructions[config.stride], self._images, strict=True)))
         if self._opened[0] != (key := (*key, config.radius)):
             maps = (dict(zip(self._raw[1], m, strict=True)) for m in zip(*self._raw[1].values(), strict=True))
-            opening = jax.jit(lambda maps: {n: grey_opening(m, radius=config.radius) for n, m in maps.items()})
+            opening = jax.jit(
+                lambda maps: {n: grey_opening(m, radius=config.radius) for n, m in maps.items()},
+                compiler_options=cpu_compiler_options(),
+            )
             self._opened = (key, _each(opening, ((m,) for m in maps)))
         found, limits, n = {}, {}, self._validation
         for name in config.maps:

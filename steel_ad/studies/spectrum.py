@@ -41,7 +41,7 @@ def run(config: configs.Spectrum, *, data: Sequence[str], workdir: Path) -> dict
     """Looks at every data set and writes everything to `workdir`, or of several to a folder in it for each.
 
     Writes `config.json`, `manifest.json`, `metrics.json` (with the lattice), `scores.csv` and `figures/` of each, and
-    `figures/spectra.png` and `phases.png` of all. Finished ones are only read.
+    `figures/spectra.png` and `phases.png` of all. Finished ones are only read; pictures of several are drawn again.
 
     Returns:
       Folder -> what its `metrics.json` holds, and whether it was finished before.
@@ -62,21 +62,28 @@ def run(config: configs.Spectrum, *, data: Sequence[str], workdir: Path) -> dict
         folder: runs.begin(folder, values, evaluate_only=False, reading=()) for folder, values in settings.items()
     }
     figure = workdir / "figures" / "spectra.png"
-    if all(finished.values()) and figure.exists():
+    # A figure of several data sets may show others than these.
+    if all(finished.values()) and figure.exists() and len(data) == 1:
         return {folder: (result, True) for folder, result in finished.items() if result}
-    results, views = {}, []
+    looked, views = {}, []
     for folder, source in places.items():
         dataset = datasets.load(source)
         _check_sizes(config, dataset)
-        training, validation = datasets.split(len(dataset.train), config.validation_fraction, config.seed)
-        plates = patches.stack([dataset.train[i] for i in training])
+        split = datasets.split(len(dataset.train), config.validation_fraction, config.seed)
+        plates = patches.stack([dataset.train[i] for i in split[0]])
         view = _view(dataset.name, plates, config.images)
+        # Before anything of the others is written.
+        if view.lattice is None and "lattice" in config.maps:
+            raise InputError(
+                f"the good images of {dataset.name} show no pattern that repeats in two directions, which the map 'lattice' "
+                "needs: use larger images, or leave it out with --config.maps=phase_only,whitening"
+            )
         views.append(view)
+        looked[folder] = dataset, plates, split, view.lattice
+    results = {}
+    for folder, found in looked.items():
         done = finished[folder]
-        results[folder] = (
-            done or _evaluate(config, dataset, plates, (training, validation), view.lattice, folder, settings[folder]),
-            done is not None,
-        )
+        results[folder] = done or _evaluate(config, *found, folder, settings[folder]), done is not None
     spectra.phases(workdir / "figures" / "phases.png", views)
     # Last, since its presence says that the pictures are complete.
     spectra.spectra(figure, views)
@@ -99,15 +106,21 @@ def _name(data: str) -> str:
 
 def _check_sizes(config: configs.Spectrum, dataset: datasets.Dataset) -> None:
     """Raises InputError where an image is too small for a map that is asked for."""
-    least = {"patch of 32 that a lattice needs": 32, f"smoothing of {config.smoothing_px}": config.smoothing_px}
+    smoothing, tile, patch = (
+        f"smoothing of {config.smoothing_px}",
+        f"tile of {config.tile}",
+        "patch of 32 that a lattice needs",
+    )
+    least = {patch: 32, smoothing: config.smoothing_px}
+    mend = {patch: "", smoothing: " or use a smaller --config.smoothing_px", tile: " or use a smaller --config.tile"}
     if set(config.maps) - {"phase_only"}:
-        least[f"tile of {config.tile}"] = config.tile
+        least[tile] = config.tile
     what = max(least, key=lambda name: least[name])
     for image in [*dataset.train, *(t.image for t in dataset.test)]:
         if min(image.shape) < least[what]:
             raise InputError(
                 f"an image of {dataset.name} is {image.shape[0]}x{image.shape[1]} pixels, smaller than the {what}: leave it "
-                "out or use a smaller --config.tile"
+                f"out{mend[what]}"
             )
 
 

@@ -260,7 +260,9 @@ def run(
             raise InputError(f"with these settings {axis.field} changes nothing: {mend}, or vary something else")
     if seeds < 1:
         raise InputError(f"--seeds={seeds} must be at least 1")
-    base = {"experiment": experiment, "source": source, "defects": defects_from, **configs.to_dict(config)}
+    # As the runs record it.
+    kept_source = source and os.path.normpath(source)
+    base = {"experiment": experiment, "source": kept_source, "defects": defects_from, **configs.to_dict(config)}
     path = workdir / "sweep.json"
     if path.exists() and (other := configs.difference(base, files.read_json(path))):
         raise InputError(f"{workdir} holds studies of another config, which differs in {other}: use a new --workdir")
