@@ -22,7 +22,6 @@ from steel_ad.detectors.phase_only import PhaseOnlyDetector
 from steel_ad.detectors.whitening import WhiteningDetector
 from steel_ad.errors import InputError
 from steel_ad.ops import filters, spectrum
-from steel_ad.report import tables
 from steel_ad.studies import spectrum as study
 
 ROOT = Path(__file__).parent.parent
@@ -149,7 +148,8 @@ def test_too_few_peaks_tell_no_error():
     assert np.isinf(np.asarray(found.deviation)).all()
     rows = spectrum.pitch_and_angle(found)
     assert np.isinf([r[k] for r in rows for k in ("pitch_error_px", "angle_error_deg")]).all()
-    assert "inf" not in tables.table(rows, ["pitch_px", "pitch_error_px"])
+    record = {"dataset": "x", "lattice": {"vectors": rows, "echo": 0.5}}
+    assert [r["pitch_error_px"] for r in study.lattice_rows({Path("x"): (record, False)})] == [None, None]
 
 
 def test_whitening_of_flat_plates_is_finite():

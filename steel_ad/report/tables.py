@@ -9,8 +9,8 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     """Plain text, aligned: a header, a rule and one line a row, without a final line break.
 
     Args:
-        rows: one mapping a row. Floats (of numpy and jax too) get four significant digits; a missing key, None, NaN
-            and infinity become "-".
+        rows: one mapping a row. Floats (of numpy and jax too) get four significant digits; a missing key, None and NaN
+            become "-".
         columns: the keys to show, in order; also the headers. A column of numbers is set to the right.
     """
     cells = [list(columns), *_cells(rows, columns)]
@@ -50,9 +50,9 @@ def _cells(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[li
 
 
 def _scalar(value: Any) -> Any:
-    """A Python scalar for a numpy or jax one; NaN and infinity are None."""
+    """A Python scalar for a numpy or jax one; NaN is None."""
     value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _text(value: Any) -> str:

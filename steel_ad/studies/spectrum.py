@@ -96,7 +96,9 @@ def lattice_rows(results: Mapping[Path, tuple[dict[str, Any], bool]]) -> list[di
     for result, _ in results.values():
         found = result["lattice"] or {"vectors": [{}, {}], "echo": None}
         for name, vector in zip(("first", "second"), found["vectors"], strict=True):
-            rows.append({"data": result["dataset"], "vector": name, "echo": found["echo"], **vector})
+            # What a file holds as null.
+            known = {k: v if v is not None and np.isfinite(v) else None for k, v in vector.items()}
+            rows.append({"data": result["dataset"], "vector": name, "echo": found["echo"], **known})
     return rows
 
 
