@@ -21,6 +21,7 @@ from steel_ad.errors import InputError
 # The share of the scores that the tail model is fitted to, and how many it needs.
 _TAIL = 0.1
 _LEAST_EXCEEDANCES = 30
+_LEAST_SHAPE = -0.95
 # A deviance that stands for infinity in searches.
 _IMPOSSIBLE = 1e9
 
@@ -194,7 +195,7 @@ def tail(scores: ArrayLike, rate: float) -> Tail:
             growth = math.log(ratio) if abs(shape) < 1e-9 else math.expm1(shape * math.log(ratio)) / shape
             return _deviance(y, shape, level / growth)
 
-        return _least(at, -0.95, 3.0)
+        return _least(at, _LEAST_SHAPE, 3.0)
 
     fitted = optimize.minimize(
         lambda v: _deviance(y, v[0], math.exp(v[1])), (0.1, 0.0), method="Nelder-Mead", options={"xatol": 1e-6}
@@ -220,7 +221,7 @@ def tail(scores: ArrayLike, rate: float) -> Tail:
 
 def _deviance(y: np.ndarray, shape: float, scale: float) -> float:
     # Below a shape of -1 the likelihood has no maximum.
-    if shape <= -1:
+    if shape < _LEAST_SHAPE:
         return _IMPOSSIBLE
     return min(_IMPOSSIBLE, -2 * float(stats.genpareto.logpdf(y, shape, scale=scale).sum()))
 
