@@ -345,13 +345,6 @@ def test_names_in_the_roofline_do_not_overlap():
     assert all(box.x0 > panel.x1 and box.y1 < figure.bbox.y1 for box in boxes)
 
 
-def test_a_program_with_keys_never_runs_out_of_them():
-    program = data._keyed(lambda key: key)
-    for _ in range(2**14 + 1):
-        last = program.call()
-    assert last.shape == ()
-
-
 def test_a_start_that_fails_is_left_out_before_the_first_block(monkeypatch):
     def fails(command):
         raise timing.Unavailable("no step")
