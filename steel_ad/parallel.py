@@ -55,6 +55,8 @@ def start(coordinator: str, num_processes: int | None, process_id: int | None) -
                 f"the port of --coordinator={coordinator} is taken or cannot be used ({error}): choose another"
             ) from None
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It would swallow SIGTERM, with which schedulers and people stop a run.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             None if auto else coordinator,

@@ -46,7 +46,7 @@ def both(mode, folder):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """Folder of what the workers have written, and how the two processes ended: process 0 is killed in mid-training."""
+    """Folder of what the workers have written, and how the two processes ended: process 0 is stopped in mid-training."""
     folder = tmp_path_factory.mktemp("parallel") / "w"
     many, *two = start("devices", folder, devices=8), *both("process", folder)
     deadline = time.monotonic() + 500
@@ -54,7 +54,8 @@ def found(tmp_path_factory):
         assert time.monotonic() < deadline
         assert all(p.poll() is None for p in two), [p.communicate() for p in two]
         time.sleep(0.05)
-    two[0].send_signal(signal.SIGKILL)
+    # As schedulers do; to the other process it is the same as SIGKILL.
+    two[0].send_signal(signal.SIGTERM)
     killed = time.monotonic()
     said = [p.communicate(timeout=200) for p in two[::-1]][::-1]
     ended = time.monotonic() - killed
