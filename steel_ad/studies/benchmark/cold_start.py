@@ -37,7 +37,11 @@ def _start(cached: bool) -> Program:
 
     # What cannot start is left out here; within a block it would end the benchmark.
     start = time.perf_counter()
-    call()
+    try:
+        call()
+    except Unavailable:
+        folder.cleanup()
+        raise
     elapsed = time.perf_counter() - start
     return Program(call=call, wait=lambda _: None, warm=False, compile_s=elapsed if cached else None)
 
