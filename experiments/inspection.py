@@ -44,7 +44,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the draws of calibration and recurre
 def main() -> int:
     from steel_ad import config as configs
     from steel_ad.errors import InputError
-    from steel_ad.studies import inspection
+    from steel_ad.studies import good_tiles, inspection
 
     try:
         confidence = None if _CONFIDENCE.value == "average" else float(_CONFIDENCE.value)
@@ -66,7 +66,7 @@ def main() -> int:
     )
     model, source, out = (cli.required(holder) for holder in (_MODEL, _SOURCE, _OUT))
     found = inspection.run(config, model=Path(model), source=source, calibrate_on=_CALIBRATION.value, out=Path(out))
-    print(inspection.promise_sentence(found["calibration"]))
+    print(good_tiles.promise_sentence(found["calibration"]))
     for roll in found["recurrence"]:
         print(f"{roll['side']}: {roll['sentence']}")
     print(f"Defects: {found['defects']}; {found['tiles_with_an_alarm']} of {found['tiles']} tiles with an alarm.")

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 BINARY = """
 import runpy
 import jax.numpy as jnp
-from steel_ad.studies import trained
+from steel_ad.studies import good_tiles, trained
 
 class Distance:
     def residual(self, state, image):
@@ -167,7 +167,7 @@ def test_larger_and_stronger_defects_are_found(line):
 
 def test_what_is_wrong_is_said(line, monkeypatch):
     monkeypatch.setattr(trained, "load", lambda *_: Trained(None, {}, 2, 16, None, {}, "", frozenset()))
-    monkeypatch.setattr(study.inspection, "good_scores", lambda *_: {"scores": [0.1] * 24})
+    monkeypatch.setattr(study.good_tiles, "good_scores", lambda *_: {"scores": [0.1] * 24})
     where = {
         "model": line,
         "calibrate_on": str(line / "good"),

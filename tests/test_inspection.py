@@ -25,7 +25,7 @@ from steel_ad.errors import InputError
 from steel_ad.inspection import ledger, tiles
 from steel_ad.ops.morphology import disk
 from steel_ad.report import figures
-from steel_ad.studies import files, inspection, trained
+from steel_ad.studies import files, good_tiles, inspection, outcome, strips, trained
 from steel_ad.studies.trained import Trained
 from steel_ad.train.checkpoint import Checkpoints
 
@@ -153,7 +153,7 @@ def test_marks_are_found_where_they_are(whole):
 @pytest.mark.parametrize("heights", [[1] * 330, [48] * 6 + [42]])
 def test_the_result_does_not_depend_on_how_the_strip_is_cut(model, strip, whole, tmp_path, heights, monkeypatch):
     pieces = np.split(strip, np.cumsum(heights)[:-1])
-    monkeypatch.setattr(inspection.Strip, "frames", lambda self: iter(pieces if self.image == "" else [strip]))
+    monkeypatch.setattr(strips.Strip, "frames", lambda self: iter(pieces if self.image == "" else [strip]))
     write(tmp_path / "in" / "a.png", strip)
     (tmp_path / "out").mkdir()
     # The fixture's calibration, since reading is replaced here.
@@ -279,7 +279,7 @@ def test_a_group_is_a_subfolder_of_the_root_and_copies_count_once(model, plates_
     write(tmp_path / "a.png", plates_64[19])
     found = inspect(model, tmp_path / "a.png", tmp_path / "out", good=good, false_alarm_rate=0.4)["calibration"]
     assert (found["groups"], found["images"], found["left_out_as_copies"]) == (4, 12, 12)
-    assert "12 as copies" in inspection.promise_sentence(found)
+    assert "12 as copies" in good_tiles.promise_sentence(found)
 
 
 def test_a_strip_calibrates_on_strips_in_the_order_of_their_names(model, strip, plates_64, tmp_path):
@@ -354,7 +354,7 @@ def test_a_tile_sees_itself_and_its_halo_and_nothing_else(strip):
         def residual(self, state, image):
             return jnp.abs(image - image.mean())
 
-    view = inspection.View(Trained(Surroundings(), (), 1, 32, None, {}, "", frozenset()), tile_settings())
+    view = strips.View(Trained(Surroundings(), (), 1, 32, None, {}, "", frozenset()), tile_settings())
     (first, second, *_) = view.maps((0, b) for b in tiles.bands([strip], tile=48, halo=8))
     padded = np.pad(strip, 8, mode="reflect").astype(np.float32) / 255
     for (_, band, found), top in ((first, 0), (second, 48)):
@@ -420,7 +420,7 @@ def test_the_report_opens_offline_and_holds_every_row(whole):
     position = rows[0].index(repr(max(peaks)))
     assert [float(r[position]) for r in rows] == sorted(peaks, reverse=True)
     assert summary["settings"]["model_sha256"] in text
-    assert inspection.promise_sentence(summary["calibration"]) in text
+    assert good_tiles.promise_sentence(summary["calibration"]) in text
 
 
 def test_a_video_is_one_strip_and_its_periodic_defect_is_named(model, tmp_path, plates_64):
@@ -496,7 +496,7 @@ def test_without_calibration_the_runs_own_threshold_serves_and_promises_nothing(
     found = inspect(model, tmp_path / "a.png", tmp_path / "out", good="", threshold=0.25)
     assert found["threshold"] == 0.25
     assert found["defects"] > 0
-    assert "nothing is promised" in inspection.promise_sentence(found["calibration"])
+    assert "nothing is promised" in good_tiles.promise_sentence(found["calibration"])
     assert '"p_value": null' in (tmp_path / "out" / "ledger.jsonl").read_text()
     with pytest.raises(InputError, match="give --calibration"):
         inspect(model, tmp_path / "a.png", tmp_path / "other", good="")
@@ -693,13 +693,12 @@ def test_the_scale_is_that_of_cameras_without_one(model, strip, tmp_path):
 def test_cameras_without_a_scale_have_rolls_of_their_own(tmp_path):
     write(tmp_path / "0.png", np.zeros((70, 9), np.uint8))
     cameras = [ledger.Camera("left"), ledger.Camera("right")]
-    strips = [inspection.Strip(c, "", (tmp_path / "0.png",)) for c in cameras]
-    found = inspection._Found(sizes={0: [2000, 9], 1: [4000, 9]})
+    seen = [strips.Strip(c, "", (tmp_path / "0.png",)) for c in cameras]
     look = {"side": "top", "image": "", "length_px": 9.0, "width_px": 9.0, "peak": 1.0, "across_px": 4.0}
     rows = [{**look, "defect": k, "camera": "left", "along_px": 100.0 * k + 31} for k in range(20)]
     rng = np.random.default_rng(0)
     rows += [{**look, "defect": 20 + k, "camera": "right", "along_px": rng.uniform(0, 4000)} for k in range(20)]
-    (roll,) = inspection._rolls(tile_settings(), strips, found, rows)
+    (roll,) = outcome.rolls(tile_settings(), seen, {0: [2000, 9], 1: [4000, 9]}, rows)
     assert (roll["cameras"], roll["turns"], roll["members"]) == (["left"], 20, list(range(20)))
 
 

@@ -14,8 +14,8 @@ from steel_ad.data.defects import Library
 from steel_ad.errors import InputError
 from steel_ad.inspection import calibration, detectability, tiles
 from steel_ad.progress import progress
-from steel_ad.studies import files, inspection, runs, trained
-from steel_ad.studies.inspection import View
+from steel_ad.studies import files, good_tiles, inspection, runs, trained
+from steel_ad.studies.strips import View
 
 _PLATES = 256
 _BATCH = 16
@@ -56,7 +56,7 @@ def run(
     if config.largest_px > how.tile_px / 2:
         raise InputError(f"--largest_px={config.largest_px:g} is more than half a tile: use a larger --tile_px")
     inspection.check_out(out, [calibrate_on, defects_from])
-    good = inspection.good_images(calibrate_on)
+    good = good_tiles.good_images(calibrate_on)
     library, skipped = _library(defects_from, how.seed)
     settings = {
         **dataclasses.asdict(config),
@@ -72,11 +72,11 @@ def run(
     if (out / "summary.json").exists():
         return files.read_json(out / "summary.json")
     view = View(detector, how)
-    known = inspection.good_scores(how, detector, view, good, Path(calibrate_on))
+    known = good_tiles.good_scores(how, detector, view, good, Path(calibrate_on))
     promised = calibration.promise(known["scores"], how.false_alarm_rate, how.confidence)
     # Not before the calibration, so that after a refusal another rate may be asked for in the same place.
     files.write_json(claimed, settings)
-    pieces = _pieces(inspection.untrained(good, detector), view, how.seed)
+    pieces = _pieces(good_tiles.untrained(good, detector), view, how.seed)
     trials = _trials(config, library, pieces, view, promised.threshold, how)
     form = "average" if how.confidence is None else "confidence"
     record = {**{k: v for k, v in known.items() if k != "scores"}, "form": form, **dataclasses.asdict(promised)}
@@ -199,7 +199,7 @@ def _write(
             panels.setdefault(kind, []).append(
                 figures.Detection(name=f"contrast {contrast:g}", size=size, hit=hit, curve=fitted, a90_95=curve.a90_95)
             )
-    sentence = inspection.promise_sentence(promised)
+    sentence = good_tiles.promise_sentence(promised)
     table = tables.markdown(rows, COLUMNS)
     files.write_csv(out / "trials.csv", trials)
     files.write_csv(out / "curves.csv", rows)

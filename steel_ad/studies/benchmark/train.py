@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from steel_ad import config as configs
 from steel_ad import parallel
@@ -15,7 +16,8 @@ from steel_ad.data import patches
 from steel_ad.detectors import autoencoder
 from steel_ad.studies.benchmark import peers, ssim
 from steel_ad.studies.benchmark.timing import Maker, Program, Work, compiled
-from steel_ad.train.step import make_step, steps_per_call
+from steel_ad.train.state import TrainState
+from steel_ad.train.step import Objective, make_step, steps_per_call
 
 
 def cost(config: configs.Autoencoder) -> tuple[float, float]:
@@ -72,16 +74,26 @@ def works(*, tiny: bool) -> list[Work]:
 
 
 def _ours(config: configs.Autoencoder, plates: patches.Plates) -> Program:
-    root = jax.random.key(0)
-    state = autoencoder.initial_state(config, root)
-    data: Any = jax.tree.map(jnp.asarray, plates)
-    objective, optimizer = autoencoder.objective(config), autoencoder.optimizer(config)
+    state = autoencoder.initial_state(config, jax.random.key(0))
+    return stepping(autoencoder.objective(config), autoencoder.optimizer(config), state, plates, config)
+
+
+def stepping(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    data: Any,
+    config: configs.Autoencoder | configs.Segmentation,
+) -> Program:
+    """The project's own training step with its state, as many steps a call as training has."""
+    root, mesh = jax.random.key(0), parallel.mesh(1)
+    data = jax.tree.map(jnp.asarray, data)
     per_call = steps_per_call(config.total_steps, config.checkpoint_every)
-    step = make_step(objective, optimizer, steps_per_call=per_call, mesh=parallel.mesh(1))
+    step = make_step(objective, optimizer, steps_per_call=per_call, mesh=mesh)
     program, compile_s, counted = compiled(step, state, data, root)
     if per_call > 1:
         # XLA counts a loop's body once, whatever its length: count a step by itself.
-        counted = compiled(make_step(objective, optimizer, mesh=parallel.mesh(1)), state, data, root)[2]
+        counted = compiled(make_step(objective, optimizer, mesh=mesh), state, data, root)[2]
 
     def call():
         nonlocal state

@@ -2,19 +2,16 @@
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from steel_ad import config as configs
-from steel_ad import parallel
 from steel_ad.data import defects, patches
 from steel_ad.detectors import segmentation
-from steel_ad.studies.benchmark import peers
-from steel_ad.studies.benchmark.timing import Maker, Program, Work, compiled
-from steel_ad.train.step import make_step, steps_per_call
+from steel_ad.studies.benchmark import peers, train
+from steel_ad.studies.benchmark.timing import Maker, Program, Work
 
 
 def cost(config: configs.Segmentation) -> tuple[float, float]:
@@ -61,21 +58,10 @@ def _ours(config: configs.Segmentation) -> Program:
     rng = np.random.default_rng(0)
     good = patches.stack(list(rng.integers(0, 256, (16, config.patch_size, config.patch_size), np.uint8)))
     library = defects.procedural(jax.random.key(0), 6, size=64)
-    data: Any = jax.tree.map(jnp.asarray, segmentation.Samples(good, library))
-    root = jax.random.key(0)
-    state = segmentation.initial_segmentation(config, config.total_steps)
-    objective = segmentation.segmentation_objective(config)
-    optimizer = segmentation.optimizer(config, config.total_steps)
-    per_call = steps_per_call(config.total_steps, config.checkpoint_every)
-    step = make_step(objective, optimizer, steps_per_call=per_call, mesh=parallel.mesh(1))
-    program, compile_s, counted = compiled(step, state, data, root)
-    if per_call > 1:
-        # XLA counts a loop's body once, whatever its length: count a step by itself.
-        counted = compiled(make_step(objective, optimizer, mesh=parallel.mesh(1)), state, data, root)[2]
-
-    def call():
-        nonlocal state
-        state, metrics = program(state, data, root)
-        return metrics
-
-    return Program(call=call, works=per_call, compile_s=compile_s, counted=counted, precision=config.dtype)
+    return train.stepping(
+        segmentation.segmentation_objective(config),
+        segmentation.optimizer(config, config.total_steps),
+        segmentation.initial_segmentation(config, config.total_steps),
+        segmentation.Samples(good, library),
+        config,
+    )

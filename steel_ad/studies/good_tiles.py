@@ -1,0 +1,188 @@
+"""Good images that calibrate an inspection: which of them count, what their tiles score, and the threshold from that."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from steel_ad import config as configs
+from steel_ad.data import folders
+from steel_ad.errors import InputError
+from steel_ad.inspection import calibration, drift, tiles
+from steel_ad.inspection.ledger import Camera
+from steel_ad.progress import progress
+from steel_ad.studies import files
+from steel_ad.studies import strips as sources
+from steel_ad.studies.strips import Strip, View
+from steel_ad.studies.trained import Trained
+
+
+class Limit(NamedTuple):
+    """The threshold, the independent good scores behind it `[n]` (none without calibration), a record of both, and what drift
+    is measured against: of each quantity its values `[n]` in the same tiles."""
+
+    threshold: float
+    scores: np.ndarray
+    record: dict[str, Any]
+    good: dict[str, np.ndarray]
+
+
+def limit(
+    config: configs.Inspection,
+    detector: Trained,
+    view: View,
+    good: Sequence[Path],
+    folder: str,
+    settings: dict[str, Any],
+    out: Path,
+) -> Limit:
+    if not good:
+        if detector.threshold is None:
+            raise InputError(
+                "the model has no threshold of its own, its run is not finished: give --calibration=FOLDER"
+            )
+        return Limit(detector.threshold, np.zeros(0), {"form": "none", "threshold": detector.threshold}, {})
+    path = out / "calibration.json"
+    names = ("model_sha256", "calibration_files", "calibration_strips", "tile_px", "halo_px", "seed")
+    made_of = {k: settings[k] for k in names}
+    known = files.read_json(path) if path.exists() else {}
+    if known.get("made_of") != made_of:
+        found = good_scores(config, detector, view, good, Path(folder), strips=settings["calibration_strips"])
+        known = {"made_of": made_of, **found}
+        files.write_json(path, known)
+    scores = np.array(known["scores"])
+    good_tiles = {"score": scores} | {name: np.array(known[name]) for name in ("brightness", "contrast")}
+    record = {k: v for k, v in known.items() if k not in ("made_of", "scores", "brightness", "contrast")}
+    if config.false_alarms_per_m2:
+        tile_m2 = (config.tile_px * config.mm_per_px / 1000) ** 2
+        modelled = calibration.tail(scores, config.false_alarms_per_m2 * tile_m2)
+        per_m2 = [rate / tile_m2 for rate in modelled.rate_interval]
+        record |= {"form": "model", "per_m2": config.false_alarms_per_m2, "per_m2_interval": per_m2}
+        return Limit(modelled.threshold, scores, {**record, **dataclasses.asdict(modelled)}, good_tiles)
+    promised = calibration.promise(scores, config.false_alarm_rate, config.confidence)
+    form = "average" if config.confidence is None else "confidence"
+    return Limit(promised.threshold, scores, {**record, "form": form, **dataclasses.asdict(promised)}, good_tiles)
+
+
+def good_images(folder: str) -> list[Path]:
+    """The calibration images below a folder.
+
+    Raises:
+      InputError: there are none, or the folder is a whole data set, with its defective images.
+    """
+    if (Path(folder) / "ground_truth").exists():
+        raise InputError(
+            f"{folder} is a data set with defective images: name its folder of good ones, such as test/good"
+        )
+    return folders.list_images(folder, recursive=True)
+
+
+def untrained(good: Sequence[Path], detector: Trained) -> list[Path]:
+    """The images that the detector was not trained on.
+
+    Raises:
+      InputError: there is none.
+    """
+    found = []
+    for path in good:
+        # A data set in memory is known by its pixels.
+        pixels = hashlib.sha256(folders.read_image(path).tobytes()).hexdigest()
+        if not {folders.fingerprint(path), pixels} & detector.trained_on:
+            found.append(path)
+    if not found:
+        raise InputError(f"all {len(good)} images in {good[0].parent} were trained on: calibrate on others")
+    return found
+
+
+def good_scores(
+    config: configs.Inspection,
+    detector: Trained,
+    view: View,
+    good: Sequence[Path],
+    root: Path,
+    *,
+    strips: bool = False,
+) -> dict[str, Any]:
+    """Scores, brightness and contrast of one tile of each group of good images that were not trained on, and counts.
+
+    Args:
+      root: the folder of the images; a group is what lies in one of its subfolders.
+      strips: the images of a group follow each other along a strip, else each is a plate.
+    """
+    fresh = untrained(good, detector)
+    single = list({folders.fingerprint(path): path for path in reversed(fresh)}.values())[::-1]
+    parts = _parts(good, set(single), root, strips)
+    scores: list[float] = []
+    seen: dict[str, list[float]] = {"brightness": [], "contrast": []}
+    owners: list[str] = []
+    with progress("calibrate", len(single), "images") as update:
+        for i, band in sources.ahead(sources.bands([strip for _, strip in parts], view, update)):
+            # What is smaller than a tile is not the unit.
+            if band.offset + band.height == view.tile <= band.pixels.shape[1]:
+                pieces = tiles.cut(band, tile=view.tile, halo=view.halo)
+                maps = view.cores(pieces)
+                scores += maps.max((1, 2)).tolist()
+                core = slice(view.halo, view.halo + view.tile)
+                for name, values in drift.measure(pieces[:, core, core]).items():
+                    seen[name] += values.tolist()
+                owners += [parts[i][0]] * len(maps)
+    if not scores:
+        raise InputError(f"no image in {root} is as large as a tile of {view.tile} pixels: use a smaller --tile_px")
+    drawn = calibration.one_per_group(scores, owners, seed=config.seed)
+    return {
+        "images": len(single),
+        "left_out_as_trained_on": len(good) - len(fresh),
+        "left_out_as_copies": len(fresh) - len(single),
+        "tiles": len(scores),
+        "groups": len(drawn),
+        "scores": drawn.tolist(),
+        # The same draws.
+        **{k: calibration.one_per_group(v, owners, seed=config.seed).tolist() for k, v in seen.items()},
+    }
+
+
+def _parts(good: Sequence[Path], used: set[Path], root: Path, strips: bool) -> list[tuple[str, Strip]]:
+    """Groups and what is inspected of them as one: images that follow each other, or each image.
+
+    Raises:
+      InputError: names of a strip's images are not in order.
+    """
+    groups: dict[str, list[Path]] = {}
+    for path in good:
+        groups.setdefault(path.relative_to(root).parts[0], []).append(path)
+    found = []
+    for group, members in groups.items():
+        if strips:
+            sources.check_order(members, root)
+        run: list[Path] = []
+        # An image that is left out is a gap.
+        for path, following in zip(members, [*members[1:], None], strict=True):
+            run += [path] if path in used else []
+            if run and not (strips and path in used and following in used):
+                found.append((group, Strip(Camera(), "", tuple(run))))
+                run = []
+    return found
+
+
+def promise_sentence(record: dict[str, Any]) -> str:
+    """What a summary's `calibration` promises, in one or two sentences."""
+    if record["form"] == "none":
+        return "No calibration images were given, so nothing is promised of false alarms: the threshold is the training run's."
+    copies = f", {record['left_out_as_copies']} as copies" if record.get("left_out_as_copies") else ""
+    counted = (
+        f"{record['groups']} independent good tiles, one of each of {record['groups']} groups ({record['images']} images, "
+        f"{record['left_out_as_trained_on']} more left out because they were trained on{copies})"
+    )
+    if record["form"] == "model":
+        low, high = record["per_m2_interval"]
+        return (
+            f"By a model of the tail, which no set of good images can prove: {record['per_m2']:g} false alarms per square metre "
+            f"(95 % interval {low:.2g} to {high:.2g}), fitted to the highest {record['exceedances']} of {counted}."
+        )
+    return (
+        f"Of good tiles, at most {record['average_rate']:.3g} raise a false alarm on average over calibrations; with confidence "
+        f"{record['confidence']:g}, at most {record['confident_rate']:.3g}. From {counted}."
+    )
