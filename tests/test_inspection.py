@@ -356,14 +356,21 @@ def test_a_tile_sees_itself_and_its_halo_and_nothing_else(strip):
 
     view = strips.View(Trained(Surroundings(), (), 1, 32, None, {}, "", frozenset()), tile_settings())
     (first, second, *_) = view.maps((0, b) for b in tiles.bands([strip], tile=48, halo=8))
-    padded = np.pad(strip, 8, mode="reflect").astype(np.float32) / 255
-    for (_, band, found), top in ((first, 0), (second, 48)):
-        assert (band.top, found.shape) == (top, (48, 90))
-        for start, left, right in ((0, 0, 48), (42, 48, 90)):
-            piece = padded[top : top + 64, start : start + 64]
+    image = strip.astype(np.float32) / 255
+    # Windows of 64 that would reach beyond an end of the strip, 90 wide, are moved inside.
+    for (_, band, found), (top, above) in ((first, (0, 0)), (second, (40, 8))):
+        assert (band.top, found.shape) == (top + above, (48, 90))
+        for window, start, left, right in ((0, 0, 0, 48), (26, 42, 48, 90)):
+            piece = image[top : top + 64, window : window + 64]
             opened = ndimage.grey_opening(np.abs(piece - piece.mean()), footprint=disk(1))
-            core = opened[8:56, 8 + left - start : 8 + right - start]
+            core = opened[above : above + 48, start - window :][:, :48][:, left - start : right - start]
             np.testing.assert_allclose(found[:, left:right], core, atol=1e-5)
+
+
+def test_a_window_that_the_detector_cannot_see_is_refused(tmp_path):
+    view = strips.View(Trained(Contrast(), (), 1, 60, None, {}, "", frozenset()), tile_settings())
+    with pytest.raises(InputError, match="50 pixels high or wide"):
+        list(view.maps((0, b) for b in tiles.bands([np.zeros((90, 50), np.uint8)], tile=48, halo=8)))
 
 
 def test_images_that_were_trained_on_do_not_calibrate(whole, model):
@@ -522,18 +529,19 @@ def test_tiles_of_a_strip_see_its_surroundings_and_are_the_same_in_every_cut():
     for height, tile, halo in ((1, 32, 8), (33, 32, 8), (64, 32, 8), (97, 16, 20), (200, 32, 0)):
         image = rng.integers(0, 255, (height, 50)).astype(np.uint8)
         starts = [np.minimum(np.arange(0, n, tile), max(0, n - tile)) for n in (height, 50)]
-        beyond = [halo + max(0, tile - n) for n in (height, 50)]
-        padded = np.pad(image, ((halo, beyond[0]), (halo, beyond[1])), mode="reflect")
+        size = tile + 2 * halo
+        windows = [np.clip(s - halo, 0, max(0, n - size)) for s, n in zip(starts, (height, 50), strict=True)]
         for cut in ([image], np.split(image, height), np.split(image, [height // 3])):
             found = list(tiles.bands(cut, tile=tile, halo=halo))
             assert [b.top for b in found] == list(range(0, height, tile))
-            for band, top in zip(found, starts[0], strict=True):
-                assert band.top - band.offset == top
+            for band, row, top in zip(found, starts[0], windows[0], strict=True):
+                assert (band.top - band.offset, band.core) == (row, row - top)
                 pieces = tiles.cut(band, tile=tile, halo=halo)
-                for left, piece in zip(starts[1], pieces, strict=True):
-                    size = tile + 2 * halo
-                    np.testing.assert_array_equal(piece, padded[top : top + size, left : left + size])
-            cores = [tiles.cut(b, tile=tile, halo=halo)[:, halo : halo + tile, halo : halo + tile] for b in found]
+                np.testing.assert_array_equal(pieces.corners[:, 0], row - top)
+                np.testing.assert_array_equal(pieces.corners[:, 1], starts[1] - windows[1])
+                for left, piece in zip(windows[1], pieces.pixels, strict=True):
+                    np.testing.assert_array_equal(piece, image[top : top + size, left : left + size])
+            cores = [tiles.cut(b, tile=tile, halo=halo).tiles(tile) for b in found]
             joined = [tiles.join(c, b) for c, b in zip(cores, found, strict=True)]
             np.testing.assert_array_equal(np.concatenate(joined), image)
             expected = [joined[0][:, k : k + tile].max() for k in range(0, 50, tile)]

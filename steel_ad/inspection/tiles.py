@@ -1,9 +1,9 @@
-"""A strip in tiles at fixed places, each with a halo of its surroundings: what a detector sees at once.
+"""A strip in tiles at fixed places, each seen in a window with a halo of its surroundings: what a detector sees at once.
 
 Tiles begin at the strip's first row and column, whatever pieces it is read in; the last one of each direction lies flush with
-the end, and of its map only what the tile before does not show is taken. A detector sees exactly one tile and its halo. So a map
-depends on nothing but the strip, a tile is on the strip as a whole, and calibration and inspection look at the same unit. Only a
-strip smaller than a tile is mirrored into it.
+the end, and of its map only what the tile before does not show is taken. A window that would reach beyond an end is moved inside, so
+that a detector sees nothing but the strip itself: a mirrored pattern would look like a defect. A strip smaller than a window
+is one. So a map depends on nothing but the strip, and calibration and inspection look at the same unit.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,14 +18,28 @@ class Band(NamedTuple):
     Attributes:
       top: the strip's row that the band begins with.
       height: its rows, 1..tile.
-      pixels: uint8 `[tile + 2 halo, w]`; beyond the strip's ends it is mirrored.
-      offset: rows of the tiles above `top`, which the band before shows: the first row of `pixels` is `top - offset - halo`.
+      pixels: uint8 `[min(tile + 2 halo, h), w]` of the strip, `[h, w]`.
+      offset: rows of the tiles above `top`, which the band before shows.
+      core: row of `pixels` that the tiles begin with; the strip's row `top - offset`.
     """
 
     top: int
     height: int
     pixels: np.ndarray
     offset: int = 0
+    core: int = 0
+
+
+class Pieces(NamedTuple):
+    """Windows uint8 `[n, h, w]`, and the corners (row, column) of their tiles, int32 `[n, 2]`."""
+
+    pixels: np.ndarray
+    corners: np.ndarray
+
+    def tiles(self, tile: int) -> np.ndarray:
+        """The tiles alone: uint8 `[n, min(tile, h), min(tile, w)]`."""
+        cut = [w[y : y + tile, x : x + tile] for w, (y, x) in zip(self.pixels, self.corners, strict=True)]
+        return np.stack(cut)
 
 
 def bands(chunks: Iterable[np.ndarray], *, tile: int, halo: int) -> Iterator[Band]:
@@ -33,48 +47,47 @@ def bands(chunks: Iterable[np.ndarray], *, tile: int, halo: int) -> Iterator[Ban
 
     Args:
       chunks: uint8 `[h_i, w]`, which follow each other along the strip.
-      tile: side of a tile's core, in pixels.
+      tile: side of a tile, in pixels.
       halo: in pixels, on each side.
 
     Raises:
       ValueError: chunks of different widths, or not uint8 `[h, w]`.
     """
-    kept, first, top = np.zeros((0, 0), np.uint8), 0, 0
+    kept, first, top, size = np.zeros((0, 0), np.uint8), 0, 0, tile + 2 * halo
     for chunk in chunks:
         if chunk.dtype != np.uint8 or chunk.ndim != 2 or (first + len(kept) and chunk.shape[1] != kept.shape[1]):
             raise ValueError(
                 f"a chunk of {chunk.dtype}{list(chunk.shape)} does not follow one of width {kept.shape[1]}"
             )
         kept = np.concatenate([kept, chunk]) if len(kept) else chunk
-        # One row more than the band needs says that the strip does not end with it.
-        while first + len(kept) > top + tile + halo:
-            rows = _mirrored(np.arange(top - halo, top + tile + halo), first + len(kept))
-            yield Band(top, tile, kept[rows - first])
+        # A whole window is where it would be on any longer strip.
+        while (start := max(0, top - halo)) + size <= first + len(kept):
+            yield Band(top, tile, kept[start - first :][:size], 0, top - start)
             top += tile
-            # The last band may be mirrored from as far as that.
-            gone = max(0, top - tile - 2 * halo - first)
+            # The last windows may begin so far above.
+            gone = max(0, top - tile - halo - first)
             kept, first = kept[gone:], first + gone
     end = first + len(kept)
     while top < end:
         height = min(tile, end - top)
         offset = min(top, tile - height)
-        start = top - offset
-        rows = _mirrored(np.arange(start - halo, start + tile + halo), end)
-        yield Band(top, height, kept[rows - first], offset)
+        start = max(0, min(top - offset - halo, end - size))
+        yield Band(top, height, kept[start - first :][:size], offset, top - offset - start)
         top += tile
 
 
-def cut(band: Band, *, tile: int, halo: int) -> np.ndarray:
-    """A band's tiles with their halos, from left to right: uint8 `[n, tile + 2 halo, tile + 2 halo]`."""
-    width = band.pixels.shape[1]
+def cut(band: Band, *, tile: int, halo: int) -> Pieces:
+    """A band's windows, from left to right."""
+    width, size = band.pixels.shape[1], tile + 2 * halo
     starts = np.minimum(np.arange(0, width, tile), max(0, width - tile))
-    columns = _mirrored(starts[:, None] + np.arange(-halo, tile + halo)[None, :], width)
-    return band.pixels[:, columns].transpose(1, 0, 2)
+    left = np.maximum(0, np.minimum(starts - halo, width - size))
+    corners = np.stack([np.full_like(starts, band.core), starts - left], 1).astype(np.int32)
+    return Pieces(np.stack([band.pixels[:, x : x + size] for x in left]), corners)
 
 
 def join(cores: np.ndarray, band: Band) -> np.ndarray:
-    """The map `[height, w]` of a band from those of its tiles, `[n, tile, tile]`."""
-    n, tile, _ = cores.shape
+    """The map `[height, w]` of a band from those of its tiles, `[n, min(tile, h), min(tile, w)]`."""
+    n, _, tile = cores.shape
     rows, last = slice(band.offset, band.offset + band.height), band.pixels.shape[1] - (n - 1) * tile
     left = tile - last if n > 1 else 0
     return np.concatenate([*cores[:-1, rows], cores[-1, rows, left : left + last]], axis=1)
@@ -83,11 +96,3 @@ def join(cores: np.ndarray, band: Band) -> np.ndarray:
 def maxima(joined: np.ndarray, tile: int) -> np.ndarray:
     """The greatest value of each tile of a band's map `[h, w]`: `[n]`."""
     return np.maximum.reduceat(joined.max(0), np.arange(0, joined.shape[1], tile))
-
-
-def _mirrored(index: np.ndarray, length: int) -> np.ndarray:
-    """Indices in 0..length-1: those beyond the ends come back, as often as it takes, without repeating the end itself."""
-    if length == 1:
-        return np.zeros_like(index)
-    index = np.abs(index) % (2 * length - 2)
-    return np.minimum(index, 2 * length - 2 - index)

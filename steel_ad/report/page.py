@@ -63,16 +63,18 @@ def inspection(
       note: below the ledger.
     """
     columns = [c for c in _COLUMNS if any(r.get(c) not in (None, "") for r in rows)]
+    # One unit is enough to look at; the files have both.
+    columns = [c for c in columns if not (c.endswith("_px") and {f"{c[:-2]}mm", f"{c[:-2]}mm2"} & set(columns))]
     body = [f"<h1>{_text(title)}</h1>", f'<p class="verdict {"clean" if clean else "defects"}">{_text(verdict)}</p>']
     body += [f"<h2>{_text(heading)}</h2><img alt={_quoted(heading)} src={_data(png)}>" for heading, png in pictures]
     if rows:
         heads = "".join(f"<th>{_text(c.replace('_', ' '))}</th>" for c in columns)
         lines = "".join(
-            f"<tr>{''.join(_cell(r[c]) for c in columns)}<td>{_image(close_ups.get(r['defect']))}</td></tr>"
+            f"<tr><td>{_image(close_ups.get(r['defect']))}</td>{''.join(_cell(r[c]) for c in columns)}</tr>"
             for r in rows
         )
         body.append(
-            f'<h2>Defects</h2><div class="wide"><table id="ledger"><thead><tr>{heads}<th data-fixed="1">close-up</th></tr>'
+            f'<h2>Defects</h2><div class="wide"><table id="ledger"><thead><tr><th data-fixed="1">close-up</th>{heads}</tr>'
             f"</thead><tbody>{lines}</tbody></table></div>"
         )
     if note:

@@ -13,6 +13,7 @@ from steel_ad.data import defects, folders
 from steel_ad.data.defects import Library
 from steel_ad.errors import InputError
 from steel_ad.inspection import calibration, detectability, tiles
+from steel_ad.inspection.tiles import Pieces
 from steel_ad.progress import progress
 from steel_ad.studies import files, good_tiles, inspection, runs, trained
 from steel_ad.studies.strips import View
@@ -89,26 +90,29 @@ def _library(defects_from: str, seed: int) -> tuple[Library, list[str]]:
     return defects.load(defects_from)
 
 
-def _pieces(good: Sequence[Path], view: View, seed: int) -> np.ndarray:
-    """One random whole tile with its halo of each of up to 256 images: uint8 `[n, s, s]`."""
+def _pieces(good: Sequence[Path], view: View, seed: int) -> Pieces:
+    """The window of one random tile of each of up to 256 images, of the size that the first of them has."""
     rng = np.random.default_rng([seed, 0xDE])
-    found: list[np.ndarray] = []
+    pixels: list[np.ndarray] = []
+    corners: list[np.ndarray] = []
     for i in rng.permutation(len(good)):
         image = folders.read_image(good[i])
         rows, columns = image.shape[0] // view.tile, image.shape[1] // view.tile
         if rows and columns:
             row, column = rng.integers(rows), rng.integers(columns)
-            band = list(tiles.bands([image], tile=view.tile, halo=view.halo))[row]
-            found.append(tiles.cut(band, tile=view.tile, halo=view.halo)[column])
-        if len(found) == _PLATES:
+            found = view.cut(list(tiles.bands([image], tile=view.tile, halo=view.halo))[row])
+            if not pixels or found.pixels.shape[1:] == pixels[0].shape:
+                pixels.append(found.pixels[column])
+                corners.append(found.corners[column])
+        if len(pixels) == _PLATES:
             break
-    return np.stack(found)
+    return Pieces(np.stack(pixels), np.stack(corners))
 
 
 def _trials(
     config: configs.Detectability,
     library: Library,
-    pieces: np.ndarray,
+    pieces: Pieces,
     view: View,
     threshold: float,
     how: configs.Inspection,
@@ -120,7 +124,8 @@ def _trials(
     present = [k for k, name in enumerate(library.kinds) if (kind_of == k).any()]
     plan = [(k, c, size) for k in present for c in config.contrasts for size in wanted]
     rows: list[dict[str, Any]] = []
-    order = np.concatenate([rng.permutation(len(pieces)) for _ in range(-(-len(plan) // len(pieces)))])
+    count = len(pieces.pixels)
+    order = np.concatenate([rng.permutation(count) for _ in range(-(-len(plan) // count))])
     with progress("insert", len(plan), "defects") as update:
         for start in range(0, len(plan), _BATCH):
             images, masks = [], []
@@ -129,12 +134,15 @@ def _trials(
                 members = np.flatnonzero(kind_of == k)
                 near = members[np.argsort(np.abs(np.log(lengths[members] / size)), kind="stable")[:_NEAREST]]
                 change, mask = defects.resized(library, int(rng.choice(near)), length_px=size, contrast=contrast)
-                image, inside = _inserted(rng, pieces[order[i]], change, mask, view)
+                image, inside = _inserted(
+                    rng, pieces.pixels[order[i]], pieces.corners[order[i]], change, mask, view.tile
+                )
                 images.append(image)
                 masks.append(inside)
                 box = max(np.ptp(axis) + 1 for axis in np.nonzero(inside))
                 rows.append({"kind": library.kinds[k], "contrast": contrast, "length_px": int(box)})
-            opened = view.cores(np.stack(images))
+            corners = pieces.corners[order[start : start + len(images)]]
+            opened = view.cores(Pieces(np.stack(images), corners))
             for row, above in zip(rows[start:], (opened > np.float64(threshold)) & np.stack(masks), strict=True):
                 row["found"] = int(above.any())
             update(len(rows))
@@ -142,21 +150,21 @@ def _trials(
 
 
 def _inserted(
-    rng: np.random.Generator, piece: np.ndarray, change: np.ndarray, mask: np.ndarray, view: View
+    rng: np.random.Generator, piece: np.ndarray, corner: np.ndarray, change: np.ndarray, mask: np.ndarray, tile: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A tile with its halo and a defect at a random place and turn, uint8 `[s, s]`, and the mask in its core, bool `[t, t]`."""
+    """A window, uint8 `[h, w]`, with a defect at a random place and turn of its tile, and the mask in that, bool `[t, t]`."""
     flip = tuple(slice(None, None, -1 if rng.random() < 0.5 else 1) for _ in range(2))
     change, mask = change[flip], mask[flip]
-    # The mask lies wholly in the core; what fades around it may reach into the halo or beyond it.
+    # The mask lies wholly in the tile; what fades around it may reach out of it and of the window.
     y, x = np.nonzero(mask)
-    room = [view.tile - (int(v.max()) - int(v.min())) for v in (y, x)]
-    top, left = (view.halo + int(rng.integers(n)) - int(v.min()) for n, v in zip(room, (y, x), strict=True))
+    room = [tile - (int(v.max()) - int(v.min())) for v in (y, x)]
+    top, left = (int(c + rng.integers(n) - v.min()) for c, n, v in zip(corner, room, (y, x), strict=True))
     h, w = change.shape
     margin = max(h, w)
     image = np.pad(piece.astype(np.float32) / 255, margin)
     image[top + margin :, left + margin :][:h, :w] += change
-    inside = np.zeros((view.tile, view.tile), bool)
-    inside[y + top - view.halo, x + left - view.halo] = True
+    inside = np.zeros((tile, tile), bool)
+    inside[y + top - corner[0], x + left - corner[1]] = True
     image = image[margin:-margin, margin:-margin]
     return np.round(255 * np.clip(image, 0, 1)).astype(np.uint8), inside
 

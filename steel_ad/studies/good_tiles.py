@@ -11,7 +11,7 @@ import numpy as np
 from steel_ad import config as configs
 from steel_ad.data import folders
 from steel_ad.errors import InputError
-from steel_ad.inspection import calibration, drift, tiles
+from steel_ad.inspection import calibration, drift
 from steel_ad.inspection.ledger import Camera
 from steel_ad.progress import progress
 from steel_ad.studies import files
@@ -62,7 +62,15 @@ def limit(
         per_m2 = [rate / tile_m2 for rate in modelled.rate_interval]
         record |= {"form": "model", "per_m2": config.false_alarms_per_m2, "per_m2_interval": per_m2}
         return Limit(modelled.threshold, scores, {**record, **dataclasses.asdict(modelled)}, good_tiles)
-    promised = calibration.promise(scores, config.false_alarm_rate, config.confidence)
+    try:
+        promised = calibration.promise(scores, config.false_alarm_rate, config.confidence)
+    except InputError as error:
+        if known["groups"] == known["images"]:
+            raise
+        raise InputError(
+            f"{error}; the {known['images']} images lie in {known['groups']} places, and those of one subfolder of {folder} count "
+            "once: where they are no strip, name the subfolder itself"
+        ) from None
     form = "average" if config.confidence is None else "confidence"
     return Limit(promised.threshold, scores, {**record, "form": form, **dataclasses.asdict(promised)}, good_tiles)
 
@@ -122,11 +130,10 @@ def good_scores(
         for i, band in sources.ahead(sources.bands([strip for _, strip in parts], view, update)):
             # What is smaller than a tile is not the unit.
             if band.offset + band.height == view.tile <= band.pixels.shape[1]:
-                pieces = tiles.cut(band, tile=view.tile, halo=view.halo)
+                pieces = view.cut(band)
                 maps = view.cores(pieces)
                 scores += maps.max((1, 2)).tolist()
-                core = slice(view.halo, view.halo + view.tile)
-                for name, values in drift.measure(pieces[:, core, core]).items():
+                for name, values in drift.measure(pieces.tiles(view.tile)).items():
                     seen[name] += values.tolist()
                 owners += [parts[i][0]] * len(maps)
     if not scores:

@@ -258,11 +258,11 @@ def _inspect(view: View, strips: Sequence[Strip], limit: Limit, frames: int, out
             closed, pending = ledger.advance(pending, opened, limit.threshold, top=band.top)
             # Who is not among the worst now will not be later.
             wanted = [r for r in (*closed, *pending.regions) if found.wants(r.peak)]
-            crops = _crops(crops, band, view.halo, wanted)
+            crops = _crops(crops, band, wanted)
             found.inspected_now += opened.size
             done, size = done + 1, [band.top + band.height, opened.shape[1]]
             scores = tiles.maxima(opened, view.tile).tolist()
-            drawn = _drawn(view.whole(band), scores, strip, done) if done == 1 or not strips[strip].image else {}
+            drawn = _drawn(view.whole(band), scores, strip, done) if done == 1 or not strips[strip].single else {}
             left = {(r.peak_y, r.peak_x) for r in pending.regions}
             state = {"bands": done, "size": size, "open": _to_json(pending, crops)}
             note(strip, closed, crops, scores=scores, drawn=drawn, **state)
@@ -285,7 +285,7 @@ def _drawn(whole: np.ndarray, scores: Sequence[float], strip: int, band: int) ->
 
 
 def _crops(
-    known: dict[tuple[int, int], str], band: Band, halo: int, regions: Sequence[ledger.Region]
+    known: dict[tuple[int, int], str], band: Band, regions: Sequence[ledger.Region]
 ) -> dict[tuple[int, int], str]:
     """Close-ups around the regions' peaks, those of earlier bands as they are known."""
     crops = {}
@@ -295,7 +295,7 @@ def _crops(
         if key in known:
             crops[key] = known[key]
             continue
-        centre = r.peak_y - (band.top - band.offset) + halo
+        centre = r.peak_y - (band.top - band.offset) + band.core
         y, x = (
             int(np.clip(c - _CLOSE_UP_PX // 2, 0, max(0, n - _CLOSE_UP_PX)))
             for c, n in ((centre, rows), (r.peak_x, columns))

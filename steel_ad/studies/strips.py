@@ -21,7 +21,7 @@ from steel_ad.data import folders, video
 from steel_ad.errors import InputError
 from steel_ad.inspection import tiles
 from steel_ad.inspection.ledger import Camera
-from steel_ad.inspection.tiles import Band
+from steel_ad.inspection.tiles import Band, Pieces
 from steel_ad.ops.convolution import cpu_compiler_options
 from steel_ad.ops.morphology import grey_opening
 from steel_ad.progress import Update
@@ -142,40 +142,55 @@ def digest(listed: Any) -> str:
 
 
 class View:
-    """The detector's opened map of a band, tile by tile, each with its halo."""
+    """The detector's opened map of a band, tile by tile, each in its window."""
 
     def __init__(self, detector: Trained, config: configs.Inspection):
         self.tile, self.halo = config.tile_px, config.halo_px
-        core = slice(self.halo, self.halo + self.tile)
+        self._least = detector.least_px
 
-        def one(state, image):
-            raw = detector.detector.residual(state, image.astype(jnp.float32) / 255)
-            return grey_opening(raw, radius=detector.radius)[core, core]
+        def one(state, window, corner):
+            raw = detector.detector.residual(state, window.astype(jnp.float32) / 255)
+            opened = grey_opening(raw, radius=detector.radius)
+            return jax.lax.dynamic_slice(opened, (corner[0], corner[1]), [min(self.tile, n) for n in window.shape])
 
         self._state = detector.state
-        self._program = jax.jit(jax.vmap(one, in_axes=(None, 0)), compiler_options=cpu_compiler_options())
+        self._program = jax.jit(jax.vmap(one, in_axes=(None, 0, 0)), compiler_options=cpu_compiler_options())
 
-    def cores(self, pieces: np.ndarray) -> np.ndarray:
-        """Opened maps float32 `[n, tile, tile]` of tiles with their halos, uint8 `[n, tile + 2 halo, tile + 2 halo]`."""
-        return _finite(np.concatenate(jax.device_get(self._begin(pieces)))[: len(pieces)])
+    def cut(self, band: Band) -> Pieces:
+        """The band's windows."""
+        return tiles.cut(band, tile=self.tile, halo=self.halo)
+
+    def cores(self, pieces: Pieces) -> np.ndarray:
+        """Opened maps of the windows' tiles: float32 `[n, min(tile, h), min(tile, w)]`.
+
+        Raises:
+          InputError: windows that the detector cannot see, or maps that are not finite.
+        """
+        return _finite(np.concatenate(jax.device_get(self._begin(pieces)))[: len(pieces.pixels)])
 
     def whole(self, band: Band) -> np.ndarray:
-        """The band's tiles that do not stick out, without their halos: uint8 `[n, tile, tile]`."""
-        rows = band.pixels[self.halo : self.halo + self.tile]
+        """The band's tiles that do not stick out: uint8 `[n, tile, tile]`."""
+        rows = band.pixels[band.core : band.core + self.tile]
         n = rows.shape[1] // self.tile if band.height == self.tile else 0
-        return rows[:, : n * self.tile].reshape(self.tile, n, self.tile).transpose(1, 0, 2)
+        return rows[:, : n * self.tile].reshape(len(rows), n, self.tile).transpose(1, 0, 2)
 
-    def _begin(self, pieces: np.ndarray) -> list[jax.Array]:
+    def _begin(self, pieces: Pieces) -> list[jax.Array]:
+        if (least := min(pieces.pixels.shape[1:])) < self._least:
+            raise InputError(
+                f"what is inspected is {least} pixels high or wide, less than the detector's patch of {self._least}"
+            )
         # One program for all; on CPU a batch's activations would leave the caches.
         size = 1 if jax.default_backend() == "cpu" else _BATCH
-        padded = np.concatenate([pieces, np.repeat(pieces[-1:], -len(pieces) % size, 0)])
-        return [self._program(self._state, batch) for batch in padded.reshape(-1, size, *pieces.shape[1:])]
+        missing = -len(pieces.pixels) % size
+        padded = [np.concatenate([a, np.repeat(a[-1:], missing, 0)]) for a in pieces]
+        batches = zip(*(a.reshape(-1, size, *a.shape[1:]) for a in padded), strict=True)
+        return [self._program(self._state, pixels, corners) for pixels, corners in batches]
 
     def maps(self, bands: Iterable[tuple[int, Band]]) -> Iterator[tuple[int, Band, np.ndarray]]:
         """(strip, band, opened map float32 `[height, w]`); the device works on one band while the next is prepared."""
         waiting: list[tuple[int, Band, list[jax.Array]]] = []
         for strip, band in bands:
-            waiting.append((strip, band, self._begin(tiles.cut(band, tile=self.tile, halo=self.halo))))
+            waiting.append((strip, band, self._begin(self.cut(band))))
             if len(waiting) > 1:
                 yield self._end(waiting.pop(0))
         for last in waiting:
