@@ -430,6 +430,45 @@ def test_the_report_opens_offline_and_holds_every_row(whole):
     assert good_tiles.promise_sentence(summary["calibration"]) in text
 
 
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_the_table_sorts_and_pictures_show_in_a_browser_without_a_network(whole, tmp_path):
+    """A click on a heading sorts by it, one more the other way round."""
+    text = (whole[1] / "report.html").read_text()
+    (tmp_path / "page.html").write_text(
+        text.replace(
+            "</body>",
+            """<script>
+const at = [...table.tHead.rows[0].cells].findIndex(c => c.textContent === "area px");
+const seen = () => [...table.tBodies[0].rows].map(r => Number(r.cells[at].dataset.value));
+const found = [];
+for (let i = 0; i < 2; i++) { table.tHead.rows[0].cells[at].click(); found.push(seen()); }
+Promise.all([...document.images].map(i => i.decode())).then(() => {
+  found.push([...document.images].map(i => i.naturalWidth));
+  document.title = JSON.stringify(found);
+});
+</script></body>""",
+        )
+    )
+    page = (tmp_path / "page.html").as_uri()
+    flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND")
+    line = [
+        CHROMIUM,
+        *flags,
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--virtual-time-budget=5000",
+        "--dump-dom",
+        page,
+    ]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=True)
+    up, down, widths = json.loads(done.stdout.partition("<title>")[2].partition("</title>")[0])
+    assert up == sorted(up) != down == up[::-1]
+    assert len(up) == whole[0]["defects"]
+    assert min(widths) > 0
+
+
 def test_a_video_is_one_strip_and_its_periodic_defect_is_named(model, tmp_path, plates_64):
     rng = np.random.default_rng(0)
     image = np.full((60 * 16, 64), 128, np.uint8)
