@@ -71,8 +71,8 @@ def main() -> int:
         print(f"{roll['side']}: {roll['sentence']}")
     print(f"Defects: {found['defects']}; {found['tiles_with_an_alarm']} of {found['tiles']} tiles with an alarm.")
     print(f"Report: {Path(out) / 'report.html'}; list: {Path(out) / 'ledger.csv'}")
-    if found["cut_short"]:
-        raise InputError(" ".join(found["cut_short"]), status=1)
+    if found["unread"]:
+        raise InputError(" ".join(found["unread"]), status=1)
     return 3 if found["defects"] else 0
 
 

@@ -430,6 +430,34 @@ def test_the_report_opens_offline_and_holds_every_row(whole):
     assert good_tiles.promise_sentence(summary["calibration"]) in text
 
 
+def test_plates_that_cannot_be_read_are_named_and_the_rest_goes_on(model, tmp_path):
+    marked = np.full((60, 60), 128, np.uint8)
+    marked[20:30, 20:30] = 255
+    for name in ("b", "d"):
+        write(tmp_path / "in" / f"{name}.png", marked)
+    for name in ("a", "c", "e"):
+        whole = (tmp_path / "in" / "b.png").read_bytes()
+        (tmp_path / "in" / f"{name}.png").write_bytes(whole[: len(whole) // 2])
+    found = inspect(model, tmp_path / "in", tmp_path / "out", good="", threshold=0.3)
+    rows = csv.DictReader((tmp_path / "out" / "ledger.csv").read_text().splitlines())
+    assert [row["image"] for row in rows] == ["b.png", "d.png"]
+    assert ["/a.png" in found["unread"][0], "/c.png" in found["unread"][1], "/e.png" in found["unread"][2]] == [
+        True
+    ] * 3
+    assert "/c.png is cut short" in (tmp_path / "out" / "report.html").read_text()
+    # Again after the first lines, and after the last.
+    journal = (tmp_path / "out" / "journal.jsonl").read_text().splitlines(keepends=True)
+    for kept in (1, 2, 3, len(journal)):
+        (tmp_path / "out" / "summary.json").unlink()
+        (tmp_path / "out" / "journal.jsonl").write_text("".join(journal[:kept]))
+        again = inspect(model, tmp_path / "in", tmp_path / "out", good="", threshold=0.3)
+        assert again["unread"] == found["unread"]
+        assert (tmp_path / "out" / "journal.jsonl").read_text() == "".join(journal)
+    with pytest.raises(InputError, match=r"a\.png is cut short"):
+        inspect(model, tmp_path / "in" / "a.png", tmp_path / "none", good="", threshold=0.3)
+    assert not any(p.is_file() for p in (tmp_path / "none").rglob("*"))
+
+
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -689,12 +717,10 @@ def test_a_video_that_is_cut_short_is_reported_as_far_as_it_goes(model, tmp_path
     (tmp_path / "a.avi").write_bytes(b"x")
     found = inspect(model, tmp_path / "a.avi", tmp_path / "out", good="", threshold=0.25)
     assert (found["defects"], found["megapixels"]) == (1, 120 * 64 / 1e6)
-    assert len(found["cut_short"]) == 1
+    assert len(found["unread"]) == 1
     assert "Not all was inspected" in (tmp_path / "out" / "report.html").read_text()
     (tmp_path / "out" / "summary.json").unlink()
-    assert (
-        inspect(model, tmp_path / "a.avi", tmp_path / "out", good="", threshold=0.25)["cut_short"] == found["cut_short"]
-    )
+    assert inspect(model, tmp_path / "a.avi", tmp_path / "out", good="", threshold=0.25)["unread"] == found["unread"]
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,13 @@ def run(config: configs.Inspection, *, model: Path, source: str, calibrate_on: s
     files.write_json(claimed, settings)
     start = time.perf_counter()
     found = _inspect(view, strips, limit, frames, out)
+    if not found.scores:
+        # Nothing to keep: once the file is mended, it is another one.
+        for name in ("journal.jsonl", "inspection.json"):
+            (out / name).unlink(missing_ok=True)
+        raise InputError(
+            found.unread[0] if found.unread else f"{source} shows nothing: name another --source", status=1
+        )
     return _write(config, strips, found, limit, settings, time.perf_counter() - start, out)
 
 
@@ -144,7 +151,7 @@ class _Found:
     sizes: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     close_ups: dict[int, str] = dataclasses.field(default_factory=dict)
     worst: list[tuple[float, int]] = dataclasses.field(default_factory=list)
-    cut_short: list[str] = dataclasses.field(default_factory=list)  # sentences
+    unread: list[str] = dataclasses.field(default_factory=list)  # sentences
     drawn: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     inspected_now: int = 0  # pixels, since this start
 
@@ -158,7 +165,7 @@ class _Found:
             self.drawn.setdefault(name, []).append(value)
         if record["finished"]:
             self.sizes[record["strip"]] = record["size"]
-            self.cut_short += [record["cut_short"]] if record["cut_short"] else []
+            self.unread += [record["unread"]] if record["unread"] else []
         for row, close_up in zip(record["rows"], record["close_ups"], strict=True):
             if close_up is not None and self.wants(row["peak"]):
                 # Of equal peaks the first stay.
@@ -230,7 +237,7 @@ def _inspect(view: View, strips: Sequence[Strip], limit: Limit, frames: int, out
         line = {
             "strip": strip,
             "finished": False,
-            "cut_short": None,
+            "unread": None,
             "scores": [],
             "rows": rows,
             "close_ups": close_ups,
@@ -240,18 +247,25 @@ def _inspect(view: View, strips: Sequence[Strip], limit: Limit, frames: int, out
         found.add(line)
 
     crops: dict[tuple[int, int], str] = {}
-    cut_short: dict[int, str] = {}
-    at, done, size, pending = -1, 0, [0, 0], ledger.nothing(0)
+    unread: dict[int, str] = {}
+    at, done, size, pending = first - 1, 0, [0, 0], ledger.nothing(0)
     if before is not None and record is not None:
         at, done, size = first, skip, record["size"]
         pending, crops = before
+
+    def finish(following: int) -> None:
+        """Closes the strip that is under way, and those up to the following one of which nothing could be read."""
+        if done:
+            note(at, pending.regions, crops, finished=True, size=size, unread=unread.get(at))
+        for i in range(at + 1, following):
+            note(i, (), {}, finished=True, size=[0, 0], unread=unread.get(i))
+
     warned = {one.quantity for one in drift.history(found.drawn, limit.good)} if limit.good else set()
     with progress("inspect", frames, "frames") as update:
-        bands = sources.bands(strips, view, update, first=first, skip=skip, cut_short=cut_short)
+        bands = sources.bands(strips, view, update, first=first, skip=skip, unread=unread)
         for strip, band, opened in view.maps(sources.ahead(bands)):
             if strip != at:
-                if at >= 0:
-                    note(at, pending.regions, crops, finished=True, size=size, cut_short=cut_short.get(at))
+                finish(strip)
                 at, done, pending, crops = strip, 0, ledger.nothing(opened.shape[1]), {}
             if limit.scores.size:
                 _check_size(strips[strip].paths[0], (band.offset + band.height, opened.shape[1]), view.tile)
@@ -271,8 +285,7 @@ def _inspect(view: View, strips: Sequence[Strip], limit: Limit, frames: int, out
                     print(f"warning: {one}", flush=True)
                     warned.add(one.quantity)
             crops = {key: crop for key, crop in crops.items() if key in left}
-    if at >= 0:
-        note(at, pending.regions, crops, finished=True, size=size, cut_short=cut_short.get(at))
+    finish(len(strips))
     return found
 
 
@@ -359,7 +372,7 @@ def _write(
         "threshold": limit.threshold,
         "calibration": limit.record,
         "recurrence": rolls,
-        "cut_short": found.cut_short,
+        "unread": found.unread,
         "drift": [str(one) for one in drift.history(found.drawn, limit.good)] if limit.good else None,
         "megapixels": sum(h * w for h, w in found.sizes.values()) / 1e6,
         "megapixels_per_second": found.inspected_now / 1e6 / seconds if seconds > 0 else None,
@@ -385,13 +398,13 @@ def _write(
         title="tile scores" + (" of calibration (above) and inspection" if limit.scores.size else ""),
     )
     verdict = f"{counted} in {alarmed} of {len(scores)} tiles." if rows else f"Clean: no defect in {len(scores)} tiles."
-    verdict = " ".join([verdict, *(f"Not all was inspected: {sentence}." for sentence in found.cut_short)])
+    verdict = " ".join([verdict, *(f"Not all was inspected: {sentence}." for sentence in found.unread)])
     files.write_text(
         out / "report.html",
         page.inspection(
             title=f"Inspection of {name}",
             verdict=verdict,
-            clean=not rows and not found.cut_short,
+            clean=not rows and not found.unread,
             facts=[*_facts(summary), *((k, str(v)) for k, v in settings.items())],
             pictures=[("Where the defects lie", coil.read_bytes()), ("Tile scores", histogram.read_bytes())],
             rows=sorted(rows, key=lambda r: -r["peak"])[:_LISTED],

@@ -215,11 +215,12 @@ def bands(
     *,
     first: int = 0,
     skip: int = 0,
-    cut_short: dict[int, str] | None = None,
+    unread: dict[int, str] | None = None,
 ) -> Iterator[tuple[int, Band]]:
     """Bands of the strips from `first` on, of which `skip` bands are left out; frames and pixels read go to `update`.
 
-    A video that is cut short ends there, and its sentence is in `cut_short` before its last band comes.
+    A video that is cut short ends there, and a plate that cannot be read has no band: sentences about them are in `unread`, by
+    strip, before the last or the next band comes. Without `unread` they are raised.
     """
     frames, pixels, start = sum(len(s.paths) for s in strips[:first]), 0, time.perf_counter()
 
@@ -230,10 +231,10 @@ def bands(
                 yield frame
                 frames, pixels = frames + 1, pixels + frame.size
                 update(frames, f"{pixels / 1e6 / max(time.perf_counter() - start, 1e-9):.2f} Mpx/s")
-        except video.CutShort as error:
-            if cut_short is None:
+        except InputError as error:
+            if unread is None or not (strips[i].single or isinstance(error, video.CutShort)):
                 raise
-            cut_short[i] = str(error)
+            unread[i] = str(error)
 
     for i in range(first, len(strips)):
         for k, band in enumerate(tiles.bands(read(i), tile=view.tile, halo=view.halo)):
