@@ -215,11 +215,12 @@ def _as_one_of_several() -> Iterator[None]:
 
 
 def without_closed_loops(hook: Callable) -> Callable:
-    """Orbax's background writers go on failing after a full disk has been reported; nobody needs their tracebacks."""
+    """Orbax's background writers and readers go on failing after a full disk or a damaged checkpoint has been reported; nobody
+    needs their tracebacks."""
 
     def filtered(*arguments) -> None:
         value = arguments[1] if len(arguments) > 1 else arguments[0].exc_value
-        if "Event loop is closed" not in str(value):
+        if not any(sign in str(value) for sign in ("Event loop is closed", "error while reading array index")):
             hook(*arguments)
 
     return filtered
