@@ -2,7 +2,8 @@
 
 python -m experiments.export --model=WORKDIR --out=detector.stablehlo [--map=ssim] [--platforms=cpu,cuda,tpu]
 
-The file is written only if, read back, it agrees with the trained model within 1e-4. docs/load_detector.py reads it.
+The file is written only if, read back, it agrees with the trained model within 1e-4. docs/load_detector.py reads it. With
+--out=detector.onnx it is ONNX, of one image at a time (pip install 'steel_ad[onnx]').
 """
 
 from pathlib import Path
@@ -36,7 +37,8 @@ def main() -> None:
         threshold=_THRESHOLD.value,
     )
     print(f"{out}: images {record['input']['shape']}, within {record['largest_difference']:.1g} of the trained model")
-    print(f"What is in it: {out.with_suffix('.json')}; how to read it: docs/load_detector.py")
+    reader = "onnxruntime" if record["format"] == "onnx" else "docs/load_detector.py"
+    print(f"What is in it: {out.with_suffix('.json')}; how to read it: {reader}")
 
 
 if __name__ == "__main__":

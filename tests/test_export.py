@@ -181,7 +181,7 @@ def test_no_file_is_written_that_does_not_agree(tmp_path, monkeypatch):
 
     def changed(key, change):
         def program(*arguments):
-            return lambda images: {**(found := whole(*arguments)(images)), key: change(found[key])}
+            return lambda image: {**(found := whole(*arguments)(image)), key: change(found[key])}
 
         return program
 
@@ -192,8 +192,8 @@ def test_no_file_is_written_that_does_not_agree(tmp_path, monkeypatch):
         monkeypatch.setattr(export, "_program", changed(key, change))
         with pytest.raises(InputError, match="differs from the trained model"):
             run()
-    monkeypatch.setattr(export, "_program", changed("mask", lambda v: v.at[0, 0, 0].set(~v[0, 0, 0])))
-    with pytest.raises(InputError, match="in 1 pixels of its masks"):
+    monkeypatch.setattr(export, "_program", changed("mask", lambda v: v.at[0, 0].set(~v[0, 0])))
+    with pytest.raises(InputError, match="in 3 pixels of its masks"):
         run()
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(export, "_program", whole)
@@ -220,7 +220,30 @@ def test_what_is_wrong_is_said(tmp_path, arguments, message):
 
 
 def test_a_pixel_at_the_threshold_is_no_defect(plain):
-    image = jnp.full((1, 8, 8), 51, jnp.uint8)
+    image = jnp.full((8, 8), 51, jnp.uint8)
     level = float(export._program(plain, None, 0.5)(image)["map"].max())
     for threshold, above in ((level, False), (level - 1e-12, True), (level + 1e-12, False)):
         assert bool(export._program(plain, None, threshold)(image)["mask"].any()) is above
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "unet", "compact_cnn"])
+def test_an_onnx_file_agrees_with_the_model(models, plates_64, tmp_path, name):
+    pytest.importorskip("jax2onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    record = export.run(models / name, tmp_path / "a.onnx", height=48, width=64)
+    assert record["input"]["shape"] == [1, 48, 64]
+    assert record["largest_difference"] < 1e-5
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    names = [output.name for output in session.get_outputs()]
+    assert set(names) == set(record["outputs"])
+    found = dict(zip(names, session.run(names, {"images": plates_64[:1, :48]}), strict=True))
+    assert found["map"].shape == (1, 48, 64)
+    np.testing.assert_array_equal(found["mask"], found["map"] > np.float32(record["threshold"]))
+    assert found["score"] == found["map"].max()
+
+
+def test_onnx_without_its_converter_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'steel_ad\[onnx\]'"):
+        export.run(tmp_path / "none", tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())

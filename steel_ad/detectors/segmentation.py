@@ -311,4 +311,6 @@ class SegmentationDetector:
         padded = _padded(image)
         _, logits = _apply(network(self.config), state, padded)
         found = losses.activation(self.config.loss)(logits)[0, :, :, 0]
-        return jax.image.resize(found, padded.shape[1:3], "bilinear")[: image.shape[0], : image.shape[1]]
+        if found.shape != padded.shape[1:3]:
+            found = jax.image.resize(found, padded.shape[1:3], "bilinear", antialias=False)
+        return found[: image.shape[0], : image.shape[1]]

@@ -1,6 +1,10 @@
-"""One file to deploy: a trained detector as a compiled-anywhere program, with everything from grey values to the mask inside."""
+"""One file to deploy: a trained detector as a compiled-anywhere program, with everything from grey values to the mask inside.
+
+For jax, or as ONNX for programs that know nothing of jax.
+"""
 
 import hashlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,10 @@ from steel_ad.studies.trained import Trained
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 TOLERANCE = 1e-4
 _SIDE_PX = 256
+# uint8 [h, w] -> outputs by name
+Program = Callable[[Array], dict[str, Array]]
+# Height and width, px: numbers, or as jax.export.symbolic_shape takes them.
+Shape = tuple[int | str, ...]
 
 
 def run(
@@ -37,23 +45,28 @@ def run(
 ) -> dict[str, Any]:
     """Exports a trained model to `out`, and what has to be known of it to a JSON file of that name.
 
-    The program takes uint8 `[b, h, w]`, any b, and returns `map` (the opened residual map, float32 `[b, h, w]`), `score` (its
-    maximum, float32 `[b]`), `mask` (bool `[b, h, w]`: the map above the threshold), and of a supervised model `probability`
-    (float32 `[b]`, of the classification stage). It is written only if, read back, it agrees with the trained model.
+    A name that ends in `.onnx` is written as ONNX by jax2onnx, of one image at a time and of fixed size. The program takes
+    uint8 `[b, h, w]`, any b, and returns `map` (the opened residual map, float32 `[b, h, w]`), `score` (its maximum, float32
+    `[b]`), `mask` (bool `[b, h, w]`: the map above the threshold), and of a supervised model `probability` (float32 `[b]`, of
+    the classification stage). It is written only if, read back, it agrees with the trained model.
 
     Args:
       model: the workdir of a training run.
       map_name: of an autoencoder, "ssim" or "l2"; "" for the run's first.
-      platforms: of `PLATFORMS`; the one of this process must be among them.
-      height, width: of the images, px. 0: a U-Net takes every multiple of 16, other detectors 256.
+      platforms: of `PLATFORMS`; the one of this process must be among them. ONNX names none.
+      height, width: of the images, px. 0: a U-Net takes every multiple of 16 (256 as ONNX), other detectors 256.
       threshold: of the mask; None for the run's own.
 
     Returns:
       What the JSON file holds.
 
     Raises:
-      InputError: a model, platform or size that cannot be used, a file that does not agree or cannot be written.
+      InputError: a model, platform or size that cannot be used, no converter to ONNX, a file that does not agree or cannot be
+        written.
     """
+    onnx = out.suffix == ".onnx"
+    if onnx:
+        _check_onnx()
     here = jax.export.default_export_platform()
     if unknown := sorted(set(platforms) - set(PLATFORMS)):
         raise InputError(f"--platforms has {unknown[0]!r}: use a list of {', '.join(PLATFORMS)}")
@@ -68,15 +81,15 @@ def run(
         raise InputError("the model has no threshold of its own, its run is not finished: give --threshold")
     classifier = _classifier(model, detector)
     shape = _shape(detector, height, width)
+    if onnx:
+        shape = tuple(n if isinstance(n, int) else _SIDE_PX for n in shape)
     program = _program(detector, classifier, threshold)
-    b, h, w = jax.export.symbolic_shape(f"b, {shape[0]}, {shape[1]}")
-    # Full float32 products everywhere: accelerators would round to 10 bits or fewer, and score otherwise than the threshold knows.
-    with jax.default_matmul_precision("highest"):
-        exported = jax.export.export(jax.jit(program), platforms=platforms)(jax.ShapeDtypeStruct((b, h, w), jnp.uint8))
-    data = bytes(exported.serialize())
-    difference = check(data, detector, classifier, threshold, shape)
+    data = _to_onnx(program, shape) if onnx else _to_stablehlo(program, shape, platforms)
+    call = _from_onnx(data) if onnx else jax.jit(jax.export.deserialize(bytearray(data)).call)
+    difference = check(call, detector, classifier, threshold, shape)
     record = {
-        "input": {"dtype": "uint8", "shape": ["b", *shape]},
+        "format": "onnx" if onnx else "stablehlo",
+        "input": {"dtype": "uint8", "shape": [1 if onnx else "b", *shape]},
         "outputs": {
             "map": "float32 [b, h, w], the opened residual map",
             "score": "float32 [b], the map's maximum",
@@ -86,7 +99,7 @@ def run(
         "map": getattr(detector.detector, "map", "segmentation"),
         "threshold": threshold,
         "radius_px": detector.radius,
-        "platforms": list(platforms),
+        "platforms": None if onnx else list(platforms),
         "model_sha256": detector.sha256,
         "file_sha256": hashlib.sha256(data).hexdigest(),
         "largest_difference": difference,
@@ -96,6 +109,55 @@ def run(
     files.write_bytes(out, data)
     files.write_json(out.with_suffix(".json"), record)
     return record
+
+
+def _to_stablehlo(program: Program, shape: Shape, platforms: Sequence[str]) -> bytes:
+    b, h, w = jax.export.symbolic_shape(f"b, {shape[0]}, {shape[1]}")
+    # Full float32 products everywhere: accelerators would round to 10 bits or fewer, and score otherwise than the threshold knows.
+    with jax.default_matmul_precision("highest"):
+        exported = jax.export.export(jax.jit(jax.vmap(program)), platforms=platforms)(
+            jax.ShapeDtypeStruct((b, h, w), jnp.uint8)
+        )
+    return bytes(exported.serialize())
+
+
+def _check_onnx() -> None:
+    for package in ("jax2onnx", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(
+                f"ONNX needs the package {package}: pip install 'steel_ad[onnx]', or give --out=FILE.stablehlo"
+            )
+
+
+def _to_onnx(program: Program, shape: Shape) -> bytes:
+    import jax2onnx
+
+    names = list(jax.eval_shape(program, jax.ShapeDtypeStruct(shape, jnp.uint8)))
+
+    # The converter has no rule for an enlargement under vmap.
+    def of_one(images: Array) -> tuple[Array, ...]:
+        found = program(images[0])
+        return tuple(found[name][None] for name in names)
+
+    model = jax2onnx.to_onnx(
+        of_one, [jax.ShapeDtypeStruct((1, *shape), jnp.uint8)], input_names=["images"], output_names=names
+    )
+    return model.SerializeToString()
+
+
+def _from_onnx(data: bytes) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # constants that the converter left unused
+    session = onnxruntime.InferenceSession(data, options)
+    names = [output.name for output in session.get_outputs()]
+
+    def call(images: np.ndarray) -> dict[str, np.ndarray]:
+        each = [session.run(names, {"images": image[None]}) for image in images]
+        return {name: np.concatenate(values) for name, values in zip(names, zip(*each, strict=True), strict=True)}
+
+    return call
 
 
 def _classifier(model: Path, detector: Trained) -> Any:
@@ -108,7 +170,7 @@ def _classifier(model: Path, detector: Trained) -> Any:
     return None if state is None else segmentation.variables(state)
 
 
-def _shape(detector: Trained, height: int, width: int) -> tuple[int | str, int | str]:
+def _shape(detector: Trained, height: int, width: int) -> Shape:
     """Height and width as `jax.export.symbolic_shape` takes them."""
     free = isinstance(detector.detector, SegmentationDetector) and detector.detector.config.model == "unet"
     for name, side in (("height", height), ("width", width)):
@@ -121,8 +183,8 @@ def _shape(detector: Trained, height: int, width: int) -> tuple[int | str, int |
     return height or ("16*h" if free else default), width or ("16*w" if free else default)
 
 
-def _program(detector: Trained, classifier: Any, threshold: float) -> Callable[[Array], dict[str, Array]]:
-    """uint8 `[b, h, w]` -> the outputs that `run` lists."""
+def _program(detector: Trained, classifier: Any, threshold: float) -> Program:
+    """uint8 `[h, w]` -> the outputs that `run` lists, without their first axis."""
     # A float32 is above the threshold if it is above the greatest float32 that is not.
     limit = np.float32(threshold)
     if float(limit) > threshold:
@@ -137,23 +199,23 @@ def _program(detector: Trained, classifier: Any, threshold: float) -> Callable[[
             found["probability"] = segmentation.classify(detector.detector.config, stages, image)
         return found
 
-    return jax.vmap(one)
+    return one
 
 
 def check(
-    data: bytes, detector: Trained, classifier: Any, threshold: float, shape: tuple[int | str, int | str]
+    call: Callable[[np.ndarray], dict[str, Any]], detector: Trained, classifier: Any, threshold: float, shape: Shape
 ) -> float:
     """The largest difference between an exported file, read anew, and the trained model, of maps, scores and probabilities.
 
     Args:
-      data: the file's bytes.
+      call: the file's program, uint8 `[b, h, w]` -> its outputs.
       shape: height and width of its images, as given to `jax.export.symbolic_shape`.
 
     Raises:
       InputError: above `TOLERANCE`, or a mask that differs where the map is not that close to the threshold.
     """
     images = _golden(shape)
-    found = jax.device_get(jax.jit(jax.export.deserialize(bytearray(data)).call)(images))
+    found = jax.device_get(call(images))
     maps = evaluation.Mapper({"": detector.detector}, detector.radius)(
         {"": detector.state}, list(images), label="check"
     )[""]
@@ -182,7 +244,7 @@ def _probabilities(detector: SegmentationDetector, stages: tuple[Any, Any], imag
     return np.array([one(image) for image in images])
 
 
-def _golden(shape: tuple[int | str, int | str]) -> np.ndarray:
+def _golden(shape: Shape) -> np.ndarray:
     """Three procedural plates, each with a defect, uint8 `[3, h, w]`."""
     h, w = (n if isinstance(n, int) else free for n, free in zip(shape, (160, 112), strict=True))
     rendered, _ = plates.render_defective(jax.random.key(0), "teardrop1", "spot", size=_SIDE_PX, num=3)
