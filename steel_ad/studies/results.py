@@ -122,15 +122,14 @@ def spread(found: Sequence[Mapping[str, Any]], metric: str) -> str:
     values = [row[metric] for row in found if row[metric] is not None]
     if not values:
         return "-"
+    text = "{:,.0f}".format if metric == "parameters" else _digits
     if min(values) == max(values):
-        return _digits(values[0])
-    return f"{_digits(float(np.median(values)))} ({_digits(min(values))} to {_digits(max(values))})"
+        return text(values[0])
+    return f"{text(float(np.median(values)))} ({text(min(values))} to {text(max(values))})"
 
 
 def _digits(value: float) -> str:
-    if float(value).is_integer() and abs(value) >= 1000:
-        return f"{int(value):,}"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}"
 
 
 def settings_text(changes: Mapping[str, Any]) -> str:
