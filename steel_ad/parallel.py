@@ -6,7 +6,9 @@ Every process runs the same code on the same settings, data and workdir; process
 """
 
 import contextlib
+import contextvars
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,6 +24,7 @@ LOST = (
     "of them again with the same commands to go on from the last checkpoint"
 )
 _AXIS = "data"
+_ALONE: contextvars.ContextVar[jax.Device | None] = contextvars.ContextVar("alone", default=None)
 _TIMEOUT_S = 60  # without a sign of life a process counts as dead
 
 
@@ -92,9 +95,30 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+@contextlib.contextmanager
+def alone(device: jax.Device) -> Iterator[None]:
+    """What this thread does within uses one device only and shows no progress, while other threads do the like on others."""
+    token = _ALONE.set(device)
+    try:
+        with jax.default_device(device):
+            yield
+    finally:
+        _ALONE.reset(token)
+
+
+def is_alone() -> bool:
+    """Whether this thread is inside of `alone`."""
+    return _ALONE.get() is not None
+
+
+def first_device() -> jax.Device:
+    """The one of `alone`, else the first."""
+    return _ALONE.get() or jax.devices()[0]
+
+
 def mesh(devices: int | None = None) -> Mesh:
-    """The first `devices` devices, or all of every process, along one axis."""
-    chosen = jax.devices()[:devices]
+    """The first `devices` devices, or all of every process, along one axis; inside of `alone` its device."""
+    chosen = [first_device()] if is_alone() else jax.devices()[:devices]
     return jax.make_mesh((len(chosen),), (_AXIS,), axis_types=(AxisType.Auto,), devices=chosen)
 
 

@@ -1,6 +1,6 @@
 """Progress of long work: a bar with rate and time left on a terminal, a plain line now and then elsewhere.
 
-Of several processes the first one's alone.
+Of several processes the first one's alone; none of runs side by side on devices of their own.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ def _clock(seconds: float) -> str:
 @contextlib.contextmanager
 def progress(label: str, total: int, unit: str, *, done: int = 0, every_s: float = 10.0) -> Iterator[Update]:
     """Shows how far `label` has come; yields `update(done, note="")`, `done` counted in `unit`s from 0 to `total`."""
-    if not parallel.is_main():
+    if not parallel.is_main() or parallel.is_alone():
         yield lambda *_, **__: None
         return
     if sys.stderr.isatty():

@@ -69,7 +69,20 @@ def finished(data, tmp_path_factory):
     line = [sys.executable, "-m", "experiments.sweep", "--config=configs/autoencoder.py:tiny", "--axis=latent"]
     line += ["--values=8", "--seeds=2", f"--data={data}", f"--workdir={workdir}"]
     line.append(f"--compilation_cache={os.environ['STEEL_AD_TEST_CACHE']}")
-    return workdir, subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    devices = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"}
+    run = subprocess.run(line, cwd=ROOT, env=devices, capture_output=True, text=True, timeout=300, check=False)
+    return workdir, run
+
+
+def test_runs_side_by_side_give_what_each_gives_alone(finished, data, tmp_path):
+    workdir, result = finished
+    # Both are under way before either is finished, and neither shows a bar of its own.
+    first, second, *rest = result.stderr.splitlines()
+    assert [line.split(":")[0] for line in (first, second)] == ["run 1 of 2", "run 2 of 2"]
+    assert not [line for line in rest if "steps/s" in line]
+    alone = run(data, tmp_path / "w", axis="latent", values=["8"])
+    both = [r for r in results.read(workdir / "results.csv") if r["seed"] == "0"]
+    assert [{k: r[k] for k in results.METRICS} for r in both] == [{k: r[k] for k in results.METRICS} for r in alone]
 
 
 def test_the_binary_runs_a_study(finished, data):

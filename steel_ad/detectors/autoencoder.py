@@ -139,9 +139,9 @@ class DeadRun:
             )
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)
 def _step(config: configs.Autoencoder, per_call: int, mesh: Mesh) -> Callable:
-    """The compiled step; the seed comes in as data, so that runs which differ in it alone share one."""
+    """The compiled step; the seed comes in as data, so that runs which differ in it alone share one, on each device."""
     return make_step(objective(config), optimizer(config), steps_per_call=per_call, mesh=mesh)
 
 

@@ -218,8 +218,8 @@ def variables(state: TrainState) -> dict:
     return {"params": state.params, **state.extra}
 
 
-# One compiled step for runs of the same objective and rule; the seed comes in as data.
-_step = functools.lru_cache(maxsize=4)(make_step)
+# One compiled step for runs of the same objective and rule on the same devices; the seed comes in as data.
+_step = functools.lru_cache(maxsize=16)(make_step)
 
 
 def train(

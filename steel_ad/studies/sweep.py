@@ -6,14 +6,19 @@ A new study is one line in `STUDIES`.
 import dataclasses
 import functools
 import os
+import queue
 import re
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from steel_ad import config as configs
+from steel_ad import parallel
 from steel_ad.data import datasets
 from steel_ad.data.datasets import Dataset
 from steel_ad.errors import InputError
@@ -231,6 +236,8 @@ def run(
 ) -> list[dict[str, Any]]:
     """Makes the runs that are still missing, reads what needs no training off trained ones, and writes the results.
 
+    Where this process has several devices, runs go side by side, each on one of them.
+
     Writes `runs/`, one workdir of the experiment a run, shared by all studies of this workdir; `results.csv`, one row a run
     and map; `table.md`; and `study_<name>.png`. The last three are replaced after every run.
 
@@ -292,19 +299,28 @@ def run(
                 train, _ = datasets.split(len(load(d).train), r.config.validation_fraction, r.config.seed)
                 datasets.chosen(train, r.config.train_images, r.config.seed)
 
+    rows.arrange(r.folder for r in plan)
     failed: list[tuple[_Run, InputError]] = []
     clock = _Clock(len(plan))
-    for number, r in enumerate(plan):
-        clock.announce(number, str(r))
+
+    def make(r: _Run) -> Made:
+        clock.announce(str(r))
         try:
-            for row in _rows_of(r, experiment, config, load, rows, source, defects_from):
-                rows.put({**row, "run": str(r.folder.relative_to(workdir)), "command": command})
-        except InputError as error:
-            if error.status != 1:
-                raise
+            return _rows_of(r, experiment, config, load, rows, source, defects_from)
+        except Exception as error:  # raised again where all runs come together
+            return error
+
+    for r, made in _spread(make, plan):
+        clock.done()
+        if isinstance(made, InputError) and made.status == 1:
             # A run that died is a result of the study; the others go on.
-            failed.append((r, error))
-            print(f"this run failed: {error}", file=sys.stderr, flush=True)
+            failed.append((r, made))
+            print(f"this run failed: {made}", file=sys.stderr, flush=True)
+        elif isinstance(made, Exception):
+            raise made
+        else:
+            for row in made:
+                rows.put({**row, "run": str(r.folder.relative_to(workdir)), "command": command})
         if not path.exists():
             files.write_json(path, base)
         rows.write({study for study, _, _ in r.parts})
@@ -313,6 +329,41 @@ def run(
             f"{len(failed)} of {len(plan)} runs failed, the first in {failed[0][0].folder}: {failed[0][1]}", status=1
         )
     return rows.found
+
+
+Made = list[dict[str, Any]] | Exception
+
+
+def _spread(make: Callable[[_Run], Made], plan: Sequence[_Run]) -> Iterator[tuple[_Run, Made]]:
+    """Runs with what is made of them, as they are finished: one after the other, or side by side on several devices."""
+    devices = jax.local_devices()
+    folders = list(dict.fromkeys(r.folder for r in plan))
+    if parallel.is_alone() or len(devices) == 1 or len(folders) == 1 or jax.process_count() > 1:
+        for r in plan:
+            yield r, make(r)
+        return
+    # Runs of one folder need each other's results, so they stay together.
+    waiting: queue.SimpleQueue[Path] = queue.SimpleQueue()
+    for folder in folders:
+        waiting.put(folder)
+    finished: queue.SimpleQueue[tuple[_Run, Made]] = queue.SimpleQueue()
+
+    def work(device: jax.Device) -> None:
+        with parallel.alone(device):
+            while True:
+                try:
+                    folder = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                for r in plan:
+                    if r.folder == folder:
+                        finished.put((r, make(r)))
+
+    for device in devices[: len(folders)]:
+        # Daemons, so that an interruption need not wait for hours of training.
+        threading.Thread(target=work, args=(device,), daemon=True).start()
+    for _ in plan:
+        yield finished.get()
 
 
 def _plan(
@@ -451,10 +502,17 @@ class _Rows:
         path = workdir / "results.csv"
         found = results.read(path) if path.exists() else []
         self._rows = {tuple(row[k] for k in self._KEY): row for row in found}
+        self._places: dict[str, int] = {}
+
+    def arrange(self, folders: Iterable[Path]) -> None:
+        """New runs' rows come in this order, after those that are there, whichever run is finished first."""
+        new = (str(f.relative_to(self._workdir)) for f in folders)
+        runs = dict.fromkeys([*(row["run"] for row in self._rows.values()), *new])
+        self._places = {run: i for i, run in enumerate(runs)}
 
     @property
     def found(self) -> list[dict[str, Any]]:
-        return list(self._rows.values())
+        return sorted(self._rows.values(), key=lambda row: self._places.get(row["run"], 0))
 
     def put(self, row: dict[str, Any]) -> None:
         self._rows[tuple(row[k] for k in self._KEY)] = {k: row[k] for k in COLUMNS}
@@ -523,12 +581,19 @@ class _Clock:
     """A line for each run of the study: which of how many, and about how long the rest will take."""
 
     def __init__(self, total: int):
-        self._total = total
+        self._total, self._begun, self._done = total, 0, 0
         self._start = time.monotonic()
+        self._lock = threading.Lock()
 
-    def announce(self, number: int, what: str) -> None:
-        left = ""
-        if number:
-            seconds = (time.monotonic() - self._start) / number * (self._total - number)
-            left = f"; about {seconds / 60:.0f} min left" if seconds >= 90 else f"; about {seconds:.0f} s left"
-        print(f"run {number + 1} of {self._total}: {what}{left}", file=sys.stderr, flush=True)
+    def announce(self, what: str) -> None:
+        with self._lock:
+            self._begun += 1
+            left = ""
+            if self._done:
+                seconds = (time.monotonic() - self._start) / self._done * (self._total - self._done)
+                left = f"; about {seconds / 60:.0f} min left" if seconds >= 90 else f"; about {seconds:.0f} s left"
+            print(f"run {self._begun} of {self._total}: {what}{left}", file=sys.stderr, flush=True)
+
+    def done(self) -> None:
+        with self._lock:
+            self._done += 1

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from steel_ad import config as configs
+from steel_ad import parallel
 from steel_ad.detectors import Detector, autoencoder, segmentation
 from steel_ad.detectors.autoencoder import AutoencoderDetector
 from steel_ad.detectors.segmentation import SegmentationDetector
@@ -113,7 +114,7 @@ def newest(folder: Path, like: Any) -> Any:
     if not folder.is_dir():
         return None
     # A run of an accelerator is restored to what is here.
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(parallel.first_device())
     like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), like)
     with Checkpoints(folder) as checkpoints:
         return None if checkpoints.latest() is None else checkpoints.restore(like)[0]
