@@ -5,6 +5,11 @@ python -m experiments.inspection --model=WORKDIR --source=FOLDER|VIDEO.avi|IMAGE
 
 Exit status 0: clean, 3: defects found, 1 or 2: an error; 1 also after the report on a video that is cut short. The same command
 again goes on where it stopped.
+
+With --watch the folder is one that a camera writes to. Every image is inspected once, when it is whole, the report is kept up to
+date, and Ctrl-C, SIGTERM or --watch_idle_s end it with the report and the same status; started again it goes on. In the end the
+ledger is that of one inspection of the same images, in whatever pieces of time they came. Images that cannot be read are named, and
+with --strip those that come out of the order of their names, and the rest goes on; the status is 1 then.
 """
 
 from pathlib import Path
@@ -38,6 +43,10 @@ _PER_M2 = flags.DEFINE_float(
 _SCALE = flags.DEFINE_float("mm_per_px", 0.0, "Size of a pixel on the plate (0: not known).")
 _STRIP = flags.DEFINE_bool("strip", False, "The images of the folder follow each other along one strip.")
 _PITCH = flags.DEFINE_float("pitch_mm", 0.0, "Pitch of the plate's pattern along the strip (0: not known).")
+_WATCH = flags.DEFINE_bool("watch", False, "Follow the folder that a camera writes to.")
+_IDLE = flags.DEFINE_float(
+    "watch_idle_s", 0.0, "End after so many seconds without a new image (0: never).", lower_bound=0
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws of calibration and recurrence.")
 
 
@@ -52,6 +61,8 @@ def main() -> int:
         raise InputError(f"--confidence={_CONFIDENCE.value} must be average or a number such as 0.95") from None
     if not _CALIBRATION.value and _RATE.present:
         raise InputError("--false_alarm_rate is a promise from good images: give --calibration=FOLDER")
+    if _IDLE.present and not _WATCH.value:
+        raise InputError(f"--watch_idle_s={_IDLE.value:g} is for a folder that is followed: give --watch")
     config = configs.Inspection(
         map=_MAP.value,
         tile_px=_TILE.value,
@@ -65,12 +76,21 @@ def main() -> int:
         seed=_SEED.value,
     )
     model, source, out = (cli.required(holder) for holder in (_MODEL, _SOURCE, _OUT))
-    found = inspection.run(config, model=Path(model), source=source, calibrate_on=_CALIBRATION.value, out=Path(out))
+    found = inspection.run(
+        config,
+        model=Path(model),
+        source=source,
+        calibrate_on=_CALIBRATION.value,
+        out=Path(out),
+        watch_idle_s=_IDLE.value if _WATCH.value else None,
+    )
     print(good_tiles.promise_sentence(found["calibration"]))
     for roll in found["recurrence"]:
         print(f"{roll['side']}: {roll['sentence']}")
     print(f"Defects: {found['defects']}; {found['tiles_with_an_alarm']} of {found['tiles']} tiles with an alarm.")
     print(f"Report: {Path(out) / 'report.html'}; list: {Path(out) / 'ledger.csv'}")
+    if waiting := found.get("watched", {}).get("waiting"):
+        print(f"Not inspected yet: {', '.join(waiting)}; the same command goes on.")
     if found["unread"]:
         raise InputError(" ".join(found["unread"]), status=1)
     return 3 if found["defects"] else 0

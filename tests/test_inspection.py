@@ -1,13 +1,17 @@
 """The inspection as a plant meets it: the same ledger however a strip is cut, resumed or read, and a report that opens offline."""
 
 import base64
+import contextlib
 import csv
 import html.parser
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import cv2
@@ -25,7 +29,7 @@ from steel_ad.errors import InputError
 from steel_ad.inspection import ledger, tiles
 from steel_ad.ops.morphology import disk
 from steel_ad.report import figures
-from steel_ad.studies import files, good_tiles, inspection, outcome, strips, trained
+from steel_ad.studies import files, good_tiles, inspection, outcome, strips, trained, watch
 from steel_ad.studies.trained import Trained
 from steel_ad.train.checkpoint import Checkpoints
 
@@ -96,7 +100,7 @@ def strip():
     return image
 
 
-def inspect(model, source, out, *, good=None, threshold=None, detector=None, drawn=None, **settings):
+def inspect(model, source, out, *, good=None, threshold=None, detector=None, drawn=None, watch_idle_s=None, **settings):
     """An inspection by `Contrast` or another detector without a network, and with figures of one pixel, whose arguments go to
     `drawn`: neither network nor drawing is what is tested here."""
     on = frozenset(r["sha256"] for r in files.read_json(model / "ae" / "manifest.json") if r["use"] == "train")
@@ -114,9 +118,8 @@ def inspect(model, source, out, *, good=None, threshold=None, detector=None, dra
         patch.setattr(figures, "coil_map", draw)
         patch.setattr(figures, "score_histogram", draw)
         good = str(model / "good") if good is None else str(good)
-        return inspection.run(
-            tile_settings(**settings), model=model / "ae", source=str(source), calibrate_on=good, out=out
-        )
+        arguments = {"model": model / "ae", "source": str(source), "calibrate_on": good, "out": out}
+        return inspection.run(tile_settings(**settings), **arguments, watch_idle_s=watch_idle_s)
 
 
 @pytest.fixture(scope="module")
@@ -617,6 +620,27 @@ def test_tiles_of_a_strip_see_its_surroundings_and_are_the_same_in_every_cut():
         list(tiles.bands([image, image[:, 1:]], tile=16, halo=0))
 
 
+def test_a_strip_goes_on_from_the_rows_that_its_next_bands_may_show():
+    rng = np.random.default_rng(0)
+    for height, tile, halo in ((97, 16, 20), (200, 32, 8), (64, 32, 0)):
+        image = rng.integers(0, 255, (height, 9)).astype(np.uint8)
+        expected = list(tiles.bands([image], tile=tile, halo=halo))
+        for rows in range(1, height):
+            whole = tiles.Cutter(tile, halo)
+            done = len(list(whole.push(image[:rows])))
+            # What would be the end changes nothing.
+            ends = list(whole.end())
+            assert sum(band.height for band in ends) == rows - done * tile
+            first = whole.needed(done * tile)
+            later = tiles.Cutter(tile, halo, done * tile, first, image[first:rows])
+            for cutter in (whole, later):
+                found = [*cutter.push(image[rows:]), *cutter.end()]
+                assert len(found) == len(expected) - done
+                for a, b in zip(found, expected[done:], strict=True):
+                    assert (a.top, a.height, a.offset, a.core) == (b.top, b.height, b.offset, b.core)
+                    np.testing.assert_array_equal(a.pixels, b.pixels)
+
+
 def command(*arguments):
     cache = f"--compilation_cache={os.environ['STEEL_AD_TEST_CACHE']}"
     line = [sys.executable, "-m", "experiments.inspection", cache, *arguments]
@@ -788,3 +812,233 @@ def test_a_runs_threshold_comes_with_the_settings_it_was_found_with(model, tmp_p
     found = trained.load(tmp_path / "ae")
     assert (found.radius, found.detector.map, found.threshold, found.finished) == (3, "ssim", 0.7, True)
     assert found.sha256 != trained.load(model / "ae").sha256
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A watch that need not wait for slow cameras."""
+    monkeypatch.setattr(watch, "SETTLED_S", 0.1)
+    monkeypatch.setattr(watch, "GIVEN_UP_S", 1.5)
+    monkeypatch.setattr(inspection, "_POLL_S", 0.02)
+    monkeypatch.setattr(inspection, "_REFRESH_S", 0.05)
+
+
+def marked_images(strip, plates_64, one):
+    """Parts of a strip, less than a tile and more, with marks across their edges; or plates, each with a mark."""
+    if one:
+        return np.split(strip, np.cumsum([30, 40, 80, 20, 100]))
+    images = plates_64[:5].copy()
+    for i, image in enumerate(images):
+        image[20:29, 50 - 10 * i : 60 - 10 * i] = 255
+    return list(images)
+
+
+def camera(folder, images, *, first=0, slowly=(2,)):
+    """Writes images one after another, some of them slowly under their own name, others under another that is changed then."""
+    for k, image in enumerate(images, first):
+        data, path = folders.png(image), folder / f"{k}.png"
+        if k in slowly:
+            with path.open("wb") as file:
+                file.write(data[: len(data) // 2])
+                file.flush()
+                time.sleep(0.4)
+                file.write(data[len(data) // 2 :])
+        else:
+            (folder / "hidden.tmp").write_bytes(data)
+            os.rename(folder / "hidden.tmp", path)
+        time.sleep(0.03)
+
+
+@contextlib.contextmanager
+def meanwhile(function, *arguments, **named):
+    thread = threading.Thread(target=function, args=arguments, kwargs=named)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def same_ledger(a, b):
+    for name in RESULTS:
+        assert (a / name).read_bytes() == (b / name).read_bytes()
+    pictures = [{p.name: p.read_bytes() for p in (out / "close_ups").iterdir()} for out in (a, b)]
+    assert pictures[0] == pictures[1]
+
+
+@pytest.mark.parametrize("one", [False, True])
+def test_images_that_come_while_a_folder_is_watched_make_the_ledger_of_the_whole(
+    model, strip, plates_64, tmp_path, quick, one, capsys
+):
+    images = marked_images(strip, plates_64, one)
+    (tmp_path / "in").mkdir()
+    camera(tmp_path / "in", images[:1])
+    with meanwhile(camera, tmp_path / "in", images[1:], first=1):
+        found = inspect(model, tmp_path / "in", tmp_path / "out", strip=one, watch_idle_s=1.0)
+    expected = inspect(model, tmp_path / "in", tmp_path / "once", strip=one)
+    same_ledger(tmp_path / "out", tmp_path / "once")
+    assert found["watched"] == {"images": len(images), "ended": True, "waiting": []}
+    for key in ("defects", "tiles", "tiles_with_an_alarm", "megapixels", "recurrence", "drift", "unread"):
+        assert found[key] == expected[key]
+    told = capsys.readouterr().out
+    assert sum(int(line.split("defects: ")[1].split(",")[0]) for line in told.splitlines()) == found["defects"]
+
+
+@pytest.mark.parametrize("one", [False, True])
+def test_a_watch_that_is_killed_goes_on_without_losing_or_doubling_a_row(
+    model, strip, plates_64, tmp_path, quick, one, monkeypatch
+):
+    images = marked_images(strip, plates_64, one)
+    (tmp_path / "in").mkdir()
+    camera(tmp_path / "in", images, slowly=())
+    inspect(model, tmp_path / "in", tmp_path / "once", strip=one)
+    write_line, left = inspection._Journal.write, [0]
+
+    def killed(self, record):
+        write_line(self, record)
+        left[0] -= 1
+        if left[0] == 0:
+            with self._path.open("a") as file:
+                file.write('{"strip": 0, "fini')
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspection._Journal, "write", killed)
+    (tmp_path / "later").mkdir()
+    for k in range(2, len(images)):
+        os.rename(tmp_path / "in" / f"{k}.png", tmp_path / "later" / f"{k}.png")
+    kills = 0
+    for k in range(2, len(images)):
+        left[0] = 2
+        try:
+            inspect(model, tmp_path / "in", tmp_path / "out", strip=one, watch_idle_s=0.3)
+        except KeyboardInterrupt:
+            kills += 1
+        os.rename(tmp_path / "later" / f"{k}.png", tmp_path / "in" / f"{k}.png")
+    assert kills >= 2
+    # An end, and the same again.
+    left[0] = 0
+    for _ in range(2):
+        inspect(model, tmp_path / "in", tmp_path / "out", strip=one, watch_idle_s=0.3)
+        same_ledger(tmp_path / "out", tmp_path / "once")
+
+
+def test_a_strip_goes_on_after_an_end_and_without_its_first_images(model, strip, tmp_path, quick):
+    images = np.split(strip, 11)
+    (tmp_path / "in").mkdir()
+    camera(tmp_path / "in", images[:5], slowly=())
+    first = inspect(model, tmp_path / "in", tmp_path / "out", strip=True, watch_idle_s=0.3)
+    assert first["megapixels"] == 150 * 90 / 1e6
+    same = inspect(model, tmp_path / "in", tmp_path / "five", strip=True)
+    assert same["tiles"] == first["tiles"]
+    same_ledger(tmp_path / "out", tmp_path / "five")
+    # Two bands are journaled, up to row 96; the third may show rows from 40 on.
+    os.rename(tmp_path / "in" / "0.png", tmp_path / "0.png")
+    for k, image in enumerate(images[5:], 5):
+        write(tmp_path / "in" / f"9{k:02d}.png", image)
+    inspect(model, tmp_path / "in", tmp_path / "out", strip=True, watch_idle_s=0.3)
+    os.rename(tmp_path / "0.png", tmp_path / "in" / "0.png")
+    inspect(model, tmp_path / "in", tmp_path / "once", strip=True)
+    same_ledger(tmp_path / "out", tmp_path / "once")
+    os.unlink(tmp_path / "in" / "910.png")
+    with pytest.raises(InputError, match=r"910.png is gone or was changed"):
+        inspect(model, tmp_path / "in", tmp_path / "out", strip=True, watch_idle_s=0.3)
+
+
+def test_what_cannot_be_part_of_a_watched_strip_is_named_and_left_out(model, strip, tmp_path, quick):
+    folder = tmp_path / "in"
+    for k, part in enumerate(np.split(strip, 3)):
+        write(folder / f"{k}.png", part)
+    write(folder / "4.png", strip[:, :50])
+    (folder / "3.png").write_bytes((folder / "0.png").read_bytes()[:-20])
+    write(folder / "5.png", strip[:50])
+
+    def late():
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "out" / "summary.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        write(folder / "00.png", strip)
+
+    with meanwhile(late):
+        found = inspect(model, folder, tmp_path / "out", strip=True, watch_idle_s=1.0)
+    assert [s.partition("/in/")[2][:15] for s in sorted(found["unread"])] == [
+        "00.png came aft",
+        "3.png is cut sh",
+        "4.png is 50 pix",
+    ]
+    assert "Not all was inspected" in (tmp_path / "out" / "report.html").read_text()
+    for name in ("00", "3", "4"):
+        os.unlink(folder / f"{name}.png")
+    inspect(model, folder, tmp_path / "once", strip=True)
+    same_ledger(tmp_path / "out", tmp_path / "once")
+
+
+def test_a_watched_plate_that_cannot_be_read_is_inspected_once_it_can(model, plates_64, tmp_path, quick):
+    folder = tmp_path / "in"
+    for k in range(3):
+        write(folder / f"{k}.png", plates_64[k])
+    whole = (folder / "1.png").read_bytes()
+    (folder / "1.png").write_bytes(whole[:-20])
+    write(folder / "small.png", plates_64[0][:20])
+    found = inspect(model, folder, tmp_path / "out", watch_idle_s=2.0)
+    assert [s.partition("/in/")[2][:10] for s in found["unread"]] == ["1.png is c", "small.png "]
+    (folder / "1.png").write_bytes(whole)
+    os.unlink(folder / "small.png")
+    write(folder / "2.png", plates_64[3])
+    found = inspect(model, folder, tmp_path / "out", watch_idle_s=0.3)
+    assert (found["watched"]["images"], len(found["unread"])) == (3, 1)
+    assert "2.png was written again after it was inspected" in found["unread"][0]
+
+
+def test_a_watch_ends_on_a_signal_and_keeps_its_report_up_to_date(model, plates_64, tmp_path, quick):
+    (tmp_path / "in").mkdir()
+    seen = []
+
+    def send():
+        deadline = time.monotonic() + 60
+        for k in (3, 1):
+            image = plates_64[k].copy()
+            image[10:20, 10:20] = 255
+            write(tmp_path / "in" / f"{k}.png", image)
+            while time.monotonic() < deadline:
+                time.sleep(0.02)
+                if (tmp_path / "out" / "summary.json").exists():
+                    seen.append(files.read_json(tmp_path / "out" / "summary.json")["watched"])
+                    if seen[-1]["images"] == (1 if k == 3 else 2):
+                        break
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with meanwhile(send):
+        found = inspect(model, tmp_path / "in", tmp_path / "out", good="", threshold=0.4, watch_idle_s=0.0)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [(one["images"], one["ended"]) for one in (seen[0], seen[-1])] == [(1, False), (2, False)]
+    assert found["watched"]["ended"]
+    rows = csv.DictReader((tmp_path / "out" / "ledger.csv").read_text().splitlines())
+    assert {row["image"] for row in rows} == {"1.png", "3.png"}
+    inspect(model, tmp_path / "in", tmp_path / "once", good="", threshold=0.4)
+    same_ledger(tmp_path / "out", tmp_path / "once")
+
+
+def test_a_watch_is_of_a_folder(model, strip, tmp_path):
+    write(tmp_path / "a.png", strip)
+    for source in ("a.png", "a.avi"):
+        with pytest.raises(InputError, match="--watch follows a folder"):
+            inspect(model, tmp_path / source, tmp_path / "out", watch_idle_s=0.0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_binary_that_watches_ends_with_its_report_and_status(model, strip, tmp_path):
+    write(tmp_path / "in" / "a.png", strip)
+    cache = f"--compilation_cache={os.environ['STEEL_AD_TEST_CACHE']}"
+    tiling = ("--tile_px=48", "--halo_px=8", "--false_alarm_rate=0.2", f"--calibration={model / 'good'}")
+    line = [sys.executable, "-m", "experiments.inspection", cache, *tiling, "--watch", f"--model={model / 'ae'}"]
+    line += [f"--source={tmp_path / 'in'}", f"--out={tmp_path / 'out'}"]
+    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 200
+        while process.poll() is None and time.monotonic() < deadline and not (tmp_path / "out/summary.json").exists():
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=100)
+    assert process.returncode == 3, err
+    assert "a.png: defects: " in out
+    assert files.read_json(tmp_path / "out" / "summary.json")["watched"]["ended"]

@@ -98,7 +98,7 @@ def list_images(folder: str | Path, recursive: bool = False, *, root: str | Path
         what = "is not a folder" if os.path.exists(folder) else "does not exist"
         raise InputError(f"{folder} {what}: name a folder of images")
     inside = os.path.realpath(folder if root is None else root)
-    _stay_inside(folder, inside)
+    stay_inside(folder, inside)
 
     def unreadable(error: OSError) -> None:
         raise InputError(f"{error.filename} cannot be read ({error.strerror}): check its permissions") from error
@@ -113,12 +113,25 @@ def list_images(folder: str | Path, recursive: bool = False, *, root: str | Path
             path = Path(parent, name)
             if not name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES:
                 if path.is_symlink():
-                    _stay_inside(path, inside)
+                    stay_inside(path, inside)
                 found.append(path)
     if not found:
         suffixes = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
         raise InputError(f"{folder} has no images ({suffixes}): name the folder that holds them or one with train/good")
     return sorted(found)
+
+
+def image_names(folder: str | Path) -> list[str]:
+    """Names of a folder's images, as `list_images` tells them from other files, in no order; there may be none.
+
+    Raises:
+      InputError: the folder is missing, is not a folder or cannot be read.
+    """
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read ({error.strerror}): name a folder of images") from error
+    return [name for name in names if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)]
 
 
 def good_images(data: str | Path) -> list[Path]:
@@ -292,7 +305,7 @@ def _folders(folder: Path) -> list[Path]:
         raise InputError(f"{folder} cannot be read ({error.strerror}): name a folder with test/<kind> in it") from error
 
 
-def _stay_inside(path: Path, root: str) -> None:
+def stay_inside(path: Path, root: str) -> None:
     """Refuses a link that leads out of the data: what is read there would not be what was recorded or copied."""
     if not Path(os.path.realpath(path)).is_relative_to(root):
         raise InputError(f"{path} is a link that leads out of {root}: copy the images there instead")

@@ -5,19 +5,32 @@ location, which a few defects move little. The chance of a false warning after a
 calibrations, where inspected and calibration tiles are independent and alike: draw one of each strip, picture or row of tiles.
 Two strips that differ more than tiles of one do are not alike, and a warning is then right to say so.
 
+The pattern's pitch is what a lens, a distance or an encoder changes: across alone, along alone, or both.
+
 Source: Mann and Whitney 1947, with Bonferroni's correction over quantities and windows.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from steel_ad.ops import spectrum
+
 BLOCK = 64
 RATE = 0.001
 _WINDOWS = (1, 4)  # in blocks: soon where much has moved, later where little has
+LOOKS = ("brightness", "contrast")
+PITCHES = ("pitch across", "pitch along")
+# The lags of a smaller tile, half its side, hold no lattice that is worth the name.
+_LEAST_TILE_PX = 64
+# Mean correlation at the lattice's points below which a tile shows no clear pattern.
+_ECHO = 0.1
+_REACH = 0.1  # relative change of pitch that is still found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,19 +53,76 @@ class Moved:
 
     def __str__(self) -> str:
         word = "rose" if self.median > self.good_median else "fell"
+        unit = " px" if self.quantity in PITCHES else ""
         return (
-            f"{self.quantity} {word} from {self.good_median:.4g} at calibration to {self.median:.4g} in tiles {self.first} to "
-            f"{self.last - 1} (p = {self.p_value:.1g})"
+            f"{self.quantity} {word} from {self.good_median:.4g}{unit} at calibration to {self.median:.4g}{unit} in tiles "
+            f"{self.first} to {self.last - 1} (p = {self.p_value:.1g})"
         )
 
 
-def measure(tiles: np.ndarray) -> dict[str, np.ndarray]:
-    """Mean ("brightness") and standard deviation ("contrast") of tiles uint8 `[n, h, w]`, in grey levels: float64 `[n]` each."""
+def measure(tiles: np.ndarray, lattice: ArrayLike | None) -> dict[str, np.ndarray]:
+    """What is compared of tiles uint8 `[n, h, w]`, beside their scores: float64 `[n]` each.
+
+    Mean ("brightness") and standard deviation ("contrast") in grey levels; with the good tiles' `lattice` `[2, 2]`, as `pattern`
+    reads it, the pattern's pitches ("pitch across", "pitch along") in pixels, NaN where a tile shows no clear pattern.
+    """
     grey = tiles.reshape(len(tiles), tiles.shape[1] * tiles.shape[2])
     # Whole numbers below 2^53, so exact.
     total, square = grey.sum(1, dtype=np.int64), np.einsum("ij,ij->i", grey, grey, dtype=np.int64)
     mean = total / grey.shape[1]
-    return {"brightness": mean, "contrast": np.sqrt(np.maximum(square / grey.shape[1] - mean**2, 0))}
+    found = {"brightness": mean, "contrast": np.sqrt(np.maximum(square / grey.shape[1] - mean**2, 0))}
+    return found if lattice is None else found | _pitches(tiles, np.asarray(lattice, np.float32))
+
+
+def pattern(tiles: np.ndarray) -> np.ndarray | None:
+    """The lattice that tiles uint8 `[n, h, w]` have in common: float32 `[2, 2]`, two vectors (y, x) in pixels.
+
+    None where tiles are none or too small, or nothing repeats in two directions within half a tile.
+    """
+    if not len(tiles) or min(tiles.shape[1:]) < _LEAST_TILE_PX:
+        return None
+    with jax.default_device(_host()):
+        mean = np.mean([spectrum.autocorrelation(jnp.asarray(t, jnp.float32) / 255) for t in tiles], 0)
+        found = spectrum.read_lattice(mean)
+    return None if found is None else np.asarray(found.vectors)
+
+
+def _pitches(tiles: np.ndarray, lattice: np.ndarray) -> dict[str, np.ndarray]:
+    # One program for one tile, whatever their number; not behind a detector's queue on an accelerator.
+    with jax.default_device(_host()):
+        read = jax.device_get([_near(tile, lattice) for tile in tiles])
+    vectors = np.array([r.vectors for r in read], np.float64).reshape(-1, 2, 2)
+    echo = np.array([r.echo for r in read], np.float64)
+    found = {}
+    for name, axis in zip(PITCHES, (1, 0), strict=True):
+        steps = _repeat(lattice, axis)
+        pitch, usual = np.hypot(*(steps @ vectors).T), np.hypot(*(steps @ lattice))
+        # Beyond the reach it is another peak.
+        clear = (echo >= _ECHO) & (np.abs(pitch / usual - 1) <= 1.2 * _REACH)
+        found[name] = np.where(clear, pitch, np.nan)
+    return found
+
+
+@jax.jit
+def _near(tile: jax.Array, lattice: jax.Array) -> spectrum.Lattice:
+    image = tile.astype(jnp.float32) / 255
+    return spectrum.lattice_near(spectrum.autocorrelation(image), lattice, reach=_REACH)
+
+
+def _repeat(lattice: np.ndarray, axis: int) -> np.ndarray:
+    """Steps `[2]` along the lattice's vectors to the shortest repeat within 20 degrees of an axis (0: y), or else the nearest."""
+    steps = np.array([(i, j) for i in range(3) for j in range(-2, 3) if (i, j) > (0, 0)])
+    repeats = steps @ lattice
+    length = np.hypot(*repeats.T)
+    aside = np.degrees(np.arccos(np.minimum(np.abs(repeats[:, axis]) / length, 1)))
+    return steps[np.argmin(np.where(aside <= 20, length, 1e6 + aside))]
+
+
+def _host() -> jax.Device | None:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return None
 
 
 def moved(
@@ -61,7 +131,7 @@ def moved(
     """What has moved, by the newest tiles; nothing between two blocks' ends.
 
     Args:
-      values: of each quantity, `[n]`, of the tiles inspected so far, in order.
+      values: of each quantity, `[n]`, of the tiles inspected so far, in order; NaN where a tile has none, which says nothing.
       good: of the same quantities, `[m]`, of calibration tiles.
       rate: chance of a false warning at each end of a block.
       block: number of tiles.
@@ -85,7 +155,8 @@ def moved(
         p, window = min(seen)
         if p <= level:
             newest = observed[n - window * block :]
-            found.append(Moved(name, n - newest.size, n, float(np.median(reference)), float(np.median(newest)), p))
+            medians = float(np.nanmedian(reference)), float(np.nanmedian(newest))
+            found.append(Moved(name, n - newest.size, n, *medians, p))
     return found
 
 
@@ -102,6 +173,7 @@ def history(
 
 
 def _p_value(a: np.ndarray, b: np.ndarray) -> float:
-    if not b.size or ((a == a[0]).all() and (b == a[0]).all()):
+    a, b = a[~np.isnan(a)], b[~np.isnan(b)]
+    if not a.size or not b.size or ((a == a[0]).all() and (b == a[0]).all()):
         return 1.0
     return float(stats.mannwhitneyu(a, b, method="asymptotic").pvalue)

@@ -6,6 +6,7 @@ that a detector sees nothing but the strip itself: a mirrored pattern would look
 is one. So a map depends on nothing but the strip, and calibration and inspection look at the same unit.
 """
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -53,27 +54,61 @@ def bands(chunks: Iterable[np.ndarray], *, tile: int, halo: int) -> Iterator[Ban
     Raises:
       ValueError: chunks of different widths, or not uint8 `[h, w]`.
     """
-    kept, first, top, size = np.zeros((0, 0), np.uint8), 0, 0, tile + 2 * halo
+    cutter = Cutter(tile, halo)
     for chunk in chunks:
-        if chunk.dtype != np.uint8 or chunk.ndim != 2 or (first + len(kept) and chunk.shape[1] != kept.shape[1]):
+        yield from cutter.push(chunk)
+    yield from cutter.end()
+
+
+@dataclasses.dataclass
+class Cutter:
+    """The bands of a strip that comes piece by piece, and may go on after what would be its end.
+
+    Attributes:
+      tile, halo: as of `bands`.
+      top: the strip's row that the next band begins with.
+      first: the strip's row that `kept` begins with, at most `needed(top)`.
+      kept: uint8 `[h, w]`, the rows that bands to come may show.
+    """
+
+    tile: int
+    halo: int
+    top: int = 0
+    first: int = 0
+    kept: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.uint8))
+
+    def needed(self, top: int) -> int:
+        """The first row that windows of a band from `top` on may show, whether or not the strip ends there."""
+        return max(0, top - self.tile - self.halo)
+
+    def push(self, chunk: np.ndarray) -> Iterator[Band]:
+        """The bands that a further piece of the strip, uint8 `[h, w]`, completes; to be drawn to the last.
+
+        Raises:
+          ValueError: another width than before, or not uint8 `[h, w]`.
+        """
+        known = self.first + len(self.kept)
+        if chunk.dtype != np.uint8 or chunk.ndim != 2 or (known and chunk.shape[1] != self.kept.shape[1]):
             raise ValueError(
-                f"a chunk of {chunk.dtype}{list(chunk.shape)} does not follow one of width {kept.shape[1]}"
+                f"a chunk of {chunk.dtype}{list(chunk.shape)} does not follow one of width {self.kept.shape[1]}"
             )
-        kept = np.concatenate([kept, chunk]) if len(kept) else chunk
+        self.kept = np.concatenate([self.kept, chunk]) if len(self.kept) else chunk
+        size = self.tile + 2 * self.halo
         # A whole window is where it would be on any longer strip.
-        while (start := max(0, top - halo)) + size <= first + len(kept):
-            yield Band(top, tile, kept[start - first :][:size], 0, top - start)
-            top += tile
-            # The last windows may begin so far above.
-            gone = max(0, top - tile - halo - first)
-            kept, first = kept[gone:], first + gone
-    end = first + len(kept)
-    while top < end:
-        height = min(tile, end - top)
-        offset = min(top, tile - height)
-        start = max(0, min(top - offset - halo, end - size))
-        yield Band(top, height, kept[start - first :][:size], offset, top - offset - start)
-        top += tile
+        while (start := max(0, self.top - self.halo)) + size <= self.first + len(self.kept):
+            yield Band(self.top, self.tile, self.kept[start - self.first :][:size], 0, self.top - start)
+            self.top += self.tile
+            gone = max(0, self.needed(self.top) - self.first)
+            self.kept, self.first = self.kept[gone:], self.first + gone
+
+    def end(self) -> Iterator[Band]:
+        """The bands that are left if the strip ends here; it may still go on."""
+        size, end = self.tile + 2 * self.halo, self.first + len(self.kept)
+        for top in range(self.top, end, self.tile):
+            height = min(self.tile, end - top)
+            offset = min(top, self.tile - height)
+            start = max(0, min(top - offset - self.halo, end - size))
+            yield Band(top, height, self.kept[start - self.first :][:size], offset, top - offset - start)
 
 
 def cut(band: Band, *, tile: int, halo: int) -> Pieces:

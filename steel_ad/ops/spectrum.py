@@ -184,6 +184,31 @@ def refine_lattice(correlation: Array, vectors: Array, *, order: int = 3) -> Lat
     return found
 
 
+@functools.partial(jax.jit, static_argnames="reach")
+def lattice_near(correlation: Array, vectors: Array, *, reach: float = 0.1) -> Lattice:
+    """The lattice of a pattern that is a known one but for its scale along and across, each within `1 +- reach`.
+
+    Args:
+      correlation: `[2 a + 1, 2 b + 1]`, as `autocorrelation` returns it.
+      vectors: `[2, 2]`, (y, x) in pixels, one a row: the known lattice.
+
+    Returns:
+      As `refine_lattice`, from the scales at which the pattern resembles itself best: to 2 % the refinement finds the rest.
+      Where there is no pattern, `echo` says so. Jittable; `jax.vmap` makes the batch.
+    """
+    dtype = correlation.dtype
+    steps = jnp.asarray(_steps(2), dtype)
+    scales = jnp.asarray(np.linspace(1 - reach, 1 + reach, 1 + 2 * math.ceil(reach / 0.02)), dtype)
+    middle = np.array(correlation.shape) // 2
+    y, x = (jnp.round(jnp.multiply.outer(scales, (steps @ vectors)[:, k])).astype(jnp.int32) for k in (0, 1))
+    inside = (jnp.abs(y).max(0) < middle[0]) & (jnp.abs(x).max(0) < middle[1])
+    # [scale along, scale across, step]; the same steps at all scales, or the few that near lags reach would win.
+    seen = _smoothed(correlation)[y[:, None] + middle[0], x[None] + middle[1]]
+    mean = jnp.where(inside[None, None], seen, 0).sum(2)
+    along, across = jnp.unravel_index(jnp.argmax(mean), mean.shape)
+    return refine_lattice(correlation, vectors * jnp.stack([scales[along], scales[across]])[None])
+
+
 def reduced(vectors: np.ndarray) -> np.ndarray:
     """The shortest basis of a lattice (Lagrange, Gauss), float64 `[2, 2]`, in `Lattice.vectors`' order and directions."""
     a, b = np.asarray(vectors, np.float64)

@@ -11,7 +11,7 @@ import numpy as np
 from steel_ad import config as configs
 from steel_ad.data import folders
 from steel_ad.errors import InputError
-from steel_ad.inspection import calibration, drift
+from steel_ad.inspection import calibration, drift, tiles
 from steel_ad.inspection.ledger import Camera
 from steel_ad.progress import progress
 from steel_ad.studies import files
@@ -19,15 +19,19 @@ from steel_ad.studies import strips as sources
 from steel_ad.studies.strips import Strip, View
 from steel_ad.studies.trained import Trained
 
+# Images that the pattern's lattice is read from.
+_PATTERN_OF = 32
+
 
 class Limit(NamedTuple):
     """The threshold, the independent good scores behind it `[n]` (none without calibration), a record of both, and what drift
-    is measured against: of each quantity its values `[n]` in the same tiles."""
+    is measured against: of each quantity its values `[n]` in the same tiles, and their pattern's lattice, if they have one."""
 
     threshold: float
     scores: np.ndarray
     record: dict[str, Any]
     good: dict[str, np.ndarray]
+    lattice: list[list[float]] | None
 
 
 def limit(
@@ -44,9 +48,9 @@ def limit(
             raise InputError(
                 "the model has no threshold of its own, its run is not finished: give --calibration=FOLDER"
             )
-        return Limit(detector.threshold, np.zeros(0), {"form": "none", "threshold": detector.threshold}, {})
+        return Limit(detector.threshold, np.zeros(0), {"form": "none", "threshold": detector.threshold}, {}, None)
     path = out / "calibration.json"
-    names = ("model_sha256", "calibration_files", "calibration_strips", "tile_px", "halo_px", "seed")
+    names = ("model_sha256", "calibration_files", "calibration_strips", "tile_px", "halo_px", "seed", "drift")
     made_of = {k: settings[k] for k in names}
     known = files.read_json(path) if path.exists() else {}
     if known.get("made_of") != made_of:
@@ -54,14 +58,18 @@ def limit(
         known = {"made_of": made_of, **found}
         files.write_json(path, known)
     scores = np.array(known["scores"])
-    good_tiles = {"score": scores} | {name: np.array(known[name]) for name in ("brightness", "contrast")}
-    record = {k: v for k, v in known.items() if k not in ("made_of", "scores", "brightness", "contrast")}
+    looks = (*drift.LOOKS, *(drift.PITCHES if known["lattice"] else ()))
+    # No pitch, NaN, is null in the file.
+    good_tiles = {"score": scores} | {name: np.array(known[name], np.float64) for name in looks}
+    record = {k: v for k, v in known.items() if k not in ("made_of", "scores", "lattice", *looks)}
     if config.false_alarms_per_m2:
         tile_m2 = (config.tile_px * config.mm_per_px / 1000) ** 2
         modelled = calibration.tail(scores, config.false_alarms_per_m2 * tile_m2)
         per_m2 = [rate / tile_m2 for rate in modelled.rate_interval]
         record |= {"form": "model", "per_m2": config.false_alarms_per_m2, "per_m2_interval": per_m2}
-        return Limit(modelled.threshold, scores, {**record, **dataclasses.asdict(modelled)}, good_tiles)
+        return Limit(
+            modelled.threshold, scores, {**record, **dataclasses.asdict(modelled)}, good_tiles, known["lattice"]
+        )
     try:
         promised = calibration.promise(scores, config.false_alarm_rate, config.confidence)
     except InputError as error:
@@ -72,7 +80,8 @@ def limit(
             "once: where they are no strip, name the subfolder itself"
         ) from None
     form = "average" if config.confidence is None else "confidence"
-    return Limit(promised.threshold, scores, {**record, "form": form, **dataclasses.asdict(promised)}, good_tiles)
+    record |= {"form": form, **dataclasses.asdict(promised)}
+    return Limit(promised.threshold, scores, record, good_tiles, known["lattice"])
 
 
 def good_images(folder: str) -> list[Path]:
@@ -114,7 +123,7 @@ def good_scores(
     *,
     strips: bool = False,
 ) -> dict[str, Any]:
-    """Scores, brightness and contrast of one tile of each group of good images that were not trained on, and counts.
+    """Scores and what drift compares of one tile of each group of good images that were not trained on, and counts.
 
     Args:
       root: the folder of the images; a group is what lies in one of its subfolders.
@@ -123,8 +132,9 @@ def good_scores(
     fresh = untrained(good, detector)
     single = list({folders.fingerprint(path): path for path in reversed(fresh)}.values())[::-1]
     parts = _parts(good, set(single), root, strips)
+    lattice = drift.pattern(_first_tiles([strip for _, strip in parts], view))
     scores: list[float] = []
-    seen: dict[str, list[float]] = {"brightness": [], "contrast": []}
+    seen: dict[str, list[float]] = {}
     owners: list[str] = []
     with progress("calibrate", len(single), "images") as update:
         for i, band in sources.ahead(sources.bands([strip for _, strip in parts], view, update)):
@@ -133,22 +143,31 @@ def good_scores(
                 pieces = view.cut(band)
                 maps = view.cores(pieces)
                 scores += maps.max((1, 2)).tolist()
-                for name, values in drift.measure(pieces.tiles(view.tile)).items():
-                    seen[name] += values.tolist()
+                for name, values in drift.measure(pieces.tiles(view.tile), lattice).items():
+                    seen.setdefault(name, []).extend(values.tolist())
                 owners += [parts[i][0]] * len(maps)
     if not scores:
         raise InputError(f"no image in {root} is as large as a tile of {view.tile} pixels: use a smaller --tile_px")
-    drawn = calibration.one_per_group(scores, owners, seed=config.seed)
+    drawn = calibration.one_per_group(np.arange(len(scores)), owners, seed=config.seed).astype(int)
     return {
         "images": len(single),
         "left_out_as_trained_on": len(good) - len(fresh),
         "left_out_as_copies": len(fresh) - len(single),
         "tiles": len(scores),
         "groups": len(drawn),
-        "scores": drawn.tolist(),
-        # The same draws.
-        **{k: calibration.one_per_group(v, owners, seed=config.seed).tolist() for k, v in seen.items()},
+        "scores": np.array(scores)[drawn].tolist(),
+        "lattice": None if lattice is None else lattice.tolist(),
+        **{name: np.array(values)[drawn].tolist() for name, values in seen.items()},
     }
+
+
+def _first_tiles(parts: Sequence[Strip], view: View) -> np.ndarray:
+    """The first tile of each of up to 32 strips or images, uint8 `[n, tile, tile]`."""
+    found = []
+    for part in parts[:: -(-len(parts) // _PATTERN_OF)]:
+        band = next(tiles.bands(part.frames(), tile=view.tile, halo=view.halo))
+        found += list(view.whole(band)[:1])
+    return np.array(found, np.uint8).reshape(-1, view.tile, view.tile)
 
 
 def _parts(good: Sequence[Path], used: set[Path], root: Path, strips: bool) -> list[tuple[str, Strip]]:

@@ -83,7 +83,7 @@ def _own_period(period: float, tile: int, strips: Mapping[int, Strip], scales: M
     found = {}
     for i, strip in strips.items():
         # Of many multiples one is near by chance.
-        for what, side in (("tile", tile), ("frame", next(strip.frames()).shape[0])):
+        for what, side in (("tile", tile), ("frame", strip.frame_px or next(strip.frames()).shape[0])):
             step = side * scales[i]
             times = round(period / step)
             if times and abs(period - times * step) <= min(0.01 * period, 0.05 * step):

@@ -34,11 +34,13 @@ _BATCH = 4
 
 @dataclasses.dataclass(frozen=True)
 class Strip:
-    """What one camera saw without a gap: `paths` are images that follow each other, or one video."""
+    """What one camera saw without a gap: `paths` are images that follow each other, or one video, whose first frame has
+    `frame_px` rows (0: not read yet)."""
 
     camera: Camera
     image: str
     paths: tuple[Path, ...]
+    frame_px: int = 0
 
     @property
     def single(self) -> bool:
@@ -54,10 +56,7 @@ class Strip:
         width = None
         for path in self.paths:
             for frame in video.frames(path) if is_video(path) else (folders.read_image(path),):
-                if width not in (None, frame.shape[1]):
-                    raise InputError(
-                        f"{path} is {frame.shape[1]} pixels wide, but the strip before it {width}: leave it out"
-                    )
+                check_width(path, frame.shape[1], width)
                 width = frame.shape[1]
                 yield frame
 
@@ -127,6 +126,16 @@ def check_order(paths: Sequence[Path], root: Path) -> None:
             )
 
 
+def check_width(path: Path, width: int, before: int | None) -> None:
+    """Refuses an image that a strip cannot go on with.
+
+    Raises:
+      InputError: it is not as wide as the strip `before` it, if there is one.
+    """
+    if before not in (None, width):
+        raise InputError(f"{path} is {width} pixels wide, but the strip before it {before}: leave it out")
+
+
 def stamp(strips: Sequence[Strip], source: Path) -> str:
     """Of names, sizes and times: whether the files are those of the first start, without reading what may be long."""
     root = source if source.is_dir() else source.parent
@@ -156,6 +165,17 @@ class View:
         self._state = detector.state
         self._program = jax.jit(jax.vmap(one, in_axes=(None, 0, 0)), compiler_options=cpu_compiler_options())
 
+    def check(self, shape: Sequence[int]) -> None:
+        """Refuses what the detector cannot see.
+
+        Raises:
+          InputError: it is smaller than the detector's patch.
+        """
+        if min(shape) < self._least:
+            raise InputError(
+                f"what is inspected is {min(shape)} pixels high or wide, less than the detector's patch of {self._least}"
+            )
+
     def cut(self, band: Band) -> Pieces:
         """The band's windows."""
         return tiles.cut(band, tile=self.tile, halo=self.halo)
@@ -175,10 +195,7 @@ class View:
         return rows[:, : n * self.tile].reshape(len(rows), n, self.tile).transpose(1, 0, 2)
 
     def _begin(self, pieces: Pieces) -> list[jax.Array]:
-        if (least := min(pieces.pixels.shape[1:])) < self._least:
-            raise InputError(
-                f"what is inspected is {least} pixels high or wide, less than the detector's patch of {self._least}"
-            )
+        self.check(pieces.pixels.shape[1:])
         # One program for all; on CPU a batch's activations would leave the caches.
         size = 1 if jax.default_backend() == "cpu" else _BATCH
         missing = -len(pieces.pixels) % size

@@ -1,0 +1,145 @@
+"""A folder that a camera writes to: which of its images are new and whole, and when to stop asking."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from steel_ad.data import folders
+from steel_ad.errors import InputError
+
+# A file of the same size and time for so long is whole, if it can be read.
+SETTLED_S = 1.0
+# One that cannot be read has had so long to become whole.
+GIVEN_UP_S = 10.0
+
+Stamp = tuple[int, int]  # size in bytes, time in ns
+
+
+@dataclasses.dataclass
+class _Waiting:
+    """A file that has not been taken: since when it has its stamp, and whether it could not be read yet."""
+
+    stamp: Stamp
+    since: float
+    unreadable: bool = False
+
+
+class Folder:
+    """Images that come into a folder, each offered when it is whole.
+
+    Attributes:
+      taken: stamp of each image that has been inspected, by name.
+      refused: a sentence about each that is there but cannot be inspected, by name; rewritten, it is offered again.
+      news: when an image last came, grew or was inspected, by `time.monotonic`.
+    """
+
+    def __init__(self, path: Path, taken: dict[str, Stamp]):
+        self._path, self.taken = path, taken
+        self.refused: dict[str, str] = {}
+        self.news = time.monotonic()
+        self._waiting: dict[str, _Waiting] = {}
+
+    def look(self, *, in_order: bool) -> list[Path]:
+        """Images that are whole and new, in plain order; `in_order`: not those after one that is not whole yet.
+
+        A file is whole when size and time have stayed the same for `SETTLED_S`, or its time is `GIVEN_UP_S` ago.
+
+        Raises:
+          InputError: the folder cannot be read.
+        """
+        now, clock = time.monotonic(), time.time()
+        waiting = {}
+        for name in folders.image_names(self._path):
+            if name in self.taken or (stamp := stamp_of(self._path / name)) is None:
+                continue
+            known = self._waiting.get(name)
+            if known is None or known.stamp != stamp:
+                self.refused.pop(name, None)
+                self.news = now
+                # A file from before the start has long been what it is.
+                known = _Waiting(stamp, now if clock - stamp[1] / 1e9 < GIVEN_UP_S else now - GIVEN_UP_S)
+            waiting[name] = known
+        self._waiting = waiting
+        self.refused = {name: sentence for name, sentence in self.refused.items() if name in waiting}
+        found = []
+        for name in sorted(set(waiting) - set(self.refused)):
+            if now - waiting[name].since >= (GIVEN_UP_S if waiting[name].unreadable else SETTLED_S):
+                found.append(self._path / name)
+            elif in_order:
+                break
+        return found
+
+    def read(self, path: Path) -> np.ndarray | None:
+        """An image that `look` has found, uint8 `[h, w]`; None where it is not whole after all, and will be offered again.
+
+        Raises:
+          InputError: it cannot be read.
+        """
+        known = self._waiting[path.name]
+        try:
+            folders.stay_inside(path, os.path.realpath(self._path))
+            image = folders.read_image(path)
+        except InputError:
+            known.unreadable = True
+            if stamp_of(path) == known.stamp and time.monotonic() - known.since >= GIVEN_UP_S:
+                raise
+            return None
+        return image if stamp_of(path) == known.stamp else None
+
+    def take(self, path: Path) -> None:
+        """Notes that an image has been inspected."""
+        self.taken[path.name] = self._waiting.pop(path.name).stamp
+        self.news = time.monotonic()
+
+    def stamp(self, path: Path) -> Stamp:
+        """Of an image that `look` has found, as it was then."""
+        return self._waiting[path.name].stamp
+
+    def waiting(self) -> list[str]:
+        """Names of images that are there and neither inspected nor refused."""
+        return sorted(set(self._waiting) - set(self.refused))
+
+    def rewritten(self) -> list[str]:
+        """Names of inspected images that are there, but not as they were inspected."""
+        return [name for name, stamp in self.taken.items() if stamp_of(self._path / name) not in (None, stamp)]
+
+
+def stamp_of(path: Path) -> Stamp | None:
+    """Size and time of a file; None where there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
+
+
+@contextlib.contextmanager
+def until_signal() -> Iterator[Callable[[], bool]]:
+    """Tells whether SIGINT or SIGTERM has come, the first of which interrupts nothing; a second one does what it always does."""
+    came: list[int] = []
+    before: dict[int, object] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        before.clear()
+
+    def note(number: int, _) -> None:
+        came.append(number)
+        restore()
+
+    # Elsewhere Python hears no signal.
+    if threading.current_thread() is threading.main_thread():
+        before.update({number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)})
+    try:
+        yield lambda: bool(came)
+    finally:
+        restore()
