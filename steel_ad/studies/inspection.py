@@ -431,7 +431,7 @@ def _follow(
             so_far.feed((0, band) for band in cutter.end())
         so_far.finish(len(strips))
         late = [f"{source / n} was written again after it was inspected" for n in (folder.rewritten() if ended else ())]
-        so_far.found.unread += [*folder.refused.values(), *late]
+        so_far.found.unread += [*(folder.refused[name] for name in sorted(folder.refused)), *late]
         if not so_far.found.scores:
             return {}
         watched = {"images": inspected, "ended": ended, "waiting": folder.waiting()}
