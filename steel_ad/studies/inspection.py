@@ -439,7 +439,7 @@ def _follow(
 
     print(f"watch: following {source}, {inspected} images inspected before", file=sys.stderr, flush=True)
     with watch.until_signal() as stopped:
-        if one:
+        if one and not known:
             sources.check_order(sorted(source / name for name in folders.image_names(source)), source)
         while not stopped():
             begun = time.monotonic()
@@ -474,7 +474,7 @@ def _follow(
                 seconds += time.monotonic() - begun
             idle = time.monotonic() - folder.news
             state = (inspected, tuple(folder.refused))
-            if not ready and idle_s and idle >= idle_s:
+            if not (ready or folder.waiting()) and 0 < idle_s <= idle:
                 break
             if state != written and time.monotonic() - told >= (_REFRESH_BUSY_S if ready else pause):
                 begun = time.monotonic()
