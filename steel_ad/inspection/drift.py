@@ -27,7 +27,7 @@ _WINDOWS = (1, 4)  # in blocks: soon where much has moved, later where little ha
 LOOKS = ("brightness", "contrast")
 PITCHES = ("pitch across", "pitch along")
 # The lags of a smaller tile, half its side, hold no lattice that is worth the name.
-_LEAST_TILE_PX = 64
+LEAST_TILE_PX = 64
 # Mean correlation at the lattice's points below which a tile shows no clear pattern.
 _ECHO = 0.1
 _REACH = 0.1  # relative change of pitch that is still found
@@ -79,7 +79,7 @@ def pattern(tiles: np.ndarray) -> np.ndarray | None:
 
     None where tiles are none or too small, or nothing repeats in two directions within half a tile.
     """
-    if not len(tiles) or min(tiles.shape[1:]) < _LEAST_TILE_PX:
+    if not len(tiles) or min(tiles.shape[1:]) < LEAST_TILE_PX:
         return None
     with jax.default_device(_host()):
         mean = np.mean([spectrum.autocorrelation(jnp.asarray(t, jnp.float32) / 255) for t in tiles], 0)

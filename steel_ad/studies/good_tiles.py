@@ -132,7 +132,8 @@ def good_scores(
     fresh = untrained(good, detector)
     single = list({folders.fingerprint(path): path for path in reversed(fresh)}.values())[::-1]
     parts = _parts(good, set(single), root, strips)
-    lattice = drift.pattern(_first_tiles([strip for _, strip in parts], view))
+    small = view.tile < drift.LEAST_TILE_PX
+    lattice = None if small else drift.pattern(_first_tiles([strip for _, strip in parts], view))
     scores: list[float] = []
     seen: dict[str, list[float]] = {}
     owners: list[str] = []

@@ -128,9 +128,8 @@ def until_signal() -> Iterator[Callable[[], bool]]:
     before: dict[int, object] = {}
 
     def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        before.clear()
+        while before:
+            signal.signal(*before.popitem())  # type: ignore[arg-type]
 
     def note(number: int, _) -> None:
         came.append(number)
