@@ -1,6 +1,7 @@
 """Settings of the experiments as frozen dataclasses, made once from the ConfigDict that flags may have changed."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -23,6 +24,10 @@ class Autoencoder:
     flips: bool = False
     validation_fraction: float = 0.2  # of the good images, for the threshold
     train_images: int = 0  # of the others, to train on, 0: all
+    # Where the good images are while training: "device", all in its memory; "grain": in their files, read by worker processes
+    # with the same result; "auto": "grain" where they have more than resident_mb.
+    data_path: str = "auto"
+    resident_mb: int = 1024  # of images, a byte a pixel
     # Loss.
     loss: str = "ssim"  # a name in steel_ad.losses, or module:function
     constants: str = "thesis"  # c1, c2 of an SSIM loss: "thesis" or "wang"
@@ -51,14 +56,14 @@ class Autoencoder:
     def __post_init__(self):
         _choice(self, "dtype", "float32", "bfloat16")
         _choice(self, "crops", "fixed", "fresh")
+        _choice(self, "data_path", "auto", "device", "grain")
         _choice(self, "constants", "thesis", "wang")
         _choice(self, "residual_constants", "thesis", "wang")
         _choice(self, "schedule", "constant", "cosine")
         _choice(self, "decay", "l2", "learning_rate")
         _least(self, 1, "latent", "num_crops", "batch_size", "stride", "window_size", "checkpoint_every")
-        _least(
-            self, 0, "seed", "epochs", "steps", "warmup_steps", "weight_decay", "clip_norm", "radius", "train_images"
-        )
+        _least(self, 0, "seed", "epochs", "steps", "warmup_steps", "weight_decay", "clip_norm", "radius")
+        _least(self, 0, "train_images", "resident_mb")
         if self.patch_size < 16 or self.patch_size % 16:
             raise InputError(f"--config.patch_size={self.patch_size} must be a multiple of 16")
         if not self.learning_rate > 0:
@@ -76,6 +81,11 @@ class Autoencoder:
             )
         if not self.maps or set(self.maps) - {"ssim", "l2"}:
             raise InputError(f"--config.maps={self.maps} must name at least one of 'ssim', 'l2'")
+
+    @property
+    def resident_bytes(self) -> float:
+        """Images of more than these are read while training."""
+        return {"auto": self.resident_mb * 1e6, "device": math.inf, "grain": -1}[self.data_path]
 
     @property
     def steps_per_epoch(self) -> int:

@@ -132,6 +132,22 @@ def spread(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(_AXIS))
 
 
+def spread_batches(mesh: Mesh) -> NamedSharding:
+    """Axis 1 over the devices, of several batches along axis 0."""
+    return NamedSharding(mesh, P(None, _AXIS))
+
+
+def part(size: int, mesh: Mesh) -> slice:
+    """This process's part of a batch of `size`."""
+    parts = [s for s, in spread(mesh).addressable_devices_indices_map((size,)).values()]
+    return slice(min(s.start or 0 for s in parts), max(size if s.stop is None else s.stop for s in parts))
+
+
+def spread_parts(batches: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Batches `[k, b, ...]` with their axis 1 over the devices, of each process's `part` of them."""
+    return jax.make_array_from_process_local_data(spread_batches(mesh), batches)
+
+
 def put(tree: Any, sharding: NamedSharding) -> Any:
     """Arrays that every process has whole, numpy's or one device's, as arrays of this sharding."""
 

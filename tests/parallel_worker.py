@@ -36,7 +36,7 @@ def plates() -> patches.Plates:
 
 def small_objective(params, extra, data, step, root):
     """A small autoencoder of the project's convolutions, in the parameters' dtype."""
-    crops = patches.random_crops(stream(root, "crops", step), data, num=8, patch_size=32)
+    crops = patches.random_crops(stream(root, "crops", step), data.sizes, num=8, patch_size=32)
     x = patches.cut(data, parallel.split_batch(crops), patch_size=32).astype(params["in"].dtype)
     x = patches.random_flips(stream(root, "flips", step), x)
     y = jax.nn.leaky_relu(convolution.add_bias(convolution.halve(x, params["in"]), params["bias"]))

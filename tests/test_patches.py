@@ -14,7 +14,7 @@ def plates():
 
 
 def test_crops_are_slices_of_the_images(plates):
-    crops = patches.random_crops(jax.random.key(0), plates, num=400, patch_size=16)
+    crops = patches.random_crops(jax.random.key(0), plates.sizes, num=400, patch_size=16)
     cut = np.asarray(patches.cut(plates, crops, patch_size=16))
     assert cut.shape == (400, 16, 16, 1)
     assert cut.dtype == np.float32
@@ -27,7 +27,7 @@ def test_crops_are_slices_of_the_images(plates):
 
 
 def test_crops_reach_every_image_and_every_border(plates):
-    image, top, left = map(np.asarray, patches.random_crops(jax.random.key(1), plates, num=2000, patch_size=16))
+    image, top, left = map(np.asarray, patches.random_crops(jax.random.key(1), plates.sizes, num=2000, patch_size=16))
     for i, (h, w) in enumerate([(20, 30), (40, 16), (16, 16)]):
         assert set(top[image == i]) == set(range(h - 15))
         assert set(left[image == i]) == set(range(w - 15))

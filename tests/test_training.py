@@ -61,7 +61,7 @@ def test_a_step_never_compiles_twice(plates, crops):
     now = autoencoder.initial_state(config, root)
     data = jax.tree.map(jnp.asarray, plates)
     if crops == "fixed":
-        data = (data, patches.random_crops(root, data, num=12, patch_size=32))
+        data = (data, patches.random_crops(root, data.sizes, num=12, patch_size=32))
     now, data = parallel.put((now, data), parallel.replicated(parallel.mesh()))
     for _ in range(4):
         before = now

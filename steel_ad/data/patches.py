@@ -56,11 +56,12 @@ def common_size(images: Plates, count: int) -> Iterator[Array]:
         yield jnp.asarray(image[top : top + h, left : left + w], jnp.float32) / 255
 
 
-def random_crops(key: Array, plates: Plates, *, num: int, patch_size: int) -> Crops:
-    """`num` places, uniform over the images and over each image's own area."""
+def random_crops(key: Array, sizes: Array | np.ndarray, *, num: int, patch_size: int) -> Crops:
+    """`num` places in images of `sizes` int32 `[n, 2]`, uniform over the images and over each image's own area."""
+    sizes = jnp.asarray(sizes)
     of_image, of_top, of_left = jax.random.split(key, 3)
-    image = jax.random.randint(of_image, (num,), 0, plates.sizes.shape[0])
-    limit = plates.sizes[image] - (patch_size - 1)
+    image = jax.random.randint(of_image, (num,), 0, sizes.shape[0])
+    limit = sizes[image] - (patch_size - 1)
     top = jax.random.randint(of_top, (num,), 0, limit[:, 0])
     left = jax.random.randint(of_left, (num,), 0, limit[:, 1])
     return Crops(image, top, left)
@@ -77,7 +78,12 @@ def cut_pixels(plates: Plates, crops: Crops, *, patch_size: int) -> Array:
 
 def cut(plates: Plates, crops: Crops, *, patch_size: int) -> Array:
     """The patches at those places: float32 `[b, patch_size, patch_size, 1]` in [0, 1]."""
-    return (cut_pixels(plates, crops, patch_size=patch_size).astype(jnp.float32) / 255)[..., None]
+    return scaled(cut_pixels(plates, crops, patch_size=patch_size))
+
+
+def scaled(pixels: Array) -> Array:
+    """Patches uint8 `[b, p, p]` as a network takes them: float32 `[b, p, p, 1]` in [0, 1]."""
+    return (pixels.astype(jnp.float32) / 255)[..., None]
 
 
 def random_flips(key: Array, patches: Array) -> Array:

@@ -1,8 +1,9 @@
 """The autoencoder as a detector: what it cannot reconstruct is a defect (SPEC section 4)."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,8 +15,9 @@ from jax.sharding import Mesh
 
 from steel_ad import config as configs
 from steel_ad import losses, parallel
-from steel_ad.data import patches
-from steel_ad.data.patches import Plates
+from steel_ad.data import patches, stored
+from steel_ad.data.patches import Crops, Plates
+from steel_ad.data.stored import Stored
 from steel_ad.errors import InputError
 from steel_ad.models.autoencoder import Autoencoder
 from steel_ad.ops import sliding
@@ -32,6 +34,9 @@ _FLAT = 0.02
 _TILES, _TILES_ON_CPU = 128, 25
 # Windows of one image that are kept for several strides: 128 MiB of 128x128 pixels.
 _KEPT = 2048
+
+# Steps whose places are drawn at once, where patches are cut outside of the step.
+_DRAWN = 64
 
 OnStep = Callable[[int, dict[str, float]], None]
 
@@ -62,24 +67,38 @@ def loss_function(config: configs.Autoencoder) -> Callable[[Array, Array], Array
     return losses.get(config.loss, options)
 
 
+def places(config: configs.Autoencoder, sizes: Array, kept: Crops | None, step: Array, root: Array) -> Crops:
+    """Where the patches of a step are in images of `sizes` int32 `[n, 2]`; `kept`: of "fixed" crops all that there are."""
+    if kept is None:
+        key = stream(root, "crops", step)
+        return patches.random_crops(key, sizes, num=config.batch_size, patch_size=config.patch_size)
+    epoch, batch = jnp.divmod(step, config.steps_per_epoch)
+    order = jax.random.permutation(stream(root, "order", epoch), config.num_crops)
+    size = min(config.batch_size, config.num_crops)
+    chosen = jax.lax.dynamic_slice_in_dim(order, batch * size, size)
+    return jax.tree.map(lambda a: a[chosen], kept)
+
+
+def keep_crops(config: configs.Autoencoder, sizes: Array | np.ndarray, root: Array) -> Crops | None:
+    """All places of "fixed" crops, None of "fresh" ones."""
+    if config.crops == "fresh":
+        return None
+    key = stream(root, "kept crops")
+    return patches.random_crops(key, sizes, num=config.num_crops, patch_size=config.patch_size)
+
+
 def objective(config: configs.Autoencoder):
-    """The training objective of `train.step.make_step`: `data` is Plates with "fresh" crops, else (Plates, Crops)."""
+    """The training objective of `train.step.make_step`: `data` is Plates with "fresh" crops, (Plates, Crops) with "fixed" ones,
+    or patches uint8 `[b, p, p]` that were cut at a step's `places`."""
     network, loss = model(config), loss_function(config)
 
     def sample(data, step, root) -> Array:
-        if config.crops == "fresh":
-            plates = data
-            crops = patches.random_crops(
-                stream(root, "crops", step), plates, num=config.batch_size, patch_size=config.patch_size
-            )
+        if isinstance(data, Array):
+            x = patches.scaled(parallel.split_batch(data))
         else:
-            plates, kept = data
-            epoch, batch = jnp.divmod(step, config.steps_per_epoch)
-            order = jax.random.permutation(stream(root, "order", epoch), config.num_crops)
-            size = min(config.batch_size, config.num_crops)
-            chosen = jax.lax.dynamic_slice_in_dim(order, batch * size, size)
-            crops = jax.tree.map(lambda a: a[chosen], kept)
-        x = patches.cut(plates, parallel.split_batch(crops), patch_size=config.patch_size)
+            plates, kept = (data, None) if config.crops == "fresh" else data
+            crops = places(config, plates.sizes, kept, step, root)
+            x = patches.cut(plates, parallel.split_batch(crops), patch_size=config.patch_size)
         return patches.random_flips(stream(root, "flips", step), x) if config.flips else x
 
     def run(params, extra, data, step, root):
@@ -106,9 +125,11 @@ def initial_state(config: configs.Autoencoder, root: Array) -> TrainState:
 
 def check_batch(config: configs.Autoencoder, mesh: Mesh) -> None:
     """Raises InputError where the devices do not divide the batch."""
-    parallel.check_batch(
-        min(config.batch_size, config.num_crops) if config.crops == "fixed" else config.batch_size, mesh
-    )
+    parallel.check_batch(_batch(config), mesh)
+
+
+def _batch(config: configs.Autoencoder) -> int:
+    return min(config.batch_size, config.num_crops) if config.crops == "fixed" else config.batch_size
 
 
 class DeadRun:
@@ -140,14 +161,40 @@ class DeadRun:
 
 
 @functools.lru_cache(maxsize=16)
-def _step(config: configs.Autoencoder, per_call: int, mesh: Mesh) -> Callable:
+def _step(config: configs.Autoencoder, per_call: int, mesh: Mesh, streamed: bool) -> Callable:
     """The compiled step; the seed comes in as data, so that runs which differ in it alone share one, on each device."""
-    return make_step(objective(config), optimizer(config), steps_per_call=per_call, mesh=mesh)
+    return make_step(objective(config), optimizer(config), steps_per_call=per_call, mesh=mesh, streamed=streamed)
+
+
+def streamed(
+    config: configs.Autoencoder, images: Stored, root: Array, *, first: int, per_call: int, mesh: Mesh
+) -> Iterator[Array]:
+    """For each call from step `first` on its patches, uint8 `[per_call, b, p, p]`, those that `objective` would cut itself; each
+    process reads its part of a batch."""
+    mine = parallel.part(_batch(config), mesh)
+    kept = keep_crops(config, images.sizes, root)
+
+    @functools.partial(jax.jit, static_argnames="count")
+    def draw(sizes, kept, first, count) -> Array:
+        def one(step):
+            return jnp.stack(places(config, sizes, kept, step, root), -1)
+
+        return jax.lax.map(one, first + jnp.arange(count, dtype=jnp.int32), batch_size=_DRAWN)
+
+    def of_calls(call: int, count: int) -> np.ndarray:
+        drawn = draw(images.sizes, kept, np.int32(call * per_call), count * per_call)
+        return np.asarray(drawn).reshape(count, per_call, *drawn.shape[1:])[:, :, mine]
+
+    total = config.total_steps // per_call
+    batches = stored.batches(images, of_calls, first=first // per_call, total=total, patch_size=config.patch_size)
+    with contextlib.closing(batches):
+        for batch in batches:
+            yield parallel.spread_parts(batch, mesh)
 
 
 def train(
     config: configs.Autoencoder,
-    images: Plates,
+    images: Plates | Stored,
     *,
     state: TrainState | None = None,
     on_step: OnStep | None = None,
@@ -157,7 +204,7 @@ def train(
     """Trains on good images, from `state` where one is given, and on all devices unless a `mesh` is given.
 
     Args:
-      images: uint8 plates, each at least `patch_size` on both sides.
+      images: uint8 plates, each at least `patch_size` on both sides. Stored ones are read while it trains, with the same result.
       on_step: called with (step number from 1, {"loss", "gradient_norm", "contrast"}) for every step, in order.
       save: called with (step, state) every `checkpoint_every` steps and at the end.
 
@@ -173,17 +220,16 @@ def train(
             "leave it out or use a smaller --config.patch_size"
         )
     root = jax.random.key(config.seed)
-    data: Any = images
-    if config.crops == "fixed":
-        sizes = images._replace(sizes=jnp.asarray(images.sizes))
-        kept = patches.random_crops(
-            stream(root, "kept crops"), sizes, num=config.num_crops, patch_size=config.patch_size
-        )
-        data = (images, kept)
-    state = initial_state(config, root) if state is None else state
-    state, data = parallel.put((state, data), parallel.replicated(mesh))
     per_call = steps_per_call(config.total_steps, config.checkpoint_every)
-    step = _step(dataclasses.replace(config, seed=0), per_call, mesh)
+    state = initial_state(config, root) if state is None else state
+    state = parallel.put(state, parallel.replicated(mesh))
+    data: Any
+    if isinstance(images, Stored):
+        data = streamed(config, images, root, first=int(state.step), per_call=per_call, mesh=mesh)
+    else:
+        kept = keep_crops(config, images.sizes, root)
+        data = parallel.put(images if kept is None else (images, kept), parallel.replicated(mesh))
+    step = _step(dataclasses.replace(config, seed=0), per_call, mesh, isinstance(images, Stored))
     watch = DeadRun(config)
 
     def on_metrics(first: int, metrics: dict[str, np.ndarray]) -> None:
@@ -193,17 +239,18 @@ def train(
                 on_step(first + i + 1, row)
             watch(first + i + 1, row["contrast"])
 
-    return loop.run(
-        step,
-        state,
-        data,
-        root,
-        steps=config.total_steps,
-        steps_per_call=per_call,
-        on_metrics=on_metrics,
-        save=save,
-        save_every=config.checkpoint_every,
-    )
+    with contextlib.closing(data) if isinstance(images, Stored) else contextlib.nullcontext():
+        return loop.run(
+            step,
+            state,
+            data,
+            root,
+            steps=config.total_steps,
+            steps_per_call=per_call,
+            on_metrics=on_metrics,
+            save=save,
+            save_every=config.checkpoint_every,
+        )
 
 
 def reconstruct(config: configs.Autoencoder, params: Any, image: Array) -> Array:

@@ -62,7 +62,7 @@ def draw(config: configs.Segmentation, share: float, data: Samples, step: Array,
         return stream(root, name, step)
 
     def crops(name, plates):
-        places = patches.random_crops(key(name), plates, num=config.batch_size, patch_size=config.patch_size)
+        places = patches.random_crops(key(name), plates.sizes, num=config.batch_size, patch_size=config.patch_size)
         return parallel.split_batch(places)
 
     image = patches.cut(data.good, crops("crops", data.good), patch_size=config.patch_size)

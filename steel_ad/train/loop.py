@@ -1,6 +1,7 @@
 """The loop around a jitted step: cadence, metrics fetched one call late, checkpoints, and the checks a person would make."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ def run(
 
     Args:
       step: from `make_step`, with the same `steps_per_call`.
+      data: what every call of `step` is given, or an iterator of what each one is, from `state.step` on.
       on_metrics: called with every step's metrics, in order, one call behind the device; may raise to stop the run.
       save: called with (step, state) every `save_every` steps and at the end, all metrics up to there seen and finite.
 
@@ -39,6 +41,7 @@ def run(
       InputError: a loss or gradient that is not finite; nothing of it has been saved.
     """
     now = int(state.step)
+    each = data if isinstance(data, Iterator) else itertools.repeat(data)
     pending: tuple[int, dict[str, jax.Array]] | None = None
 
     def settle() -> None:
@@ -58,7 +61,7 @@ def run(
         on_metrics(first, metrics)
 
     while now < steps:
-        state, metrics = step(state, data, root)
+        state, metrics = step(state, next(each), root)
         settle()
         pending = (now, metrics)
         now += steps_per_call

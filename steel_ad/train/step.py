@@ -27,7 +27,12 @@ def steps_per_call(*cadences: int) -> int:
 
 
 def make_step(
-    objective: Objective, optimizer: optax.GradientTransformation, *, steps_per_call: int = 1, mesh: Mesh | None = None
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    steps_per_call: int = 1,
+    mesh: Mesh | None = None,
+    streamed: bool = False,
 ) -> Callable:
     """Jitted `(state, data, root) -> (state, metrics)`; metrics are float32 `[steps_per_call]` each.
 
@@ -36,7 +41,8 @@ def make_step(
     The state is donated: the one passed in must not be used again.
 
     Over a `mesh` (of all devices by default) the arguments and results are replicated, and what the objective has passed
-    through `parallel.split_batch` is spread.
+    through `parallel.split_batch` is spread. With `streamed`, `data` is an array of one batch for each of the call's steps,
+    `[steps_per_call, b, ...]`, spread by `parallel.spread_parts`; the objective gets that of its step.
     """
     mesh = parallel.mesh() if mesh is None else mesh
     whole = parallel.replicated(mesh)
@@ -53,10 +59,16 @@ def make_step(
     def many(state, data, root):
         with parallel.inside(mesh):
             if steps_per_call == 1:
-                state, metrics = one(state, data, root)
+                state, metrics = one(state, data[0] if streamed else data, root)
                 return state, jax.tree.map(lambda m: jnp.reshape(m, (1,)), metrics)
+            if streamed:
+                return lax.scan(lambda s, batch: one(s, batch, root), state, data)
             return lax.scan(lambda s, _: one(s, data, root), state, None, length=steps_per_call)
 
     return jax.jit(
-        many, donate_argnums=0, in_shardings=whole, out_shardings=whole, compiler_options=cpu_compiler_options()
+        many,
+        donate_argnums=0,
+        in_shardings=(whole, parallel.spread_batches(mesh) if streamed else whole, whole),
+        out_shardings=whole,
+        compiler_options=cpu_compiler_options(),
     )

@@ -86,7 +86,7 @@ def _crops(images: peers.Frames, num: int, side: int) -> Program:
 
     def draw(key, data):
         of_crops, of_flips = jax.random.split(key)
-        crops = patches.random_crops(of_crops, data, num=num, patch_size=side)
+        crops = patches.random_crops(of_crops, data.sizes, num=num, patch_size=side)
         return patches.random_flips(of_flips, patches.cut(data, crops, patch_size=side))
 
     return _keyed(draw, data)

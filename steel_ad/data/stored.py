@@ -1,0 +1,155 @@
+"""Images that stay in their files, for sets that do not fit the device: worker processes read them and cut the patches.
+
+The only module that knows grain.
+"""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from absl import flags
+
+from steel_ad.data import folders
+from steel_ad.errors import InputError
+from steel_ad.progress import progress
+
+# Images read at a time until it is known whether all of them fit.
+_AT_ONCE = 1000
+# Patches whose places are drawn ahead and handed to the workers, which then start anew: 12 MiB.
+_PLACES = 2**20
+# Batches that each worker keeps ready.
+_READY = 4
+
+
+class Stored(Sequence[np.ndarray]):
+    """Images uint8 `[h_i, w_i]` that are read whenever they are asked for; `paths`, and `sizes` int32 `[n, 2]`, height and width."""
+
+    def __init__(self, paths: Sequence[Path], sizes: np.ndarray):
+        self.paths, self.sizes = paths, sizes
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Stored": ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Stored(self.paths[index], self.sizes[index])
+        image = folders.read_image(self.paths[index])
+        if image.shape != tuple(self.sizes[index]):
+            raise InputError(f"{self.paths[index]} has changed since this run began: restore it, then run again")
+        return image
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def take(self, indices: np.ndarray) -> "Stored":
+        """The images of these indices."""
+        return Stored([self.paths[i] for i in indices], self.sizes[indices])
+
+
+def read(paths: Sequence[Path], *, min_size: int, resident: float) -> list[np.ndarray] | Stored:
+    """The images as `folders.read_images` reads them, or `Stored` ones where they have more than `resident` bytes.
+
+    Raises:
+      InputError: as `folders.read_images`; of stored images not what only decoding would show.
+    """
+    images: list[np.ndarray] = []
+    size = 0
+    while size <= resident:
+        if len(images) == len(paths):
+            return images
+        images += folders.read_images(paths[len(images) : len(images) + _AT_ONCE], min_size=min_size)
+        size = sum(image.nbytes for image in images)
+    del images
+
+    def look(path: Path) -> tuple[int, int]:
+        shape = folders.image_shape(path)
+        if min(shape) < min_size:
+            folders.read_images([path], min_size=min_size)  # which refuses it
+        return shape
+
+    sizes = []
+    with ThreadPoolExecutor() as pool, progress("check", len(paths), "images") as update:
+        for shape in pool.map(look, paths):
+            sizes.append(shape)
+            update(len(sizes))
+    return Stored(paths, np.array(sizes, np.int32))
+
+
+class _Cutter:
+    """Places int32 `[..., 3]` (image, top, left) to the patches there, uint8 `[..., patch_size, patch_size]`."""
+
+    def __init__(self, images: Stored, patch_size: int):
+        self._images, self._side = images, patch_size
+
+    def __call__(self, places: np.ndarray) -> np.ndarray:
+        patches = np.empty((*places.shape[:-1], self._side, self._side), np.uint8)
+        for index in np.ndindex(*places.shape[:-1]):
+            image, top, left = places[index]
+            patches[index] = self._images[image][top : top + self._side, left : left + self._side]
+        return patches
+
+
+def batches(
+    images: Stored,
+    places: Callable[[int, int], np.ndarray],
+    *,
+    first: int,
+    total: int,
+    patch_size: int,
+) -> Iterator[np.ndarray]:
+    """Batches of patches, number `first` to `total` - 1: uint8 `[..., patch_size, patch_size]`, read ahead by worker processes.
+
+    Which they are depends on their number alone, so that nothing but it is needed to go on.
+
+    Args:
+      places: (number of a batch, count) -> the places of so many batches, int32 `[count, ..., 3]`: image, top, left.
+
+    Raises:
+      InputError: a file that cannot be read, or has another size than at the start.
+    """
+    import grain
+
+    if not flags.FLAGS.is_parsed():  # grain has flags of its own and reads them also where no binary has parsed any
+        flags.FLAGS.mark_as_parsed()
+    cutter = _Cutter(images, patch_size)
+    # Batches come through pipes: shared memory is scarce in containers, and stays behind where a run is killed.
+    options = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+    while first < total:
+        count = min(max(1, _PLACES // (places(first, 1).size // 3)), total - first)
+        chosen: Any = grain.MapDataset.source(places(first, count)).map(cutter)
+        chosen = grain.experimental.WithOptionsIterDataset(
+            chosen.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_READY)), options
+        )
+        processes = grain.MultiprocessingOptions(num_workers=_workers(), per_worker_buffer_size=_READY)
+        ready = iter(chosen.mp_prefetch(processes, _begin))
+        try:
+            yield from itertools.islice(ready, count)
+        finally:
+            ready.close()
+        first += count
+
+
+def _workers() -> int:
+    """Processes that read: one for two cores, since each takes 250 MB."""
+    return min(max(1, (os.cpu_count() or 2) // 2), 16)
+
+
+def _begin(*_) -> None:
+    """In a worker: it says nothing when the run is interrupted, and does not outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(0)
+
+    threading.Thread(target=follow, daemon=True).start()
