@@ -85,7 +85,7 @@ class Autoencoder:
     @property
     def resident_bytes(self) -> float:
         """Images of more than these are read while training."""
-        return {"auto": self.resident_mb * 1e6, "device": math.inf, "grain": -1}[self.data_path]
+        return {"auto": min(self.resident_mb * 1e6, 2**31 - 1), "device": math.inf, "grain": -1}[self.data_path]
 
     @property
     def steps_per_epoch(self) -> int:

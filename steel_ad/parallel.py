@@ -139,7 +139,7 @@ def spread_batches(mesh: Mesh) -> NamedSharding:
 
 def part(size: int, mesh: Mesh) -> slice:
     """This process's part of a batch of `size`."""
-    parts = [s for s, in spread(mesh).addressable_devices_indices_map((size,)).values()]
+    parts = [i[0] for i in spread(mesh).addressable_devices_indices_map((size,)).values() if i]
     return slice(min(s.start or 0 for s in parts), max(size if s.stop is None else s.stop for s in parts))
 
 

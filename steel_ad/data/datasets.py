@@ -6,6 +6,7 @@ A new kind of data set is one reader here and one line in `READERS`.
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +14,8 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from steel_ad.data import folders, plates
+from steel_ad.data import folders, plates, stored
+from steel_ad.data.stored import Stored
 from steel_ad.errors import InputError
 
 
@@ -27,6 +29,28 @@ class TestImage:
     kind: str
     image: np.ndarray
     mask: np.ndarray
+
+
+class _StoredTestImage(TestImage):
+    """A test image of the file `path`, which is read whenever `image` is asked for."""
+
+    def __init__(self, name: str, kind: str, path: Path, mask: np.ndarray):
+        for field, value in {"name": name, "kind": kind, "path": path, "mask": mask}.items():
+            object.__setattr__(self, field, value)
+
+    path: Path
+
+    @property
+    def image(self) -> np.ndarray:
+        return folders.read_image(self.path)
+
+
+def images_of(test: Sequence[TestImage]) -> Sequence[np.ndarray]:
+    """The images of test images; of stored ones none is read yet."""
+    paths = [t.path for t in test if isinstance(t, _StoredTestImage)]
+    if test and len(paths) == len(test):
+        return Stored(paths, np.array([t.mask.shape for t in test], np.int32))
+    return [t.image for t in test]
 
 
 class _Drawn(Sequence[TestImage]):
@@ -44,31 +68,43 @@ class _Drawn(Sequence[TestImage]):
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """`train`: good images, uint8 `[h_i, w_i]`, with a manifest row (path, bytes, sha256) each; `test` may be empty."""
+    """`train`: good images, uint8 `[h_i, w_i]`, with a manifest row (path, bytes, sha256) each; `test` may be empty.
+
+    `train` is a list, or `Stored` where the images stay in their files.
+    """
 
     name: str
-    train: list[np.ndarray]
+    train: Sequence[np.ndarray]
     manifest: list[dict]
     test: Sequence[TestImage]
     labelled: list[TestImage] = dataclasses.field(default_factory=list)  # defective training images
 
 
-def _folder(data: str, min_size: int, train: bool) -> Dataset:
+def _folder(data: str, min_size: int, train: bool, resident: float) -> Dataset:
     root = Path(data)
     good = folders.good_images(root) if train else []
     samples = folders.samples(root)
-    images = folders.read_images([s.image for s in samples], min_size=min_size)
+    images = stored.read([s.image for s in samples], min_size=min_size, resident=resident)
     test = []
-    for sample, image in zip(samples, images, strict=True):
-        mask = np.zeros(image.shape, bool) if sample.mask is None else folders.read_mask(sample.mask, image.shape)
+    for i, (sample, shape) in enumerate(zip(samples, stored.shapes(images), strict=True)):
+        mask = np.zeros(shape, bool) if sample.mask is None else folders.read_mask(sample.mask, shape)
         if sample.mask is not None and not mask.any():
             raise InputError(
                 f"{sample.mask} marks no pixel, but its image is among the defective ones: mark it or move the image"
             )
-        test.append(TestImage(f"{sample.kind}/{sample.image.name}", sample.kind, image, mask))
+        test.append(_test_image(f"{sample.kind}/{sample.image.name}", sample.kind, images, i, mask))
     return Dataset(
-        root.resolve().name, folders.read_images(good, min_size=min_size), folders.manifest(good, root), test
+        root.resolve().name,
+        stored.read(good, min_size=min_size, resident=resident),
+        folders.manifest(good, root),
+        test,
     )
+
+
+def _test_image(name: str, kind: str, images: Sequence[np.ndarray], i: int, mask: np.ndarray) -> TestImage:
+    if isinstance(images, Stored):
+        return _StoredTestImage(name, kind, images.paths[i], mask)
+    return TestImage(name, kind, images[i], mask)
 
 
 def _is_dagm(data: str) -> bool:
@@ -76,7 +112,7 @@ def _is_dagm(data: str) -> bool:
     return all(p.is_dir() for p in parts) and any((p / "Label").is_dir() for p in parts)
 
 
-def _dagm(data: str, min_size: int, train: bool) -> Dataset:
+def _dagm(data: str, min_size: int, train: bool, resident: float) -> Dataset:
     """One class of DAGM 2007: `Train` and `Test` with images, `Label/<stem>_label.PNG` in each for defective ones."""
     root = Path(data)
 
@@ -112,7 +148,7 @@ def _dagm(data: str, min_size: int, train: bool) -> Dataset:
     ] + test
     return Dataset(
         root.resolve().name,
-        folders.read_images(good, min_size=min_size),
+        stored.read(good, min_size=min_size, resident=resident),
         folders.manifest(good, root),
         test,
         labelled,
@@ -122,7 +158,7 @@ def _dagm(data: str, min_size: int, train: bool) -> Dataset:
 _TRAIN, _GOOD, _DEFECTIVE = 300, 60, 60
 
 
-def _procedural(data: str, min_size: int, train: bool) -> Dataset:
+def _procedural(data: str, min_size: int, train: bool, resident: float) -> Dataset:
     """300 good plates of a line to train, 60 good and 60 defective ones to test, always the same ones.
 
     `data` is "procedural/LINE", of 256x256 pixels, or "procedural/LINE/SIDE".
@@ -138,6 +174,8 @@ def _procedural(data: str, min_size: int, train: bool) -> Dataset:
             f"{data} has plates of {size}x{size} pixels, smaller than the patch of {min_size}: use a smaller "
             f"--config.patch_size, or --data=procedural/{name}/{min_size}"
         )
+    if resident < 0:
+        raise InputError(f"{data} is drawn, not read from files: leave --config.data_path at auto")
     line = plates.LINES[name]
     root = jax.random.key(20)
 
@@ -164,10 +202,10 @@ def _procedural(data: str, min_size: int, train: bool) -> Dataset:
     return Dataset(data.replace("/", "_"), list(good), manifest, _Drawn(draw_test))
 
 
-READERS: dict[str, Callable[[str, int, bool], Dataset]] = {"procedural": _procedural}
+READERS: dict[str, Callable[[str, int, bool, float], Dataset]] = {"procedural": _procedural}
 
 
-def load(data: str, *, min_size: int = 0, train: bool = True) -> Dataset:
+def load(data: str, *, min_size: int = 0, train: bool = True, resident: float = math.inf) -> Dataset:
     """The data set that `data` names.
 
     Args:
@@ -175,18 +213,24 @@ def load(data: str, *, min_size: int = 0, train: bool = True) -> Dataset:
         such as "procedural/diamond".
       min_size: least height and width of every image, in pixels.
       train: whether the training images are read.
+      resident: bytes of training images, and of a folder's test images, above which they stay in their files (a byte a pixel).
 
     Raises:
       InputError: nothing there, or an image or mask that cannot be used.
     """
     reader = READERS.get(data.split("/", 1)[0]) if "/" in data and not Path(data).is_dir() else None
-    return (reader or (_dagm if _is_dagm(data) else _folder))(data, min_size, train)
+    return (reader or (_dagm if _is_dagm(data) else _folder))(data, min_size, train, resident)
 
 
 class Load(Protocol):
     """`load`, or something that remembers what it has read."""
 
-    def __call__(self, data: str, *, min_size: int = 0) -> Dataset: ...
+    def __call__(self, data: str, *, min_size: int = 0, resident: float = math.inf) -> Dataset: ...
+
+
+def take(images: Sequence[np.ndarray], indices: np.ndarray) -> list[np.ndarray] | Stored:
+    """The images of these indices; stored ones stay so."""
+    return images.take(indices) if isinstance(images, Stored) else [images[i] for i in indices]
 
 
 def chosen(indices: np.ndarray, count: int, seed: int) -> np.ndarray:

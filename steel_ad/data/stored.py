@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, overload
@@ -84,6 +84,13 @@ def read(paths: Sequence[Path], *, min_size: int, resident: float) -> list[np.nd
     return Stored(paths, np.array(sizes, np.int32))
 
 
+def shapes(images: Sequence[np.ndarray]) -> list[tuple[int, ...]]:
+    """Of each image (h, w), without reading any."""
+    if isinstance(images, Stored):
+        return [(h, w) for h, w in images.sizes.tolist()]
+    return [image.shape for image in images]
+
+
 class _Cutter:
     """Places int32 `[..., 3]` (image, top, left) to the patches there, uint8 `[..., patch_size, patch_size]`."""
 
@@ -105,7 +112,7 @@ def batches(
     first: int,
     total: int,
     patch_size: int,
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray]:
     """Batches of patches, number `first` to `total` - 1: uint8 `[..., patch_size, patch_size]`, read ahead by worker processes.
 
     Which they are depends on their number alone, so that nothing but it is needed to go on.

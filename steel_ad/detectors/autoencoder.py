@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
@@ -168,7 +168,7 @@ def _step(config: configs.Autoencoder, per_call: int, mesh: Mesh, streamed: bool
 
 def streamed(
     config: configs.Autoencoder, images: Stored, root: Array, *, first: int, per_call: int, mesh: Mesh
-) -> Iterator[Array]:
+) -> Generator[Array]:
     """For each call from step `first` on its patches, uint8 `[per_call, b, p, p]`, those that `objective` would cut itself; each
     process reads its part of a batch."""
     mine = parallel.part(_batch(config), mesh)

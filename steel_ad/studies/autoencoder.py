@@ -11,7 +11,8 @@ import numpy as np
 
 from steel_ad import config as configs
 from steel_ad import losses, parallel
-from steel_ad.data import datasets, patches
+from steel_ad.data import datasets, patches, stored
+from steel_ad.data.stored import Stored
 from steel_ad.detectors import autoencoder
 from steel_ad.detectors.autoencoder import AutoencoderDetector
 from steel_ad.ops.convolution import cpu_compiler_options
@@ -50,14 +51,13 @@ def run(
     settings = {**configs.to_dict(config), "data": os.path.normpath(data)}
     if finished := runs.begin(workdir, settings, evaluate_only=evaluate_only, reading=READING):
         return finished
-    dataset = load(data, min_size=config.patch_size)
+    dataset = load(data, min_size=config.patch_size, resident=config.resident_bytes)
     train_indices, validation_indices = datasets.split(len(dataset.train), config.validation_fraction, config.seed)
     train_indices = datasets.chosen(train_indices, config.train_images, config.seed)
     runs.claim(workdir, settings)
     runs.keep(workdir / "manifest.json", runs.uses(dataset.manifest, train_indices, validation_indices), "good images")
-    training = [dataset.train[i] for i in train_indices]
-    validation = [dataset.train[i] for i in validation_indices]
-    plates = patches.stack(training)
+    training, validation = (datasets.take(dataset.train, i) for i in (train_indices, validation_indices))
+    plates = training if isinstance(training, Stored) else patches.stack(training)
     state, seconds = runs.fit(
         lambda state, on_step, save: autoencoder.train(config, plates, state=state, on_step=on_step, save=save),
         autoencoder.initial_state(config, jax.random.key(config.seed)),
@@ -69,11 +69,12 @@ def run(
 
     mapper = evaluation.Mapper({name: AutoencoderDetector(config, name) for name in config.maps}, config.radius)
     states = dict.fromkeys(config.maps, state.params)
-    good = mapper(states, validation, label="calibrate")
-    images = [t.image for t in dataset.test]
+    limits = mapper.thresholds(states, validation, config.percentile, label="calibrate")
+    images = datasets.images_of(dataset.test)
     start = time.perf_counter()
     maps = mapper(states, images, label="test")
     elapsed = time.perf_counter() - start
+    megapixels = sum(h * w for h, w in stored.shapes(images)) / 1e6
     params = parallel.local(state.params)
     reconstruct = jax.jit(
         lambda image: autoencoder.reconstruct(config, params, image.astype(jnp.float32) / 255),
@@ -83,7 +84,7 @@ def run(
         workdir,
         maps,
         dataset.test,
-        {name: evaluation.thresholds(m, config.percentile) for name, m in good.items()},
+        limits,
         reconstruct=lambda image: np.asarray(reconstruct(image)),
         record={
             "experiment": "autoencoder",
@@ -94,7 +95,7 @@ def run(
             "config": settings,
             "percentile": config.percentile,
             "train_seconds": seconds,
-            "test_megapixels_per_second": sum(t.image.size for t in dataset.test) / 1e6 / elapsed if elapsed else None,
+            "test_megapixels_per_second": megapixels / elapsed if elapsed else None,
             "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
             "versions": runs.versions(),
         },

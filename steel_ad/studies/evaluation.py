@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from steel_ad import metrics, parallel
+from steel_ad.data import stored
 from steel_ad.data.datasets import TestImage
 from steel_ad.detectors import Detector
 from steel_ad.ops.convolution import cpu_compiler_options
@@ -45,7 +46,9 @@ class Program:
             compiler_options=cpu_compiler_options(),
         )
 
-    def __call__(self, states: Any, images: Sequence[np.ndarray], *, label: str) -> list[Any]:
+    def __call__(
+        self, states: Any, images: Sequence[np.ndarray], *, label: str, keep: Callable[[Any], Any] = lambda found: found
+    ) -> list[Any]:
         """The function's results as numpy arrays, in the images' order.
 
         Args:
@@ -53,11 +56,12 @@ class Program:
           images: uint8 `[h_i, w_i]`; to each device images of one shape go one by one on CPU, elsewhere in batches of four
             times 256x256 pixels.
           label: of the progress bar.
+          keep: an image's result -> what is kept of it.
         """
         states = parallel.put(states, parallel.replicated(self._mesh))
         groups: dict[tuple[int, ...], list[int]] = {}
-        for i, image in enumerate(images):
-            groups.setdefault(image.shape, []).append(i)
+        for i, shape in enumerate(stored.shapes(images)):
+            groups.setdefault(shape, []).append(i)
         found: list[Any] = [None] * len(images)
         done = 0
         pending: tuple[list[int], Any] | None = None
@@ -69,7 +73,7 @@ class Program:
             chosen, results = pending[0], jax.device_get(pending[1])
             pending = None
             for k, i in enumerate(chosen):
-                found[i] = jax.tree.map(lambda a, k=k: a[k], results)
+                found[i] = keep(jax.tree.map(lambda a, k=k: a[k], results))
             done += len(chosen)
             update(done)
 
@@ -117,6 +121,57 @@ class Mapper:
         """
         found = self._program(states, images, label=label)
         return {n: Maps([raw[n] for raw, _ in found], [opened[n] for _, opened in found]) for n in self._names}
+
+    def thresholds(
+        self, states: Mapping[str, Any], images: Sequence[np.ndarray], percentile: float, *, label: str
+    ) -> dict[str, "Thresholds"]:
+        """As `thresholds` of the maps of good images, by detector name, without keeping the maps."""
+        pixels = sum(h * w for h, w in stored.shapes(images))
+        tails = {name: Tail(pixels, percentile) for name in self._names}
+
+        def keep(found) -> dict[str, np.float32]:
+            for name, tail in tails.items():
+                tail.add(found[0][name])
+            return {name: found[1][name].max() for name in self._names}
+
+        scores = self._program(states, images, label=label, keep=keep)
+        return {
+            name: Thresholds(
+                tail.percentile(), float(np.percentile(np.array([s[name] for s in scores], np.float64), percentile))
+            )
+            for name, tail in tails.items()
+        }
+
+
+class Tail:
+    """A percentile of very many values that come in parts: it keeps those from the wanted one up, and no others."""
+
+    def __init__(self, total: int, percentile: float):
+        at = (total - 1) * (percentile / 100)
+        self._share, self._count = at % 1, total - int(at)
+        self._kept: list[np.ndarray] = []
+        self._least = -np.inf
+
+    def add(self, values: np.ndarray) -> None:
+        """Takes float32 values of any shape."""
+        self._kept.append(values[values >= self._least])
+        if sum(map(len, self._kept)) > 1.2 * self._count + values.size:
+            self._drop()
+
+    def _drop(self) -> None:
+        kept = np.concatenate(self._kept)
+        if len(kept) > self._count:
+            kept = np.partition(kept, len(kept) - self._count)[-self._count :]
+            self._least = kept[0]
+        self._kept = [kept]
+
+    def percentile(self) -> float:
+        """Once all values are in: what `np.percentile` gives in float64."""
+        self._drop()
+        next_up = min(1, self._count - 1)
+        low, high = np.partition(self._kept[0], next_up)[[0, next_up]].astype(np.float64)
+        step = high - low
+        return float(high - step * (1 - self._share) if self._share >= 0.5 else low + step * self._share)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ OnStep = Callable[[int, dict[str, float]], None]
 Save = Callable[[int, TrainState], None]
 
 # Settings that came after the first runs, with what those runs did.
-_LATER = {"train_images": 0}
+_LATER = {"train_images": 0, "data_path": "auto", "resident_mb": 1024}
 
 
 def begin(

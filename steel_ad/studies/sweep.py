@@ -5,6 +5,7 @@ A new study is one line in `STUDIES`.
 
 import dataclasses
 import functools
+import math
 import os
 import queue
 import re
@@ -283,7 +284,8 @@ def run(
     tried = [config, *(a.apply(config, v) for a in studies.values() if a.fits is None for v in a.values)]
     for c in tried:
         (autoencoder if experiment == "autoencoder" else segmentation).check_loss(c)
-    load = _Loader(max(c.patch_size for c in tried))
+    resident = config.resident_bytes if isinstance(config, configs.Autoencoder) else math.inf
+    load = _Loader(max(c.patch_size for c in tried), resident)
     plan: list[_Run] = []
     for d, name in zip(data, names, strict=True):
         plan += _plan(config, experiment, studies, d, workdir / "runs" / name, range(seeds), load)
@@ -485,10 +487,11 @@ def _finished(r: _Run, rows: "_Rows") -> bool:
 class _Loader:
     """`datasets.load`, once a data set, however many runs use it."""
 
-    def __init__(self, least: int):
-        self._load = functools.lru_cache(maxsize=None)(functools.partial(datasets.load, min_size=least))
+    def __init__(self, least: int, resident: float):
+        load = functools.partial(datasets.load, min_size=least, resident=resident)
+        self._load = functools.lru_cache(maxsize=None)(load)
 
-    def __call__(self, data: str, *, min_size: int = 0) -> Dataset:
+    def __call__(self, data: str, *, min_size: int = 0, resident: float = math.inf) -> Dataset:
         return self._load(data)
 
 
