@@ -107,12 +107,23 @@ def batch_norm(mesh) -> dict:
     return {"gradient": state.opt_state.trace["BatchNorm_0"], **state.extra["batch_stats"]["BatchNorm_0"]}
 
 
+def parts() -> np.ndarray:
+    """Two batches of eight."""
+    return np.arange(2 * 8 * 3, dtype=np.uint8).reshape(2, 8, 3)
+
+
 def observe(mesh) -> tuple[dict, TrainState]:
     """What must not depend on the number of devices, and a state to save."""
     state = train_small(small_state(), 1, mesh=mesh)
     images = [np.full((20 + i % 2, 24), 10 * i, np.uint8) for i in range(7)]
     means = evaluation.Program(lambda offset, image: image.mean() + offset)(jnp.float32(1), images, label="means")
-    found = {"gradient": state.opt_state[0].mu, "float64": losses_in_float64(mesh), "means": np.array(means)}
+    mine = parallel.spread_parts(parts()[:, parallel.part(8, mesh)], mesh)
+    found = {
+        "gradient": state.opt_state[0].mu,
+        "float64": losses_in_float64(mesh),
+        "means": np.array(means),
+        "parts": jax.jit(lambda x: x, out_shardings=parallel.replicated(mesh))(mine),
+    }
     return found, state
 
 

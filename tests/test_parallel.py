@@ -113,6 +113,11 @@ def test_images_are_evaluated_in_their_order(found, others):
     np.testing.assert_allclose(read(found[0], others)["means"], 1 + 10 * np.arange(7) / 255, rtol=1e-5)
 
 
+@pytest.mark.parametrize("read_by", ["1", "8", "processes"])
+def test_parts_that_processes_read_are_one_batch(found, read_by):
+    np.testing.assert_array_equal(read(found[0], read_by)["parts"], worker.parts())
+
+
 def test_a_step_communicates_once(found):
     """All gradients and metrics in one sum; no activation leaves its device."""
     assert json.loads((found[0] / "collectives.json").read_text()) == ["all-reduce"]

@@ -1,0 +1,214 @@
+"""Images that stay in their files: the same patches, the same steps and the same thresholds as of those in memory."""
+
+import dataclasses
+import itertools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from steel_ad import parallel
+from steel_ad.config import Autoencoder
+from steel_ad.data import datasets, folders, patches, stored
+from steel_ad.detectors import autoencoder
+from steel_ad.errors import InputError
+from steel_ad.studies import evaluation
+from steel_ad.train import loop, state, step
+
+TINY = Autoencoder(
+    patch_size=32,
+    latent=4,
+    crops="fresh",
+    flips=True,
+    batch_size=4,
+    steps=6,
+    learning_rate=1e-3,
+    stride=32,
+    checkpoint_every=2,
+    data_path="grain",
+)
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = np.random.default_rng(0)
+    tile = (127 + 100 * np.sin(np.arange(60) / 3)).astype(np.uint8)
+    shapes = [(32, 60), (48, 48), (48, 48), (60, 33), (48, 48)]
+    return [np.minimum(tile[:h, None], tile[None, :w]) // 2 + rng.integers(0, 40, (h, w), np.uint8) for h, w in shapes]
+
+
+@pytest.fixture
+def files(images, tmp_path):
+    paths = [tmp_path / "data" / f"{i}.png" for i in range(len(images))]
+    paths[0].parent.mkdir()
+    for path, image in zip(paths, images, strict=True):
+        folders.write_image(path, image)
+    return stored.read(paths, min_size=32, resident=-1)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Reads in this process, since processes take seconds to start."""
+    monkeypatch.setattr(stored, "_workers", lambda: 0)
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def trained(config, images, **options):
+    rows = []
+    return autoencoder.train(config, images, on_step=lambda s, row: rows.append((s, row)), **options), rows
+
+
+def test_worker_processes_give_the_steps_of_images_in_memory(files, images):
+    """To the bit: parameters, and the losses on the way."""
+    (a, of_a), (b, of_b) = trained(TINY, files), trained(TINY, patches.stack(images))
+    same(a, b)
+    assert of_a == of_b
+    assert len(of_a) == 6
+
+
+@pytest.mark.usefixtures("here")
+def test_the_stream_depends_on_the_step_alone(files, images, monkeypatch):
+    """Fixed crops over several epochs, in several portions, and begun in mid-epoch."""
+    monkeypatch.setattr(stored, "_PLACES", 9)  # two batches of four
+    config = dataclasses.replace(TINY, crops="fixed", num_crops=13, steps=7, checkpoint_every=3)
+    plates, root, mesh = patches.stack(images), jax.random.key(config.seed), parallel.mesh()
+    kept = autoencoder.keep_crops(config, plates.sizes, root)
+
+    def expected(s):
+        places = autoencoder.places(config, jnp.asarray(plates.sizes), kept, jnp.int32(s), root)
+        return np.asarray(patches.cut_pixels(jax.tree.map(jnp.asarray, plates), places, patch_size=32))
+
+    for first in (0, 4):
+        read = list(autoencoder.streamed(config, files, root, first=first, per_call=1, mesh=mesh))
+        np.testing.assert_array_equal(np.concatenate(read), [expected(s) for s in range(first, 7)])
+
+
+@pytest.mark.usefixtures("here")
+def test_resumed_training_is_that_of_images_in_memory(files, images):
+    whole = autoencoder.train(TINY, patches.stack(images))
+    half = []
+
+    def stop(s, now):
+        if s == 4:
+            half.append(jax.device_get(now))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        autoencoder.train(TINY, files, save=stop)
+    end, rows = trained(TINY, files, state=jax.tree.map(jnp.asarray, half[0]))
+    same(end, whole)
+    assert [s for s, _ in rows] == [5, 6]
+
+
+def test_several_steps_a_call_take_a_batch_each():
+    """Both forms of a step, by a model whose updates are the batches' sums times the step."""
+
+    def objective(params, extra, data, step, root):
+        weight = (step + 1) * jnp.sum(data, dtype=jnp.int32)
+        return params["w"] * weight.astype(jnp.float32), (extra, {"number": step.astype(jnp.float32)})
+
+    batches = np.arange(6 * 2 * 3, dtype=np.uint8).reshape(6, 2, 3)
+    mesh, ends = parallel.mesh(), []
+    for per_call in (1, 3):
+        run = step.make_step(objective, optax.sgd(1.0), steps_per_call=per_call, mesh=mesh, streamed=True)
+        now = state.create({"w": jnp.zeros(())}, optax.sgd(1.0))
+        calls = (parallel.spread_parts(b, mesh) for b in np.split(batches, 6 // per_call))
+        numbers = []
+        now = loop.run(
+            run,
+            parallel.put(now, parallel.replicated(mesh)),
+            calls,
+            jax.random.key(0),
+            steps=6,
+            steps_per_call=per_call,
+            on_metrics=lambda _, m, numbers=numbers: numbers.extend(m["number"]),
+        )
+        assert numbers == list(range(6))
+        ends.append(float(now.params["w"]))
+    assert ends == [-sum((s + 1) * float(b.sum()) for s, b in enumerate(batches))] * 2
+
+
+@pytest.mark.parametrize("what", ["gone", "another"])
+def test_a_file_that_changes_ends_in_a_sentence(files, here, what):
+    if what == "gone":
+        files.paths[0].unlink()
+    else:
+        folders.write_image(files.paths[0], np.zeros((60, 32), np.uint8))
+    with pytest.raises(InputError, match=r"0\.png (does not exist|has changed)") as error:
+        autoencoder.train(dataclasses.replace(TINY, steps=40), files)
+    assert error.value.status == 2
+
+
+def test_what_does_not_fit_stays_in_its_files(files, images, tmp_path):
+    root = tmp_path / "data"
+    size = sum(image.nbytes for image in images)
+    for resident, kind in ((size, list), (size - 1, stored.Stored), (-1, stored.Stored)):
+        found = datasets.load(str(root), min_size=32, resident=resident).train
+        assert type(found) is kind
+        assert stored.shapes(found) == [image.shape for image in images]
+        for a, b in zip(found, images, strict=True):
+            np.testing.assert_array_equal(a, b)
+    taken = datasets.take(found, np.array([3, 1]))
+    assert isinstance(taken, stored.Stored)
+    same([*taken], [images[3], images[1]])
+    with pytest.raises(InputError, match=r"0\.png.*smaller than the patch of 48"):
+        datasets.load(str(root), min_size=48, resident=-1)
+    with pytest.raises(InputError, match="drawn, not read from files"):
+        datasets.load("procedural/diamond", resident=-1)
+    assert dataclasses.replace(TINY, data_path="auto", resident_mb=2).resident_bytes == 2e6
+    assert dataclasses.replace(TINY, data_path="device").resident_bytes == float("inf")
+
+
+def test_stored_test_images(images, tmp_path):
+    for kind in ("good", "scratch"):
+        (tmp_path / "test" / kind).mkdir(parents=True)
+    (tmp_path / "ground_truth" / "scratch").mkdir(parents=True)
+    folders.write_image(tmp_path / "test" / "good" / "0.png", images[1])
+    folders.write_image(tmp_path / "test" / "scratch" / "0.png", images[0])
+    folders.write_image(tmp_path / "ground_truth" / "scratch" / "0_mask.png", (images[0] > 99).astype(np.uint8))
+    here, there = (datasets.load(str(tmp_path), train=False, resident=r).test for r in (float("inf"), 0))
+    assert isinstance(datasets.images_of(there), stored.Stored)
+    assert [(t.name, t.kind) for t in there] == [(t.name, t.kind) for t in here]
+    same([t.mask for t in there], [t.mask for t in here])
+    same([t.image for t in there], [*datasets.images_of(there)])
+    same([t.image for t in there], [t.image for t in here])
+
+
+@pytest.mark.parametrize("percentile", [0.0, 37.0, 98.0, 99.97, 100.0])
+def test_the_tail_gives_numpys_percentile(percentile):
+    rng = np.random.default_rng(0)
+    for total, parts in itertools.product((1, 2, 1001), (1, 7)):
+        values = rng.normal(size=total).astype(np.float32)
+        values[::3] = values[0]  # ties
+        tail = evaluation.Tail(total, percentile)
+        for part in np.array_split(values, parts):
+            tail.add(part)
+        assert tail.percentile() == np.percentile(values.astype(np.float64), percentile)
+
+
+def test_the_tail_keeps_no_more_than_it_needs():
+    tail = evaluation.Tail(100_000, 98.0)
+    for part in np.split(np.random.default_rng(0).normal(size=100_000).astype(np.float32), 100):
+        tail.add(part)
+        assert sum(map(len, tail._kept)) <= 1.2 * 2001 + 1000
+
+
+def test_thresholds_without_maps(files, images):
+    config = dataclasses.replace(TINY, stride=16)
+    params = autoencoder.initial_state(config, jax.random.key(0)).params
+    mapper = evaluation.Mapper({"l2": autoencoder.AutoencoderDetector(config, "l2")}, 1)
+    whole = evaluation.thresholds(mapper({"l2": params}, images[1:3], label="maps")["l2"], 90.0)
+    few = files.take(np.array([1, 2]))
+    assert mapper.thresholds({"l2": params}, few, 90.0, label="calibrate") == {"l2": whole}
+
+
+def test_grain_is_imported_only_where_it_is_used():
+    code = "import sys, steel_ad.data.stored; sys.exit('grain' in sys.modules)"  # its one owner
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
