@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import multiprocessing
 import subprocess
 import sys
 
@@ -71,6 +72,18 @@ def test_worker_processes_give_the_steps_of_images_in_memory(files, images):
     same(a, b)
     assert of_a == of_b
     assert len(of_a) == 6
+
+
+def test_a_worker_that_is_killed_ends_in_a_sentence(files):
+    def kill(s, row):
+        if s == 3:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+
+    with pytest.raises(InputError, match="a process that reads images has been ended") as error:
+        autoencoder.train(dataclasses.replace(TINY, steps=400), files, on_step=kill)
+    assert error.value.status == 1
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.usefixtures("here")

@@ -4,6 +4,7 @@ The only module that knows grain.
 """
 
 import itertools
+import math
 import multiprocessing
 import os
 import signal
@@ -21,7 +22,7 @@ from steel_ad.data import folders
 from steel_ad.errors import InputError
 from steel_ad.progress import progress
 
-# Images read at a time until it is known whether all of them fit.
+# Files looked at between two looks at their size, or two lines of progress.
 _AT_ONCE = 1000
 # Patches whose places are drawn ahead and handed to the workers, which then start anew: 12 MiB.
 _PLACES = 2**20
@@ -61,14 +62,6 @@ def read(paths: Sequence[Path], *, min_size: int, resident: float) -> list[np.nd
     Raises:
       InputError: as `folders.read_images`; of stored images not what only decoding would show.
     """
-    images: list[np.ndarray] = []
-    size = 0
-    while size <= resident:
-        if len(images) == len(paths):
-            return images
-        images += folders.read_images(paths[len(images) : len(images) + _AT_ONCE], min_size=min_size)
-        size = sum(image.nbytes for image in images)
-    del images
 
     def look(path: Path) -> tuple[int, int]:
         shape = folders.image_shape(path)
@@ -76,12 +69,20 @@ def read(paths: Sequence[Path], *, min_size: int, resident: float) -> list[np.nd
             folders.read_images([path], min_size=min_size)  # which refuses it
         return shape
 
-    sizes = []
-    with ThreadPoolExecutor() as pool, progress("check", len(paths), "images") as update:
-        for shape in pool.map(look, paths):
-            sizes.append(shape)
-            update(len(sizes))
-    return Stored(paths, np.array(sizes, np.int32))
+    def size() -> int:
+        return sum(h * w for h, w in seen)
+
+    seen: list[tuple[int, int]] = []
+    with ThreadPoolExecutor() as pool:
+        while len(seen) < len(paths) and size() <= resident < math.inf:
+            seen += pool.map(look, paths[len(seen) : len(seen) + _AT_ONCE])
+        if not paths or size() <= resident:
+            return folders.read_images(paths, min_size=min_size)
+        with progress("check", len(paths), "images", done=len(seen)) as update:
+            while len(seen) < len(paths):
+                seen += pool.map(look, paths[len(seen) : len(seen) + _AT_ONCE])
+                update(len(seen))
+    return Stored(paths, np.array(seen, np.int32))
 
 
 def shapes(images: Sequence[np.ndarray]) -> list[tuple[int, ...]]:
@@ -121,7 +122,7 @@ def batches(
       places: (number of a batch, count) -> the places of so many batches, int32 `[count, ..., 3]`: image, top, left.
 
     Raises:
-      InputError: a file that cannot be read, or has another size than at the start.
+      InputError: a file that cannot be read, or has another size than at the start; a worker that has been killed.
     """
     import grain
 
@@ -140,6 +141,12 @@ def batches(
         ready = iter(chosen.mp_prefetch(processes, _begin))
         try:
             yield from itertools.islice(ready, count)
+        except RuntimeError as error:  # grain's, of a process that is gone
+            raise InputError(
+                "a process that reads images has been ended, perhaps for want of memory: run again to go on from the last "
+                f"checkpoint ({error})",
+                status=1,
+            ) from error
         finally:
             ready.close()
         first += count

@@ -45,7 +45,7 @@ def begin(
         if evaluate_only:
             raise InputError(f"there is no run in {workdir} to evaluate: train one first, without --evaluate_only")
         return None
-    known = _since(settings, files.read_json(path))
+    known = since(settings, files.read_json(path))
     ours, theirs = ({k: v for k, v in d.items() if k not in reading} for d in (settings, known))
     if other := configs.difference(ours, theirs):
         raise InputError(f"{workdir} holds a run of another config, which differs in {other}: use a new --workdir")
@@ -53,10 +53,10 @@ def begin(
     if evaluate_only or not metrics.exists():
         return None
     record = files.read_json(metrics)
-    return record if record.get("finished") and _since(settings, record.get("config", {})) == settings else None
+    return record if record.get("finished") and since(settings, record.get("config", {})) == settings else None
 
 
-def _since(settings: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+def since(settings: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Recorded settings, completed by those that did not exist when they were recorded."""
     return {**{k: v for k, v in _LATER.items() if k in settings}, **recorded}
 

@@ -24,7 +24,7 @@ from steel_ad.data import datasets
 from steel_ad.data.datasets import Dataset
 from steel_ad.errors import InputError
 from steel_ad.report import tables
-from steel_ad.studies import autoencoder, files, reading, results, segmentation
+from steel_ad.studies import autoencoder, files, reading, results, runs, segmentation
 
 KINDS: dict[str, type] = {
     "autoencoder": configs.Autoencoder,
@@ -272,7 +272,7 @@ def run(
     kept_source = source and os.path.normpath(source)
     base = {"experiment": experiment, "source": kept_source, "defects": defects_from, **configs.to_dict(config)}
     path = workdir / "sweep.json"
-    if path.exists() and (other := configs.difference(base, files.read_json(path))):
+    if path.exists() and (other := configs.difference(base, runs.since(base, files.read_json(path)))):
         raise InputError(f"{workdir} holds studies of another config, which differs in {other}: use a new --workdir")
     rows = _Rows(workdir)
     taken = {row["dataset"]: row["run"].split("/")[1] for row in rows.found}
