@@ -66,8 +66,10 @@ def trained(config, images, **options):
     return autoencoder.train(config, images, on_step=lambda s, row: rows.append((s, row)), **options), rows
 
 
-def test_worker_processes_give_the_steps_of_images_in_memory(files, images):
-    """To the bit: parameters, and the losses on the way."""
+def test_worker_processes_give_the_steps_of_images_in_memory(files, images, monkeypatch):
+    """To the bit: parameters, and the losses on the way; two processes for four batches, one for the last one."""
+    monkeypatch.setattr(stored, "_workers", lambda: 2)
+    monkeypatch.setattr(stored, "_PLACES", 5 * 4)
     (a, of_a), (b, of_b) = trained(TINY, files), trained(TINY, patches.stack(images))
     same(a, b)
     assert of_a == of_b

@@ -112,6 +112,7 @@ def batches(
     *,
     first: int,
     total: int,
+    size: int,
     patch_size: int,
 ) -> Generator[np.ndarray]:
     """Batches of patches, number `first` to `total` - 1: uint8 `[..., patch_size, patch_size]`, read ahead by worker processes.
@@ -120,6 +121,7 @@ def batches(
 
     Args:
       places: (number of a batch, count) -> the places of so many batches, int32 `[count, ..., 3]`: image, top, left.
+      size: patches in a batch.
 
     Raises:
       InputError: a file that cannot be read, or has another size than at the start; a worker that has been killed.
@@ -132,12 +134,12 @@ def batches(
     # Batches come through pipes: shared memory is scarce in containers, and stays behind where a run is killed.
     options = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
     while first < total:
-        count = min(max(1, _PLACES // (places(first, 1).size // 3)), total - first)
+        count = min(max(1, _PLACES // size), total - first)
         chosen: Any = grain.MapDataset.source(places(first, count)).map(cutter)
         chosen = grain.experimental.WithOptionsIterDataset(
             chosen.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_READY)), options
         )
-        processes = grain.MultiprocessingOptions(num_workers=_workers(), per_worker_buffer_size=_READY)
+        processes = grain.MultiprocessingOptions(num_workers=min(_workers(), count), per_worker_buffer_size=_READY)
         ready = iter(chosen.mp_prefetch(processes, _begin))
         try:
             yield from itertools.islice(ready, count)

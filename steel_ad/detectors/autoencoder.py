@@ -185,8 +185,14 @@ def streamed(
         drawn = draw(images.sizes, kept, np.int32(call * per_call), count * per_call)
         return np.asarray(drawn).reshape(count, per_call, *drawn.shape[1:])[:, :, mine]
 
-    total = config.total_steps // per_call
-    batches = stored.batches(images, of_calls, first=first // per_call, total=total, patch_size=config.patch_size)
+    batches = stored.batches(
+        images,
+        of_calls,
+        first=first // per_call,
+        total=config.total_steps // per_call,
+        size=_batch(config) * per_call,
+        patch_size=config.patch_size,
+    )
     with contextlib.closing(batches):
         for batch in batches:
             yield parallel.spread_parts(batch, mesh)
