@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import sys
+import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -311,12 +313,36 @@ def from_mapping(kind: type[T], values: Mapping[str, Any]) -> T:
     """The dataclass `kind` of a ConfigDict or of a dict read from JSON.
 
     Raises:
-      InputError: a field that `kind` does not have, or a value that it refuses.
+      InputError: a field that `kind` does not have, a value of another type, or one that it refuses.
     """
-    fields = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    if unknown := sorted(set(values) - fields):
-        raise InputError(f"there is no setting {unknown[0]!r}: the settings are {', '.join(sorted(fields))}")
-    return kind(**{k: plain(v) for k, v in values.items()})
+    types = {f.name: f.type for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - set(types)):
+        raise InputError(f"there is no setting {unknown[0]!r}: the settings are {', '.join(sorted(types))}")
+    given = {k: plain(v) for k, v in values.items()}
+    for name, value in given.items():
+        if not _is(value, types[name]):
+            raise InputError(f"--config.{name}={repr(value)[:100]} must be {_called(types[name])}")
+    return kind(**given)
+
+
+_CALLED = {int: "a whole number below 2**32", float: "a finite number", bool: "true or false", str: "text"}
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's type, numbers finite."""
+    if kind in (int, float):
+        if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+            return False
+        return abs(value) < 2**32 if kind is int else abs(value) <= sys.float_info.max
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is(v, typing.get_args(kind)[0]) for v in value)
+    return isinstance(value, typing.get_origin(kind) or kind)
+
+
+def _called(kind: Any) -> str:
+    if typing.get_origin(kind) is tuple:
+        return f"a list, each of it {_CALLED[typing.get_args(kind)[0]]}"
+    return _CALLED.get(kind, "names and values")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

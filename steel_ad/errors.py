@@ -8,5 +8,6 @@ class InputError(Exception):
     """
 
     def __init__(self, message: str, *, status: int = 2):
-        super().__init__(message)
+        # A name from a file may have line breaks in it.
+        super().__init__(" ".join(message.splitlines()))
         self.status = status

@@ -5,7 +5,6 @@ import hashlib
 import os
 import re
 import struct
-import uuid
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +43,7 @@ def read_image(path: str | Path, *, max_pixels: int = 2**28) -> np.ndarray:
     - 16 bit is scaled by its full range, round(value / 257): 12-bit data in a 16-bit file comes out dark.
     - Colour becomes 0.299 R + 0.587 G + 0.114 B; alpha is ignored.
     - EXIF and TIFF orientation are not applied: rows and columns stay the sensor's own.
+    - Of colour or 16 bit it takes fewer pixels: 2 * max_pixels bytes when decoded.
 
     Before anything is decoded, the file is walked here for its number of pixels and its completeness: PNG's chunks with
     their checksums up to IEND, JPEG's segments up to EOI, BMP's pixels, TIFF's strips or tiles and deflate's checksums.
@@ -244,7 +244,8 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
         done = False
     if not done:
         raise InputError(f"{path} cannot hold an image of {_size(image.shape)} pixels: use .png or a smaller image")
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    # Always the same, so that what a killed process left is written over and renamed.
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_bytes(coded.data)
         os.replace(temporary, path)
@@ -338,7 +339,7 @@ def _read_bytes(path: Path, max_pixels: int) -> np.ndarray:
         size = path.stat().st_size
         if size == 0:
             raise _Refused("is empty: copy it again or leave it out")
-        if size > 8 * max_pixels + 2**24:  # four channels of 16 bit, and room for what is not pixels
+        if size > 2 * max_pixels + 2**24:  # room for what is not pixels
             raise _Refused(f"is a file of {size} bytes, too large for {max_pixels} pixels: cut it into smaller images")
         return np.fromfile(path, np.uint8)
     except OSError as error:
@@ -369,11 +370,17 @@ def _checked(data: np.ndarray, max_pixels: int) -> tuple[int, int]:
     raise _Refused("is not a PNG, BMP, TIFF or JPEG image: convert it or leave it out")
 
 
-def _check_size(height: int, width: int, max_pixels: int) -> tuple[int, int]:
+def _check_size(height: int, width: int, max_pixels: int, pixel_bytes: float = 1) -> tuple[int, int]:
+    """Refuses what would be too large when decoded: `max_pixels`, and twice as many bytes."""
     if height < 1 or width < 1:
         raise _Refused(_DAMAGED)
     if height * width > max_pixels:
         raise _Refused(f"is {width}x{height} pixels, more than {max_pixels} in all: cut it into smaller images")
+    if height * width * pixel_bytes > 2 * max_pixels:
+        raise _Refused(
+            f"is {width}x{height} pixels of {pixel_bytes:g} bytes, more than {2 * max_pixels} bytes in all: save it in grey and 8 "
+            "bit or cut it into smaller images"
+        )
     return height, width
 
 
@@ -381,8 +388,9 @@ def _check_png(data: memoryview, max_pixels: int) -> tuple[int, int]:
     """(h, w) of a PNG whose chunks are all there and agree with their checksums."""
     if data[12:16] != b"IHDR":
         raise _Refused(_DAMAGED)
-    width, height = struct.unpack_from(">II", data, 16)
-    size = _check_size(height, width, max_pixels)
+    width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
+    channels = {0: 1, 2: 3, 3: 4, 4: 4, 6: 4}.get(colour, 4)  # as decoded
+    size = _check_size(height, width, max_pixels, channels * (2 if depth == 16 else 1))
     kind, start = b"", 8
     while kind != b"IEND":
         length, kind = struct.unpack_from(">I4s", data, start)
@@ -408,8 +416,8 @@ def _check_jpeg(data: memoryview, max_pixels: int) -> tuple[int, int]:
             continue
         (length,) = struct.unpack_from(">H", data, start + 2)
         if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack_from(">HH", data, start + 5)
-            size = _check_size(height, width, max_pixels)
+            height, width, channels = struct.unpack_from(">HHB", data, start + 5)
+            size = _check_size(height, width, max_pixels, 3 if channels > 1 else 1)
         start += 2 + length
     if size is None or not re.search(b"\xff\xd9", data[start:]):
         raise _Refused(_DAMAGED)
@@ -421,7 +429,8 @@ def _check_bmp(data: memoryview, max_pixels: int) -> tuple[int, int]:
     offset, header = struct.unpack_from("<II", data, 10)
     width, height, _, bits = struct.unpack_from("<HHHH" if header == 12 else "<iiHH", data, 18)
     compression, stated = (0, 0) if header == 12 else struct.unpack_from("<II", data, 30)
-    size = _check_size(abs(height), width, max_pixels)  # a negative height means from top to bottom
+    # A negative height means from top to bottom.
+    size = _check_size(abs(height), width, max_pixels, max(1, bits // 8))
     # Run-length coded pixels (compression 1 and 2) must state their bytes.
     length = stated if compression in (1, 2) else (width * bits + 31) // 32 * 4 * abs(height)
     if offset + length > len(data):
@@ -460,9 +469,10 @@ def _check_tiff(data: memoryview, max_pixels: int) -> tuple[int, int]:
     def first(tag: int, default: int) -> int:
         return tags.get(tag, (default,))[0]
 
-    size = _check_size(first(257, 0), first(256, 0), max_pixels)
-    tile = _check_size(first(323, 1), first(322, 1), max_pixels)  # a tile may be larger than its image
     bits, channels, compression = first(258, 1), first(277, 1), first(259, 1)
+    pixel_bytes = (3 if channels == 3 else 4 if channels > 3 else 1) * max(1, bits // 8)
+    size = _check_size(first(257, 0), first(256, 0), max_pixels, pixel_bytes)
+    tile = _check_size(first(323, 1), first(322, 1), max_pixels, pixel_bytes)  # a tile may be larger than its image
     if set(tags.get(339, (1,))) != {1} or bits not in (1, 4, 8, 16):
         raise _Refused(f"holds signed, floating-point or {bits}-bit values: save it with unsigned 8 or 16 bit")
     if bits == 16 and (first(262, 1) == 0 or (first(284, 1) == 2 and channels > 1)):

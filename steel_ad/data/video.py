@@ -16,6 +16,8 @@ import numpy as np
 
 from steel_ad.errors import InputError
 
+MAX_PIXELS = 2**26  # of a frame; decoding takes a multiple of its size
+
 _SMOOTHING_PX = 1.5
 # FFmpeg would also take pictures, playlists and plain text for videos.
 _CONTAINERS = (
@@ -63,18 +65,20 @@ def frames(path: str | Path) -> Generator[np.ndarray, None, None]:
     that: FFmpeg decodes it as far as it makes sense, or leaves the frame out. FFmpeg's own messages are silenced.
 
     Raises:
-      InputError: with the first frame: the file is missing, no video, without frames or, with status 1, a video of which
-        nothing can be decoded.
+      InputError: with the first frame: the file is missing, no video, of more than `MAX_PIXELS`, without frames or, with
+        status 1, a video of which nothing can be decoded.
       CutShort: after the last frame: fewer than the file promises.
     """
     path = Path(path)
     count = 0
     with _opened(path) as capture:
         promised = _promised(capture)
+        _check_size(path, *(int(capture.get(p)) for p in (cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FRAME_WIDTH)))
         while True:
             done, image = capture.read()
             if not done:
                 break
+            _check_size(path, *image.shape[:2])
             yield cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) if image.ndim == 3 else image
             count += 1
     if not count and promised:
@@ -135,6 +139,11 @@ def _opened(path: Path) -> Iterator[cv2.VideoCapture]:
         yield capture
     finally:
         capture.release()
+
+
+def _check_size(path: Path, height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise InputError(f"{path} has frames of {width}x{height} pixels, more than {MAX_PIXELS}: record smaller ones")
 
 
 def _promised(capture: cv2.VideoCapture) -> int:

@@ -262,7 +262,8 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     # Encoded in memory first: Pillow reports a full disk as "encoder error", the file system gives the reason.
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.05, metadata={"Software": None})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Always the same, so that what a killed process left is written over and renamed.
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(png.getvalue())

@@ -137,7 +137,9 @@ def from_video(
         contextlib.closing(video.frames(path)) as frames,
     ):
         for index in range(max(pending, default=-1) + 1):
-            image = next(frames)
+            image = next(frames, None)
+            if image is None or (index in pending and image.shape != (rows[index]["height"], rows[index]["width"])):
+                raise InputError(f"{out / 'frames.csv'} is not of {path}: delete it and run again")
             if index in pending:
                 cut = [image[r["top"] : r["top"] + size, r["left"] : r["left"] + size] for r in plan[index]]
                 written += _write(out, plan[index], cut)
@@ -362,8 +364,22 @@ def _check_room(path: Path, shape: tuple[int, ...], size: int, count: int) -> No
 def _survey(path: Path, kept: Path, min_contrast: float, min_sharpness: float) -> list[_Row]:
     """What each frame measures, and whether it is "good", "blank" or "blurred"; as `kept` has it, where it is there."""
     if kept.exists():
-        with kept.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        with files.understood(kept, "delete it and run again"), kept.open(newline="", encoding="utf-8") as file:
+            found = [
+                {
+                    **{k: int(row[k]) for k in ("frame", "height", "width")},
+                    **{k: float(row[k]) for k in ("contrast", "sharpness")},
+                    "verdict": row["verdict"],
+                }
+                for row in csv.DictReader(file)
+            ]
+            if [row["frame"] for row in found] != list(range(len(found))):
+                raise ValueError("its frames do not follow each other")
+            if any(min(row["height"], row["width"]) < 1 for row in found):
+                raise ValueError("a frame has no pixels")
+            if any(row["height"] * row["width"] > video.MAX_PIXELS for row in found):
+                raise ValueError("a frame is larger than any is read")
+            return found
     rows: list[_Row] = []
     promised = video.length(path)
     with progress("survey", promised, "frames") as update, contextlib.suppress(video.CutShort):
@@ -632,7 +648,7 @@ def _check(out: Path, settings: dict[str, Any]) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is not a folder: use another --out")
     if (out / "settings.json").exists():
-        if other := configs.difference(settings, files.read_json(out / "settings.json")):
+        if other := configs.difference(settings, files.read_json(out / "settings.json", dict)):
             raise InputError(f"{out} holds a set made with other settings, which differs in {other}: use a new --out")
         for left in out.rglob(".*.tmp"):
             left.unlink(missing_ok=True)
@@ -678,7 +694,7 @@ def _finish(out: Path, rows: list[_Row]) -> None:
     path = out / "manifest.csv"
     rows = [{**row, "sha256": folders.fingerprint(out / row["file"])} for row in rows]
     if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
+        with files.understood(path, "delete it and run again"), path.open(newline="", encoding="utf-8") as file:
             before = {row["file"]: row["sha256"] for row in csv.DictReader(file)}
         for row in rows:
             if before.get(row["file"]) != row["sha256"]:

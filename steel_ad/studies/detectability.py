@@ -68,10 +68,10 @@ def run(
         "defects": defects_from,
     }
     claimed = out / "settings.json"
-    if claimed.exists() and (other := configs.difference(settings, files.read_json(claimed))):
+    if claimed.exists() and (other := configs.difference(settings, files.read_json(claimed, dict))):
         raise InputError(f"{out} holds other trials, which differ in {other}: use a new --out")
     if (out / "summary.json").exists():
-        return files.read_json(out / "summary.json")
+        return files.read_json(out / "summary.json", dict)
     view = View(detector, how)
     known = good_tiles.good_scores(how, detector, view, good, Path(calibrate_on))
     promised = calibration.promise(known["scores"], how.false_alarm_rate, how.confidence)

@@ -272,7 +272,7 @@ def run(
         raise InputError(
             f"--calibration={calibrate} cannot promise a rate of {min(rates):g} with confidence {_CONFIDENCE:g}: it takes {least}"
         )
-    done: dict[str, Any] = files.read_json(out) if out.exists() else {"settings": settings, "lines": []}
+    done: dict[str, Any] = files.read_json(out, dict) if out.exists() else {"settings": settings, "lines": []}
     if not isinstance(done, dict) or done.get("settings") != settings:
         raise InputError(f"{out} holds results of other settings: use a new --out")
     # A line that is resumed must meet the layouts that it would have met.

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     """`write_text` of bytes."""
     if not parallel.is_main():
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Always the same, so that what a killed process left is written over and renamed.
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
@@ -46,16 +47,39 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """What `write_json` wrote.
+def read_json(path: Path, kind: type | tuple[type, ...] = (dict, list)) -> Any:
+    """What `write_json` wrote, of one of these types.
 
     Raises:
-      InputError: no such file, or damaged.
+      InputError: no such file, damaged, or something else.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        if not isinstance(value, kind):
+            raise ValueError(f"it holds {type(value).__name__}")
+    except RecursionError:
+        raise InputError(f"{path} cannot be read (it is nested too deeply): restore it or use a new --workdir") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}): restore it or use a new --workdir") from None
+    return value
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
+
+
+@contextlib.contextmanager
+def understood(path: Path, mend: str) -> Iterator[None]:
+    """Makes one sentence of what code raises that reads a damaged file's content: wrong types, missing keys, odd values.
+
+    Raises:
+      InputError: the content is damaged.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, csv.Error) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {reason[:200]}): {mend}") from None
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:

@@ -23,6 +23,9 @@ from steel_ad.studies.trained import Trained
 _PATTERN_OF = 32
 
 
+_COUNTS = ("images", "left_out_as_trained_on", "left_out_as_copies", "tiles", "groups")
+
+
 class Limit(NamedTuple):
     """The threshold, the independent good scores behind it `[n]` (none without calibration), a record of both, and what drift
     is measured against: of each quantity its values `[n]` in the same tiles, and their pattern's lattice, if they have one."""
@@ -52,15 +55,23 @@ def limit(
     path = out / "calibration.json"
     names = ("model_sha256", "calibration_files", "calibration_strips", "tile_px", "halo_px", "seed", "drift")
     made_of = {k: settings[k] for k in names}
-    known = files.read_json(path) if path.exists() else {}
+    known = files.read_json(path, dict) if path.exists() else {}
     if known.get("made_of") != made_of:
         found = good_scores(config, detector, view, good, Path(folder), strips=settings["calibration_strips"])
         known = {"made_of": made_of, **found}
         files.write_json(path, known)
-    scores = np.array(known["scores"])
-    looks = (*drift.LOOKS, *(drift.PITCHES if known["lattice"] else ()))
-    # No pitch, NaN, is null in the file.
-    good_tiles = {"score": scores} | {name: np.array(known[name], np.float64) for name in looks}
+    with files.understood(path, "delete it and run again"):
+        looks = (*drift.LOOKS, *(drift.PITCHES if known["lattice"] else ()))
+        # No pitch, NaN, is null in the file.
+        found = {k: np.array([np.nan if v is None else float(v) for v in known[k]]) for k in ("scores", *looks)}
+        for k in _COUNTS:
+            known[k] = int(known[k])
+        if any(values.shape != (known["groups"],) for values in found.values()):
+            raise ValueError("not as many values as groups")
+        if np.isnan(found["scores"]).any() or (known["lattice"] and np.shape(known["lattice"]) != (2, 2)):
+            raise ValueError("a score or the lattice is none")
+    scores = found.pop("scores")
+    good_tiles = {"score": scores, **found}
     record = {k: v for k, v in known.items() if k not in ("made_of", "scores", "lattice", *looks)}
     if config.false_alarms_per_m2:
         tile_m2 = (config.tile_px * config.mm_per_px / 1000) ** 2

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ _LISTED = 2000
 # A watched folder's report is written at most so often, or a tenth of the time, and while there is more to inspect, so often.
 _REFRESH_S, _REFRESH_BUSY_S = 5.0, 60.0
 _POLL_S = 0.5
+_CHECKSUM = b', "crc32": '
 
 
 def run(
@@ -94,10 +96,10 @@ def run(
         **({} if good else {"training_threshold": detector.threshold}),
     }
     claimed = out / "inspection.json"
-    if claimed.exists() and (other := configs.difference(settings, files.read_json(claimed))):
+    if claimed.exists() and (other := configs.difference(settings, files.read_json(claimed, dict))):
         raise InputError(f"{out} holds another inspection, which differs in {other}: use a new --out")
     if (out / "summary.json").exists() and not watched:
-        return files.read_json(out / "summary.json")
+        return _finished(out / "summary.json")
     for s in strips if good and not watched else ():
         if s.single:
             _check_size(s.paths[0], folders.image_shape(s.paths[0]), config.tile_px)
@@ -215,29 +217,29 @@ class _Found:
 
 
 class _Journal:
-    """One line a band: what was found in it, and all it takes to go on after it."""
+    """One line a band: what was found in it, and all it takes to go on after it. Each ends with a checksum of all up to it."""
 
     def __init__(self, path: Path):
         self._path = path
+        self._sum = 0
 
     def read(self, *, finished: bool = False) -> Iterator[dict[str, Any]]:
-        """The whole lines, or those of finished strips; what comes after them is removed from the file."""
+        """The whole lines, or those of finished strips; what comes after them, cut short or changed, is removed from the file."""
         if not self._path.exists():
             return
-        whole, size = 0, 0
+        whole, size, total = 0, 0, 0
         held: list[dict[str, Any]] = []
         with self._path.open("rb") as file:
             for line in file:
-                try:
-                    record = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError:
-                    record = None
-                if record is None:
+                text, _, tail = line.rpartition(_CHECKSUM)
+                total = zlib.crc32(text, total)
+                if tail != b"%d}\n" % total:
                     break
+                record = json.loads(line)
                 held.append(record)
                 size += len(line)
                 if record["finished"] or not finished:
-                    whole = size
+                    whole, self._sum = size, total
                     yield from held
                     held = []
         with self._path.open("r+b") as file:
@@ -249,13 +251,31 @@ class _Journal:
         Raises:
           InputError: the disk is full.
         """
+        text = json.dumps(record)[:-1].encode()
+        total = zlib.crc32(text, self._sum)
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            with self._path.open("ab") as file:
+                file.write(text + _CHECKSUM + b"%d}\n" % total)
         except OSError as error:
             raise InputError(
                 f"{self._path} cannot be written ({error.strerror}): free some space, then run again to go on", status=1
             ) from None
+        self._sum = total
+
+
+def _finished(path: Path) -> dict[str, Any]:
+    """The summary of a finished inspection.
+
+    Raises:
+      InputError: damaged.
+    """
+    found = files.read_json(path, dict)
+    with files.understood(path, "delete it and run again"):
+        _facts(found)
+        if not all(isinstance(found[k], int) for k in ("defects", "tiles", "tiles_with_an_alarm")):
+            raise TypeError("a number is none")
+        " ".join(found["unread"])
+    return found
 
 
 class _Course:

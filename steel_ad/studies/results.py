@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     timed = {"train_seconds": record.get("fit_seconds"), **record}
     common = {
         "experiment": record["experiment"],
-        "dataset": record["dataset"],
+        "dataset": str(record["dataset"]),
         "seed": record.get("config", {}).get("seed", 0),
         "device": record.get("versions", {}).get("device"),
     }
@@ -60,19 +61,20 @@ def _number(value: Any) -> float | None:
     return None if value is None or not np.isfinite(value) else value
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path, columns: Iterable[str] = ()) -> list[dict[str, Any]]:
     """Rows of a CSV file that `files.write_csv` wrote; metrics and costs as floats, empty ones as None, the rest as text.
 
     Raises:
-      InputError: no such file, or damaged.
+      InputError: no such file, damaged, or without one of the columns.
     """
     try:
         text = path.read_text(encoding="utf-8")
-        return [
-            {k: (float(v) if v else None) if k in _NUMBERS else v for k, v in row.items()}
-            for row in csv.DictReader(io.StringIO(text))
-        ]
-    except (OSError, ValueError, TypeError) as error:
+        found = list(csv.DictReader(io.StringIO(text)))
+        for row in found:
+            if None in row or None in row.values() or not set(columns) <= set(row):
+                raise ValueError("a row lacks a cell or has one too many")
+        return [{k: (float(v) if v else None) if k in _NUMBERS else v for k, v in row.items()} for row in found]
+    except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path} cannot be read ({error}): delete it and run again") from None
 
 
@@ -170,11 +172,12 @@ def gather(
                 add(row)
         for path in sorted(folder.rglob("results.csv")):
             if (path.parent / "sweep.json").exists():
-                for row in read(path):
-                    row = {**row, "command": public(row["command"])}
-                    studies.setdefault((*(row[k] for k in _STUDY), shared(row["command"])), row)
-                    for again in _read_again(path.parent, row):
-                        add(again)
+                for row in read(path, (*ROW, *_STUDY, "axis", "run", "command")):
+                    with files.understood(path, "remove it from --runs"):
+                        row = {**row, "command": public(row["command"])}
+                        studies.setdefault((*(row[k] for k in _STUDY), shared(row["command"])), row)
+                        for again in _read_again(path.parent, row):
+                            add(again)
     if not methods and not studies:
         raise InputError(f"there is no finished run below {', '.join(map(str, folders))}: give other --runs")
     return (
@@ -190,15 +193,15 @@ def _methods(path: Path, presets: Mapping[str, Mapping[str, Any]]) -> list[dict[
     record = files.read_json(path)
     experiment = record.get("experiment", "") if isinstance(record, dict) else ""
     # The parts of a transfer are in its own record.
-    if not experiment or experiment.startswith("transfer, ") or not record.get("finished", True):
+    if not experiment or str(experiment).startswith("transfer, ") or not record.get("finished", True):
         return []
     settings = record.get("config", {})
     study = path.parents[3] / "sweep.json" if len(path.parents) > 3 else path
-    if study.name == "sweep.json" and study.exists():
-        base = files.read_json(study)
-        if {k for k, v in base.items() if k in settings and settings[k] != v} - _OF_A_METHOD:
-            return []
     try:
+        if study.name == "sweep.json" and study.exists():
+            base = files.read_json(study, dict)
+            if {k for k, v in base.items() if k in settings and settings[k] != v} - _OF_A_METHOD:
+                return []
         line = _command(experiment, settings, record, presets)
         return [
             {
@@ -210,7 +213,7 @@ def _methods(path: Path, presets: Mapping[str, Mapping[str, Any]]) -> list[dict[
             }
             for row in rows(record)
         ]
-    except (KeyError, TypeError, AttributeError, InputError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, InputError) as error:
         raise InputError(f"{path} is no record of a run ({error}): remove it from --runs") from None
 
 
@@ -281,7 +284,9 @@ def _read_again(folder: Path, row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A method's row of a study of the residual's constants, for constants that the run itself does not have."""
     if row["axis"] != "residual_constants" or row["map"] != "ssim":
         return []
-    settings = files.read_json(folder / row["run"] / "config.json")
+    if not Path(os.path.realpath(folder / row["run"])).is_relative_to(os.path.realpath(folder)):
+        raise ValueError(f"the run {row['run']!r} lies outside {folder}")
+    settings = files.read_json(folder / row["run"] / "config.json", dict)
     if settings["residual_constants"] == row["value"]:
         return []
     method = _method("autoencoder", {**settings, "residual_constants": row["value"]}, "ssim")

@@ -15,6 +15,7 @@ from steel_ad import config as configs
 from steel_ad import parallel
 from steel_ad.errors import InputError
 from steel_ad.progress import progress
+from steel_ad.report import tables
 from steel_ad.studies import files
 from steel_ad.train.state import TrainState
 
@@ -45,15 +46,19 @@ def begin(
         if evaluate_only:
             raise InputError(f"there is no run in {workdir} to evaluate: train one first, without --evaluate_only")
         return None
-    known = since(settings, files.read_json(path))
+    known = since(settings, files.read_json(path, dict))
     ours, theirs = ({k: v for k, v in d.items() if k not in reading} for d in (settings, known))
     if other := configs.difference(ours, theirs):
         raise InputError(f"{workdir} holds a run of another config, which differs in {other}: use a new --workdir")
     metrics = workdir / "metrics.json"
     if evaluate_only or not metrics.exists():
         return None
-    record = files.read_json(metrics)
-    return record if record.get("finished") and since(settings, record.get("config", {})) == settings else None
+    record = files.read_json(metrics, dict)
+    with files.understood(metrics, "delete it and run again"):
+        if not record.get("finished") or since(settings, record.get("config", {})) != settings:
+            return None
+        tables.metrics(record.get("maps", {}))
+        return record
 
 
 def since(settings: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,11 +169,14 @@ def fit(
 def _read_history(path: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        try:
-            return [{k: int(v) if k == "step" else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-        except (ValueError, TypeError, KeyError):
-            raise InputError(f"{path} is damaged: delete it to go on without the record of the steps before") from None
+    with (
+        files.understood(path, "delete it to go on without the record of the steps before"),
+        path.open(newline="", encoding="utf-8") as file,
+    ):
+        return [
+            {"step": int(row.pop("step")), **{k: float(v) for k, v in row.items()}, "loss": float(row["loss"])}
+            for row in csv.DictReader(file)
+        ]
 
 
 def uses(manifest: Sequence[dict], train: np.ndarray, validation: np.ndarray) -> list[dict]:

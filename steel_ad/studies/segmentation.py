@@ -213,10 +213,9 @@ def _kept_for_tests(data: str) -> set[str]:
     path = Path(data) / "split.json"
     if not path.is_file():
         return set()
-    try:
-        return {s["sha256"] for s in files.read_json(path)["test"]["sources"]}
-    except (KeyError, TypeError):
-        raise InputError(f"{path} is not what make_dataset writes: restore or remove it") from None
+    record = files.read_json(path, dict)
+    with files.understood(path, "make_dataset wrote something else, restore or remove it"):
+        return {str(s["sha256"]) for s in record["test"]["sources"]}
 
 
 def _stage_1(

@@ -76,8 +76,14 @@ def cameras(path: Path, usual: float | None) -> list[tuple[Camera, Path]]:
                 float(r.get("across_mm", 0)),
                 None if scale is None else float(scale),
             )
+            str(r["name"]).encode()
+            if not Path(os.path.realpath(path.parent / r["source"])).is_relative_to(os.path.realpath(path.parent)):
+                raise InputError(
+                    f"{path} names the source {r['source']!r}, which lies outside its folder: put the file above all of its "
+                    "sources, and the sources themselves, not links, below it"
+                )
             found.append((camera, path.parent / r["source"]))
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise InputError(
             f"{path} is no list of cameras: give each name, source and optionally side, across_mm, mm_per_px"
         ) from None

@@ -272,10 +272,11 @@ def run(
     kept_source = source and os.path.normpath(source)
     base = {"experiment": experiment, "source": kept_source, "defects": defects_from, **configs.to_dict(config)}
     path = workdir / "sweep.json"
-    if path.exists() and (other := configs.difference(base, runs.since(base, files.read_json(path)))):
+    if path.exists() and (other := configs.difference(base, runs.since(base, files.read_json(path, dict)))):
         raise InputError(f"{workdir} holds studies of another config, which differs in {other}: use a new --workdir")
     rows = _Rows(workdir)
-    taken = {row["dataset"]: row["run"].split("/")[1] for row in rows.found}
+    with files.understood(workdir / "results.csv", "delete it and run again"):
+        taken = {row["dataset"]: row["run"].split("/")[1] for row in rows.found}
     for n, folder in zip(called, names, strict=True):
         if taken.get(n, folder) != folder:
             raise InputError(
@@ -503,7 +504,7 @@ class _Rows:
     def __init__(self, workdir: Path):
         self._workdir = workdir
         path = workdir / "results.csv"
-        found = results.read(path) if path.exists() else []
+        found = results.read(path, COLUMNS) if path.exists() else []
         self._rows = {tuple(row[k] for k in self._KEY): row for row in found}
         self._places: dict[str, int] = {}
 

@@ -58,12 +58,19 @@ def load(workdir: Path, map_name: str = "") -> Trained:
     path = workdir / "config.json"
     if not path.exists():
         raise InputError(f"there is no trained model in {workdir}: name the --workdir of a run")
-    settings = files.read_json(path)
-    metrics = workdir / "metrics.json"
-    evaluated = files.read_json(metrics) if metrics.exists() else {}
+    settings = files.read_json(path, dict)
+    metrics, manifest = workdir / "metrics.json", workdir / "manifest.json"
+    evaluated = files.read_json(metrics, dict) if metrics.exists() else {}
     # The threshold belongs to the map that was evaluated last.
     reading = segmentation_run.READING if "defects" in settings else autoencoder_run.READING
-    settings |= {k: v for k, v in evaluated.get("config", {}).items() if k in reading}
+    with files.understood(metrics, "restore it, or evaluate the run again"):
+        settings |= {k: v for k, v in evaluated.get("config", {}).items() if k in reading}
+        limits = {k: v["pixel"] for k, v in evaluated.get("thresholds", {}).items()}
+        if not all(isinstance(v, float | int) for v in limits.values() if v is not None):
+            raise ValueError("a threshold is no number")
+    rows = files.read_json(manifest, list)
+    with files.understood(manifest, "restore it"):
+        trained_on = frozenset(str(r["sha256"]) for r in rows if r["use"] == "train")
     if "source" in settings:
         raise InputError(f"{workdir} is a run of experiments.transfer: name one of autoencoder or segmentation")
     fields = {k: v for k, v in settings.items() if k not in ("data", "defects")}
@@ -89,16 +96,15 @@ def load(workdir: Path, map_name: str = "") -> Trained:
     digest = hashlib.sha256(json.dumps([name, radius, fields], sort_keys=True).encode())
     for leaf in jax.tree.leaves(state):
         digest.update(np.asarray(leaf).tobytes())
-    limits = evaluated.get("thresholds", {})
     return Trained(
         detector,
         state,
         radius,
         least,
-        limits.get(name, {}).get("pixel"),
+        limits.get(name),
         settings,
         digest.hexdigest(),
-        frozenset(r["sha256"] for r in files.read_json(workdir / "manifest.json") if r["use"] == "train"),
+        trained_on,
         bool(evaluated.get("finished")),
     )
 

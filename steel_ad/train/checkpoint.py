@@ -1,15 +1,26 @@
 """Checkpoints of a training state, written in the background and renamed into place when whole. The only importer of orbax."""
 
 import contextlib
-import json
+import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from steel_ad import parallel
 from steel_ad.errors import InputError
+
+
+_SUM = "crc32"  # of the state; a flipped bit in a checkpoint's data would else be read as another number
+
+
+def _checksum(state: Any) -> int:
+    total = 0
+    for leaf in jax.tree.leaves(parallel.local(state)):
+        total = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), total)
+    return total
 
 
 class Checkpoints:
@@ -52,14 +63,21 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(state=ocp.args.StandardRestore(template), record=ocp.args.JsonRestore()),
             )
-        except (ValueError, KeyError, TypeError, OSError, json.JSONDecodeError) as error:
+        except Exception as error:  # orbax passes on whatever its readers raised, of damaged data an Exception itself
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(
                 f"the checkpoint of step {step} in {self.directory} cannot be read ({reason}): "
                 "delete that step's folder to go on from the one before, or use a new --workdir",
                 status=1,
             ) from None
-        return restored.state, restored.record
+        record = dict(restored.record)
+        if record.pop(_SUM, None) not in (None, _checksum(restored.state)):
+            raise InputError(
+                f"the checkpoint of step {step} in {self.directory} holds other numbers than were written: delete that step's "
+                "folder to go on from the one before, or use a new --workdir",
+                status=1,
+            )
+        return restored.state, record
 
     def save(self, step: int, state: Any, record: dict) -> None:
         """Begins to write; arrays are copied before it returns, so the state may be donated.
@@ -67,6 +85,7 @@ class Checkpoints:
         Raises:
           InputError: the disk is full or not writable, now or at the write before.
         """
+        record = {**record, _SUM: _checksum(state)}
         try:
             self._manager.save(
                 step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))

@@ -79,7 +79,7 @@ def _inspection(source: str, *more: str) -> Case:
 
 CASES = {
     "autoencoder": _autoencoder(),
-    "checkpoints": _autoencoder("--config.checkpoint_every=1", "--config.steps=16", "--config.latent=64"),
+    "checkpoints": _autoencoder("--config.checkpoint_every=1"),
     "segmentation": Case(
         "segmentation",
         lambda inputs: [
@@ -380,9 +380,9 @@ def undisturbed(name: str, inputs: Path, work: Path) -> Whole:
 
 def episode(
     name: str, whole: Whole, ways: list[str], rng: np.random.Generator, inputs: Path, work: Path, say: Callable
-) -> list[str]:
-    """A run that is disturbed in these ways, one after the other, and then left alone; what is wrong with its end."""
-    case, out, wrong = CASES[name], work / "out" / name, []
+) -> tuple[list[str], list[str]]:
+    """A run that is disturbed in these ways, one after the other, and then left alone; those that ended it, and what is wrong."""
+    case, out, wrong, hit = CASES[name], work / "out" / name, [], []
     with contextlib.ExitStack() as stack:
         enlarge: Callable[[], None] = lambda: None  # noqa: E731
         if ways[0] == "disk":
@@ -398,6 +398,7 @@ def episode(
             end = run(case, inputs, out, work, way, amount)
             after = f"{amount:.2f}" if way == "time" else f"{amount:.0f}"
             say(f"{name}: {way} {after} of {whole.seconds:.2f} s, {whole.calls} calls: status {end.status}")
+            hit += [way] if end.status not in case.ends else []
             if way in ("size", "space", "disk") and end.status not in case.ends:
                 if end.status != 1 or wrong_words(end.said):
                     wrong.append(f"after {way} {after}, status {end.status}: {wrong_words(end.said)}")
@@ -412,12 +413,13 @@ def episode(
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     if out.exists():
         out.rmdir()
-    return wrong
+    return hit, wrong
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=200, help="How many runs are disturbed.")
+    parser.add_argument("--kills", type=int, default=200, help="How many runs are ended before their end.")
+    parser.add_argument("--minutes", type=float, default=1e9, help="No further run is disturbed after so long.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help=f"Some of {','.join(CASES)}.")
     parser.add_argument("--ways", default="", help=f"Some of {','.join(WAYS)}.")
@@ -434,13 +436,16 @@ def main() -> int:
         if not inputs.exists():
             make_inputs(inputs)
         (work / "out").mkdir(exist_ok=True)
-        return _disturb(flags.kills, names, flags.ways.split(",") if flags.ways else list(WAYS), rng, inputs, work)
+        ways = flags.ways.split(",") if flags.ways else list(WAYS)
+        return _disturb(flags.kills, flags.minutes, names, ways, rng, inputs, work)
     finally:
         if not flags.work:
             shutil.rmtree(work)
 
 
-def _disturb(kills: int, names: list[str], ways: list[str], rng: np.random.Generator, inputs: Path, work: Path) -> int:
+def _disturb(
+    kills: int, minutes: float, names: list[str], ways: list[str], rng: np.random.Generator, inputs: Path, work: Path
+) -> int:
     start = time.monotonic()
     if any(CASES[name].binary == "inspection" for name in names) and not (inputs / "model").exists():
         end = run(CASES["autoencoder"], inputs, inputs / "model", work)
@@ -452,29 +457,33 @@ def _disturb(kills: int, names: list[str], ways: list[str], rng: np.random.Gener
     wholes: dict[str, Whole] = {}
     done: Counter[tuple[str, str]] = Counter()
     bad: list[str] = []
-    at = 0
+    spent = dict.fromkeys(names, 0.0)
 
     def say(text: str) -> None:
         print(f"{done.total()}/{kills} {time.monotonic() - start:.0f} s  {text}", flush=True)
 
-    while done.total() < kills:
-        name = names[at % len(names)]
-        at += 1
+    while done.total() < kills and time.monotonic() - start < 60 * minutes:
+        # Those that end soon come more often, but not all the time.
+        name = min(names, key=lambda n: (n in wholes, spent[n] + 5 * sum(done[n, way] for way in ways)))
+        before = time.monotonic()
         if name not in wholes:
             wholes[name] = undisturbed(name, inputs, work)
             say(f"{name}: undisturbed {wholes[name].seconds:.2f} s, {wholes[name].calls} operations on files")
-        # Kills at random times are the rule, and come one to three in a row.
-        chosen = [str(w) for w in rng.choice(ways, min(kills - done.total(), int(rng.integers(1, 4))))]
-        if "disk" in chosen:
+            before = time.monotonic()
+        share = np.array([3 if way in ("time", "call") else 1 for way in ways])
+        chosen = [str(w) for w in rng.choice(ways, min(kills - done.total(), int(rng.integers(2, 6))), p=share / share.sum())]
+        if chosen[0] == "disk":
             chosen = ["disk"]
-        wrong = episode(name, wholes[name], chosen, rng, inputs, work, say)
-        done.update((name, way) for way in chosen)
+        chosen = [w for w in chosen if w != "disk"] or ["disk"]
+        hit, wrong = episode(name, wholes[name], chosen, rng, inputs, work, say)
+        done.update((name, way) for way in hit)
+        spent[name] += time.monotonic() - before
         say(f"{name}: " + (f"WRONG: {'; '.join(wrong)}" if wrong else "ends as if undisturbed"))
         bad += [f"{name} after {', '.join(chosen)}: {w}" for w in wrong]
     print("\n" + "".join(f"{title:>14}" for title in ("", *ways)))
     for name in names:
         print(f"{name:>14}" + "".join(f"{done[name, way]:>14}" for way in ways))
-    print(f"{done.total()} disturbances in {time.monotonic() - start:.0f} s; {len(bad)} findings")
+    print(f"{done.total()} runs ended before their end in {time.monotonic() - start:.0f} s; {len(bad)} findings")
     for text in bad:
         print(f"- {text}")
     return int(bool(bad))
