@@ -19,7 +19,7 @@ from steel_ad.data import plates
 from steel_ad.detectors import autoencoder
 from steel_ad.errors import InputError
 from steel_ad.studies import autoencoder as study
-from steel_ad.studies import evaluation, files, trained
+from steel_ad.studies import evaluation, files, runs, trained
 from steel_ad.train.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parent.parent
@@ -362,3 +362,74 @@ def test_json_has_no_nan(tmp_path):
     with pytest.raises(InputError, match="cannot be written") as error:
         files.write_text(tmp_path / "file" / "c.json", "x")
     assert error.value.status == 1
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a": NaN}', b'{"a": 1', b"3", b"\xff", b"[1]", b""])
+def test_json_of_another_kind_is_refused_in_a_sentence(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.json cannot be read") as error:
+        files.read_json(tmp_path / "a.json", dict)
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_killed_process_left_is_written_over(tmp_path, monkeypatch):
+    """The next process has another number, which must not be part of the name."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_text(tmp_path / "a.csv", "x")
+    monkeypatch.setattr(os, "replace", replace)
+    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    files.write_text(tmp_path / "a.csv", "y")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.csv"]
+    assert (tmp_path / "a.csv").read_text() == "y"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("latent", v) for v in ("8", 8.0, True, None, [8], 10**30)),
+        *(("learning_rate", v) for v in (float("nan"), float("inf"), "1", False, 10**400)),
+        *(("flips", v) for v in (0, "no")),
+        *(("maps", v) for v in ("ssim", 3, ["ssim", 1], [["l2"]], {"ssim": 1})),
+        *(("loss", v) for v in (1, ["ssim"], None)),
+        ("loss_options", 3),
+    ],
+)
+def test_a_setting_of_another_type_is_refused(name, value):
+    with pytest.raises(InputError, match=rf"--config\.{name}="):
+        configs.from_mapping(configs.Autoencoder, {name: value})
+
+
+def test_numbers_without_a_point_are_numbers():
+    assert configs.from_mapping(configs.Autoencoder, {"learning_rate": 1, "maps": ["l2"]}).maps == ("l2",)
+
+
+@pytest.mark.parametrize(
+    "content", ["step,loss\n1,x\n", "step,loss\n1\n", "loss\n1\n", "step,loss\n1,2,3\n", "step\n1\n"]
+)
+def test_a_damaged_record_of_the_steps_is_named(tmp_path, content):
+    (tmp_path / "train.csv").write_text(content)
+    with pytest.raises(InputError, match=r"train\.csv is damaged"):
+        runs._read_history(tmp_path / "train.csv")
+
+
+@pytest.mark.parametrize("content", ["[]", '{"finished": 1, "config": []}', '{"finished": 1, "config": 3}', '"x"'])
+def test_a_damaged_end_of_a_run_is_named(tmp_path, content):
+    files.write_json(tmp_path / "config.json", {"a": 1})
+    (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(InputError, match=r"metrics\.json (is damaged|cannot be read)"):
+        runs.begin(tmp_path, {"a": 1}, evaluate_only=False, reading=())
+    for maps in ({"maps": {"l2": 3}}, {"maps": [1]}, {}):
+        files.write_json(tmp_path / "metrics.json", {"finished": True, "config": {"a": 1}, **maps})
+        with pytest.raises(InputError, match=r"metrics\.json is damaged"):
+            runs.begin(tmp_path, {"a": 1}, evaluate_only=False, reading=())
+
+
+def test_an_error_is_one_line_whatever_names_are_in_it():
+    assert str(InputError("a\nb\r\nc")) == "a b c"

@@ -602,3 +602,21 @@ def test_fingerprint_and_manifest(tmp_path):
     ]
     refusal(tmp_path / "gone.png", folders.fingerprint)
     refusal(tmp_path / "a", folders.fingerprint)
+
+
+@pytest.mark.parametrize(("channels", "bits"), [(3, 8), (4, 8), (1, 16), (4, 16)])
+def test_colour_and_depth_count_as_memory(tmp_path, monkeypatch, channels, bits):
+    """2 ** 28 pixels of eight bytes would be two gigabytes."""
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    image = plate(channels=0 if channels == 1 else channels, bits=bits)
+    if channels * bits == 16:
+        (tmp_path / "x.png").write_bytes(png(image, size=(37, 25)))
+        assert folders.image_shape(tmp_path / "x.png", max_pixels=37 * 25) == (37, 25)
+    else:
+        (tmp_path / "x.png").write_bytes(png(image, size=(16_000, 16_000)))
+        assert f"pixels of {channels * bits // 8} bytes, more than" in refusal(tmp_path / "x.png")
+    (tmp_path / "x.tif").write_bytes(tiff(image))
+    most = -(-37 * 23 * channels * bits // 16)
+    assert folders.image_shape(tmp_path / "x.tif", max_pixels=max(37 * 23, most)) == (37, 23)
+    if most > 37 * 23:
+        assert "bytes, more than" in refusal(tmp_path / "x.tif", max_pixels=most - 1)

@@ -1042,3 +1042,122 @@ def test_the_binary_that_watches_ends_with_its_report_and_status(model, strip, t
     assert process.returncode == 3, err
     assert "a.png: defects: " in out
     assert files.read_json(tmp_path / "out" / "summary.json")["watched"]["ended"]
+
+
+@pytest.mark.parametrize("source", ["../a", "/etc/passwd", "link", "../in/../../x", ".."])
+def test_a_list_of_cameras_leads_nowhere_else(tmp_path, source):
+    write(tmp_path / "a" / "0.png", np.zeros((8, 8), np.uint8))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "a")
+    path = tmp_path / "in" / "cameras.json"
+    path.write_text(json.dumps([{"name": "a", "source": source}]))
+    with pytest.raises(InputError, match="lies outside its folder"):
+        strips.cameras(path, None)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [3],
+        {"a": 1},
+        [{"name": "a", "source": 3}],
+        [{"name": "\ud800", "source": "x"}],
+        [{"name": "a", "source": "a\0"}],
+    ],
+)
+def test_what_is_no_list_of_cameras(tmp_path, rows):
+    (tmp_path / "cameras.json").write_text(json.dumps(rows))
+    with pytest.raises(InputError, match="no list of cameras"):
+        strips.cameras(tmp_path / "cameras.json", None)
+
+
+@pytest.mark.parametrize("damage", ["number", "lost", "twice", "swapped", "bit"])
+def test_a_changed_journal_is_believed_up_to_the_change(model, whole, tmp_path, damage):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("inspection.json", "calibration.json"):
+        (out / name).write_bytes((whole[1] / name).read_bytes())
+    lines = (whole[1] / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    if damage == "number":
+        lines[3] = lines[3].replace(b'"bands": 4', b'"bands": 5')
+        assert b'"bands": 5' in lines[3]
+    elif damage == "lost":
+        del lines[3]
+    elif damage == "twice":
+        lines.insert(3, lines[3])
+    elif damage == "swapped":
+        lines[3], lines[4] = lines[4], lines[3]
+    else:
+        lines[3] = lines[3][:20] + bytes([lines[3][20] ^ 4]) + lines[3][21:]
+    (out / "journal.jsonl").write_bytes(b"".join(lines))
+    inspect(model, whole[1].parent / "in", out, strip=True)
+    for name in (*RESULTS, "journal.jsonl"):
+        assert (out / name).read_bytes() == (whole[1] / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("summary.json", {"calibration": 3}),
+        ("summary.json", {"defects": "x"}),
+        ("summary.json", {"unread": [1]}),
+        ("summary.json", {"recurrence": None}),
+        ("summary.json", {"recurrence": [{"side": "top"}]}),
+        ("calibration.json", {"scores": ["x"]}),
+        ("calibration.json", {"scores": 3}),
+        ("calibration.json", {"brightness": [[1]]}),
+        ("calibration.json", {"groups": None}),
+    ],
+)
+def test_a_damaged_record_is_named(model, whole, tmp_path, name, change):
+    out = tmp_path / "out"
+    out.mkdir()
+    for kept in ("inspection.json", name):
+        (out / kept).write_bytes((whole[1] / kept).read_bytes())
+    files.write_json(out / name, {**files.read_json(out / name), **change})
+    with pytest.raises(InputError, match=rf"{name} is damaged"):
+        inspect(model, whole[1].parent / "in", out, strip=True)
+    (out / name).write_text("[1, 2]")
+    with pytest.raises(InputError, match=rf"{name} cannot be read"):
+        inspect(model, whole[1].parent / "in", out, strip=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("metrics.json", {"config": 3}),
+        ("metrics.json", {"thresholds": []}),
+        ("metrics.json", {"thresholds": {"l2": {"pixel": "x"}}}),
+        ("metrics.json", {"thresholds": {"l2": 3}}),
+        ("config.json", {"latent": "x"}),
+        ("config.json", {"patch_size": None}),
+        ("manifest.json", None),
+    ],
+)
+def test_a_damaged_model_is_named(model, tmp_path, name, change):
+    shutil.copytree(model / "ae", tmp_path / "ae")
+    known = files.read_json(tmp_path / "ae" / name) if (tmp_path / "ae" / name).exists() else {}
+    files.write_json(tmp_path / "ae" / name, [3] if change is None else {**known, **change})
+    with pytest.raises(InputError, match=r"is damaged|--config\.(latent|patch_size)"):
+        trained.load(tmp_path / "ae")
+
+
+def test_a_models_settings_import_nothing(model, tmp_path, monkeypatch):
+    """The loss is the user's own module, which who only inspects need not have, and which must not run."""
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    shutil.copytree(model / "ae", tmp_path / "ae")
+    files.write_json(
+        tmp_path / "ae" / "config.json", {**files.read_json(tmp_path / "ae" / "config.json"), "loss": "evil:f"}
+    )
+    trained.load(tmp_path / "ae")
+    assert "evil" not in sys.modules
+
+
+def test_reading_a_model_leaves_a_checkpoint_that_is_being_written(model, tmp_path):
+    shutil.copytree(model / "ae", tmp_path / "ae")
+    under_way = tmp_path / "ae" / "checkpoints" / "step_2.orbax-checkpoint-tmp"
+    (under_way / "state").mkdir(parents=True)
+    before = set((tmp_path / "ae").rglob("*"))
+    trained.load(tmp_path / "ae")
+    assert set((tmp_path / "ae").rglob("*")) == before

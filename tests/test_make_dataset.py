@@ -490,3 +490,47 @@ def test_dagm_refuses_small_images_and_labels_that_fit_nothing(dagm):
 
 def test_the_other_layout_is_not_taken_for_dagm(line):
     assert len(datasets.load(str(line)).train) == 20
+
+
+def test_frames_larger_than_any_is_read_are_not_decoded(plate, tmp_path, monkeypatch):
+    monkeypatch.setattr(video, "MAX_PIXELS", 96 * 80)
+    assert len(list(video.frames(plate[0]))) == 6
+    monkeypatch.setattr(video, "MAX_PIXELS", 96 * 80 - 1)
+    message, status = one_sentence(dataset.from_video, plate[0], tmp_path / "out", size=32)
+    assert ("frames of 80x96 pixels" in message, status) == (True, 2)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("frames.csv", "0,96,80", "x,96,80"),
+        ("frames.csv", "0,96,80", "1000000000,96,80"),
+        ("frames.csv", "0,96,80", "0,96,1000000000"),
+        ("frames.csv", "0,96,80", "0,96,64"),
+        ("frames.csv", "0,96,80", "0,0,80"),
+        ("frames.csv", "verdict", "veredict"),
+        ("frames.csv", "5,96,80", "5,96\n"),
+        (
+            "frames.csv",
+            None,
+            "frame,height,width,contrast,sharpness,verdict\n" + "".join(f"{i},96,80,9,9,good\n" for i in range(9)),
+        ),
+        ("manifest.csv", "sha256", "sha"),
+        ("settings.json", "{", "[{"),
+        ("settings.json", None, "[1]"),
+    ],
+)
+def test_a_damaged_set_is_named_and_not_followed(plate, tmp_path, name, old, new):
+    out = tmp_path / "out"
+    dataset.from_video(plate[0], out, size=32)
+    text = (out / name).read_text()
+    assert old is None or old in text
+    (out / name).write_text(new if old is None else text.replace(old, new, 1))
+    (out / "000000_00000_00000.png").unlink()
+    if name != "manifest.csv":
+        (out / "manifest.csv").unlink()
+        for patch in out.glob("*.png"):
+            patch.unlink()
+    message, _ = one_sentence(dataset.from_video, plate[0], out, size=32)
+    assert name in message

@@ -318,3 +318,29 @@ def test_the_page_follows_from_the_files_alone(tmp_path):
     assert tree(again) == tree(tmp_path / "page")
     page.write(out, *(json.loads(json.dumps(x)) for x in (methods, studies)))
     assert tree(again) == tree(tmp_path / "page")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"run": "../../elsewhere"}, "lies outside"),
+        ({"run": "/etc"}, "lies outside"),
+        ({"command": "python 'x"}, "is damaged"),
+        ({"pixel_auroc": "x"}, "cannot be read"),
+        ({"run": None}, "cannot be read"),
+    ],
+)
+def test_a_damaged_study_is_named_and_leads_nowhere_else(tmp_path, change, said):
+    files.write_json(tmp_path / "a" / "sweep.json", {})
+    files.write_json(tmp_path / "a" / "runs" / "x" / "config.json", configs.to_dict(SETTINGS["autoencoder"]["quick"]))
+    row = {"study": "map", "axis": "residual_constants", "value": "thesis", **results.rows(record())[0]}
+    row |= {"map": "ssim", "settings": "{}", "run": "runs/x", "command": "python -m experiments.sweep"}
+    files.write_csv(tmp_path / "a" / "results.csv", [row])
+    assert len(results.gather([tmp_path], SETTINGS)[1]) == 1
+    changed = {k: v for k, v in {**row, **change}.items() if v is not None}
+    files.write_csv(tmp_path / "a" / "results.csv", [changed])
+    with pytest.raises(InputError, match=said):
+        results.gather([tmp_path], SETTINGS)
+    files.write_text(tmp_path / "a" / "results.csv", ",".join(row) + "\n1,2\n")
+    with pytest.raises(InputError, match="lacks a cell"):
+        results.gather([tmp_path], SETTINGS)

@@ -254,3 +254,20 @@ def test_metrics_come_in_order_one_call_late():
     start = state.create({}, optax.identity())
     loop.run(fake, start, None, None, steps=5, on_metrics=lambda s, m: seen.append((s, float(m["loss"][0]))))
     assert seen == [(i, float(i)) for i in range(5)]
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_no_other_number(tmp_path):
+    """What zstd cannot compress is stored as it is, and nothing below notices a change."""
+    words = np.random.default_rng(0).integers(2**32, size=40_000, dtype=np.uint32)
+    start = {"words": jnp.asarray(words)}
+    with Checkpoints(tmp_path / "c") as kept:
+        kept.save(2, start, {"seconds": 1.5})
+    with Checkpoints(tmp_path / "c") as kept:
+        assert kept.restore(start)[1] == {"seconds": 1.5}
+    largest = max((p for p in (tmp_path / "c").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    changed = bytearray(largest.read_bytes())
+    changed[len(changed) // 2] ^= 1
+    largest.write_bytes(changed)
+    with Checkpoints(tmp_path / "c") as kept, pytest.raises(InputError, match="holds other numbers") as error:
+        kept.restore(start)
+    assert error.value.status == 1

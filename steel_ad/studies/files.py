@@ -58,7 +58,9 @@ def read_json(path: Path, kind: type | tuple[type, ...] = (dict, list)) -> Any:
         if not isinstance(value, kind):
             raise ValueError(f"it holds {type(value).__name__}")
     except RecursionError:
-        raise InputError(f"{path} cannot be read (it is nested too deeply): restore it or use a new --workdir") from None
+        raise InputError(
+            f"{path} cannot be read (it is nested too deeply): restore it or use a new --workdir"
+        ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}): restore it or use a new --workdir") from None
     return value

@@ -21,8 +21,6 @@ from steel_ad.studies.trained import Trained
 
 # Images that the pattern's lattice is read from.
 _PATTERN_OF = 32
-
-
 _COUNTS = ("images", "left_out_as_trained_on", "left_out_as_copies", "tiles", "groups")
 
 
@@ -66,10 +64,10 @@ def limit(
         found = {k: np.array([np.nan if v is None else float(v) for v in known[k]]) for k in ("scores", *looks)}
         for k in _COUNTS:
             known[k] = int(known[k])
-        if any(values.shape != (known["groups"],) for values in found.values()):
-            raise ValueError("not as many values as groups")
-        if np.isnan(found["scores"]).any() or (known["lattice"] and np.shape(known["lattice"]) != (2, 2)):
-            raise ValueError("a score or the lattice is none")
+        if any(values.shape != found["scores"].shape for values in found.values()) or np.isnan(found["scores"]).any():
+            raise ValueError("a number is none")
+        if known["lattice"] and np.shape(np.array(known["lattice"], np.float64)) != (2, 2):
+            raise ValueError("no lattice")
     scores = found.pop("scores")
     good_tiles = {"score": scores, **found}
     record = {k: v for k, v in known.items() if k not in ("made_of", "scores", "lattice", *looks)}

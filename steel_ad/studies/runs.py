@@ -57,7 +57,10 @@ def begin(
     with files.understood(metrics, "delete it and run again"):
         if not record.get("finished") or since(settings, record.get("config", {})) != settings:
             return None
-        tables.metrics(record.get("maps", {}))
+        # What binaries print.
+        several = record.get("experiment") == "transfer"
+        for part in [p for when in ("before", "after") for p in record[when].values()] if several else [record]:
+            tables.metrics(part["maps"])
         return record
 
 

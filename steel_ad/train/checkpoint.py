@@ -12,7 +12,6 @@ import orbax.checkpoint as ocp
 from steel_ad import parallel
 from steel_ad.errors import InputError
 
-
 _SUM = "crc32"  # of the state; a flipped bit in a checkpoint's data would else be read as another number
 
 

@@ -471,7 +471,9 @@ def _disturb(
             say(f"{name}: undisturbed {wholes[name].seconds:.2f} s, {wholes[name].calls} operations on files")
             before = time.monotonic()
         share = np.array([3 if way in ("time", "call") else 1 for way in ways])
-        chosen = [str(w) for w in rng.choice(ways, min(kills - done.total(), int(rng.integers(2, 6))), p=share / share.sum())]
+        chosen = [
+            str(w) for w in rng.choice(ways, min(kills - done.total(), int(rng.integers(2, 6))), p=share / share.sum())
+        ]
         if chosen[0] == "disk":
             chosen = ["disk"]
         chosen = [w for w in chosen if w != "disk"] or ["disk"]

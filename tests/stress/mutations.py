@@ -275,7 +275,7 @@ def inspect(folder: Path) -> None:
     quick = trained.Trained(_Contrast(), (), 1, 16, 0.3, {}, "5" * 64, frozenset())
     inputs = kept() / "inputs"
     with (
-        mock.patch.object(trained, "load", lambda *_: quick),
+        mock.patch.object(trained, "load", return_value=quick),
         mock.patch.object(figures, "coil_map", draw),
         mock.patch.object(figures, "score_histogram", draw),
     ):
@@ -362,14 +362,17 @@ TARGETS: dict[str, Target] = {
     ),
     "inspection": Target("out/inspection.json", change_json, inspect, 0.6),
     "summary": Target("out/summary.json", change_json, inspect, 0.8),
-    "checkpoint": Target("checkpoints/step_*/**/*", change_bytes, _model, 1.5),
-    "model": Target("*.json", change_json, _model, 1.5),
-    "run": Target("*.*", lambda rng, data: change_json(rng, data) if data[:1] in b"[{" else change_csv(rng, data), _run, 3),
+    "checkpoint": Target("checkpoints/step_*/**/*", change_bytes, _model, 1),
+    "model": Target("*.json", change_json, _model, 1),
+    "run": Target(
+        "*.*", lambda rng, data: change_json(rng, data) if data[:1] in b"[{" else change_csv(rng, data), _run, 3
+    ),
     "results": Target("metrics.json", change_json, _results, 2),
     "study": Target("study/results.csv", change_csv, _results, 1),
     "split": Target("split.json", change_json, _split, 0.6),
     "settings": Target("settings.json", change_json, _settings, 1.5),
 }
+_TRAINED = ("model", "checkpoint", "run", "results")
 _KEPT: list[Path] = []
 
 
@@ -378,14 +381,14 @@ def kept() -> Path:
     return _KEPT[0]
 
 
-def make_whole(work: Path) -> None:
+def make_whole(work: Path, names: list[str]) -> None:
     """A folder for each target with whole files, which its reader reads without a word."""
     from steel_ad import config as configs
 
     inputs, whole = work / "inputs", work / "whole"
     kills.make_inputs(inputs)
-    end = kills.run(kills.CASES["autoencoder"], inputs, inputs / "model", work)
-    if end.status:
+    trained = {*_TRAINED, "study"} & {*names}
+    if trained and (end := kills.run(kills.CASES["autoencoder"], inputs, inputs / "model", work)).status:
         raise RuntimeError(end.said)
     y, x = np.indices((37, 45))
     grey = (128 + 60 * np.sin(x / 3) * np.cos(y / 4)).astype(np.uint8)
@@ -420,26 +423,29 @@ def make_whole(work: Path) -> None:
         {"name": "right", "source": "right.avi", "across_mm": 9.5},
     ]
     (whole / "cameras" / "CAMERAS.json").write_text(json.dumps(cameras))
-    for name in ("model", "checkpoint", "run", "results"):
+    for name in {*_TRAINED} & trained:
         # Pictures are of no interest.
-        shutil.copytree(inputs / "model", whole / name, ignore=shutil.ignore_patterns("figures"))
-    for name in ("run", "results"):
-        shutil.rmtree(whole / name / "checkpoints")
-    _in_child(lambda: _make_by_reading(whole))
+        less = ("figures", "checkpoints") if name in ("run", "results") else ("figures",)
+        shutil.copytree(inputs / "model", whole / name, ignore=shutil.ignore_patterns(*less))
+    _in_child(lambda: _make_by_reading(whole, names))
     record = {"fraction": 0.3, "seed": 0}
-    record |= {side: {"defects": {"pit": 1}, "sources": [{"path": "a.png", "sha256": "0"}]} for side in ("train", "test")}
+    record |= {
+        side: {"defects": {"pit": 1}, "sources": [{"path": "a.png", "sha256": "0"}]} for side in ("train", "test")
+    }
     for name, value in (("split", record), ("settings", configs.to_dict(configs.Segmentation()))):
         (whole / name).mkdir()
         (whole / name / f"{name}.json").write_text(json.dumps(value))
 
 
-def _make_by_reading(whole: Path) -> None:
+def _make_by_reading(whole: Path, names: list[str]) -> None:
     from steel_ad.studies import results
 
     for name in ("frames", "manifest", "set"):
         _cut(whole / name)
-    for name in ("journal", "calibration", "inspection", "summary"):
+    for name in {"journal", "calibration", "inspection", "summary"} & {*names}:
         inspect(whole / name)
+    if "study" not in names:
+        return
     study = whole / "study" / "study"
     study.mkdir(parents=True)
     (study / "sweep.json").write_text("{}")
@@ -563,14 +569,18 @@ def results_of(work: Path, items: list[tuple[int, str]], seed: int) -> Iterator[
             os._exit(1)
         os.close(write)
         last = None
-        with os.fdopen(read, "rb") as told:
-            with contextlib.suppress(EOFError):
+        try:
+            with os.fdopen(read, "rb") as told, contextlib.suppress(EOFError):
                 while True:
                     last = pickle.load(told)
                     found = pickle.load(told)
                     items, done, last = items[1:], last, None
                     yield (*done, *found)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        except GeneratorExit:
+            os.kill(child, signal.SIGKILL)
+            raise
+        finally:
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if last is None and items:
             raise RuntimeError(f"a worker ended with {status}: {(work / 'words.txt').read_text()[-2000:]}")
         if last is not None:
@@ -582,6 +592,7 @@ def results_of(work: Path, items: list[tuple[int, str]], seed: int) -> Iterator[
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=5000)
+    parser.add_argument("--minutes", type=float, default=1e9, help="No further one after so long.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="Number of the first one, to see one again.")
     parser.add_argument("--only", default="", help=f"Some of {','.join(TARGETS)}.")
@@ -596,14 +607,14 @@ def main() -> int:
     _KEPT[:] = [work]
     try:
         if not (work / "whole").exists():
-            make_whole(work)
-        return _report(flags.count, flags.first, names, flags.seed, work)
+            make_whole(work, names)
+        return _report(flags.count, flags.first, names, flags.seed, flags.minutes, work)
     finally:
         if not flags.work:
             shutil.rmtree(work)
 
 
-def _report(count: int, first: int, names: list[str], seed: int, work: Path) -> int:
+def _report(count: int, first: int, names: list[str], seed: int, minutes: float, work: Path) -> int:
     start = time.monotonic()
     weights = np.array([TARGETS[name].weight for name in names])
     # Each number has its own draws, so that one can be seen again alone.
@@ -622,12 +633,17 @@ def _report(count: int, first: int, names: list[str], seed: int, work: Path) -> 
             if (name, what, last) not in bad:
                 print(f"{number} {name}: {what}\n{details}", flush=True)
             bad.setdefault((name, what, last), []).append(number)
+        total = sum(of.total() for of in done.values())
+        if total % 500 == 0:
+            print(f"{total}/{count} {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+        if time.monotonic() - start > 60 * minutes:
+            break
     columns = sorted({what for of in done.values() for what in of}, key=lambda w: (w not in ("read", "refused"), w))
     print("\n" + f"{'':>14}" + "".join(f"{c:>12}" for c in columns))
     for name in names:
         print(f"{name:>14}" + "".join(f"{done[name][c]:>12}" for c in columns))
     print(
-        f"{count} mutations in {time.monotonic() - start:.0f} s; longest {slowest:.1f} s; most memory "
+        f"{sum(of.total() for of in done.values())} mutations in {time.monotonic() - start:.0f} s; longest {slowest:.1f} s; most memory "
         f"{largest / 2**20:.0f} MiB; {sum(map(len, bad.values()))} findings, {len(bad)} different"
     )
     for (name, what, last), numbers in bad.items():
