@@ -365,7 +365,7 @@ def _survey(path: Path, kept: Path, min_contrast: float, min_sharpness: float) -
     """What each frame measures, and whether it is "good", "blank" or "blurred"; as `kept` has it, where it is there."""
     if kept.exists():
         with files.understood(kept, "delete it and run again"), kept.open(newline="", encoding="utf-8") as file:
-            found = [
+            found: list[_Row] = [
                 {
                     **{k: int(row[k]) for k in ("frame", "height", "width")},
                     **{k: float(row[k]) for k in ("contrast", "sharpness")},

@@ -14,6 +14,7 @@ import contextlib
 import csv
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import importlib
 import io
@@ -196,8 +197,11 @@ def run(case: Case, inputs: Path, out: Path, work: Path, way: str = "", amount: 
         f"--{case.out}={out}",
         f"--compilation_cache={work / 'cache'}",
     ]
-    log, counted = work / "log.txt", work / "calls.txt"
+    counted = work / "calls.txt"
     counted.write_text("0")
+    # No file, which a limit on the size of files would cut.
+    heard, log = os.pipe()
+    fcntl.fcntl(log, fcntl.F_SETPIPE_SZ, 2**20)
     sys.stdout.flush()
     sys.stderr.flush()
     start = time.monotonic()
@@ -215,21 +219,21 @@ def run(case: Case, inputs: Path, out: Path, work: Path, way: str = "", amount: 
             break
         time.sleep(0.002)
     seconds = time.monotonic() - start
+    os.close(log)
+    with os.fdopen(heard, errors="replace") as words:
+        said = words.read()
     if way != "time" and seconds > LIMIT_S:
-        raise RuntimeError(f"{case.binary} hangs: {log.read_text(errors='replace')[-2000:]}")
-    return Ended(
-        os.waitstatus_to_exitcode(status), log.read_text(errors="replace"), seconds, int(counted.read_text() or 0)
-    )
+        raise RuntimeError(f"{case.binary} hangs: {said[-2000:]}")
+    return Ended(os.waitstatus_to_exitcode(status), said, seconds, int(counted.read_text() or 0))
 
 
-def _work(binary: str, flags: list[str], out: Path, log: Path, counted: Path, way: str, amount: float) -> None:
+def _work(binary: str, flags: list[str], out: Path, log: int, counted: Path, way: str, amount: float) -> None:
     """The child: runs the binary as the command line would, and ends."""
     status = 1
     try:
         os.setsid()
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
         os.chdir(ROOT)
         if way == "size":
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(amount), resource.RLIM_INFINITY))
@@ -273,6 +277,9 @@ def _touches(event: str, arguments: tuple, out: str) -> bool:
             return False
     elif event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"):
         path = arguments[0]
+        if event in ("os.mkdir", "os.remove", "os.rmdir") and arguments[-1] >= 0:
+            # Below the folder that a descriptor stands for.
+            path = os.path.join(os.readlink(f"/proc/self/fd/{arguments[-1]}"), os.fsdecode(path))
     else:
         return False
     return isinstance(path, str | bytes | os.PathLike) and os.fsdecode(path).startswith(out)
