@@ -208,7 +208,7 @@ def test_an_interrupted_study_goes_on(data, tmp_path, monkeypatch):
     assert rows[0]["pixel_auroc"] != rows[2]["pixel_auroc"]
     # One step for all seeds, traced once.
     assert detector._step.cache_info().misses == 1
-    assert detector._step(tiny(), 1, parallel.mesh())._cache_size() == 1
+    assert detector._step(tiny(), 1, parallel.mesh(), False)._cache_size() == 1
 
 
 def test_a_run_that_dies_does_not_end_the_study(data, tmp_path, monkeypatch):

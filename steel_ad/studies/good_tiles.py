@@ -64,8 +64,8 @@ def limit(
         found = {k: np.array([np.nan if v is None else float(v) for v in known[k]]) for k in ("scores", *looks)}
         for k in _COUNTS:
             known[k] = int(known[k])
-        if any(values.shape != found["scores"].shape for values in found.values()) or np.isnan(found["scores"]).any():
-            raise ValueError("a number is none")
+        if np.isnan(found["scores"]).any():
+            raise ValueError("a score is none")
         if known["lattice"] and np.shape(np.array(known["lattice"], np.float64)) != (2, 2):
             raise ValueError("no lattice")
     scores = found.pop("scores")
