@@ -254,6 +254,10 @@ def _torch_ssim(name: str, images: Images, gradient: bool, k: int) -> Program:
     torch, device, wait = _torch()
     a, b = (torch.from_numpy(i)[:, None].to(device) for i in images())
     if name == "torchmetrics":
+        # The gradient of its k x k filter of five images unfolds all windows, on a CPU in main memory.
+        needed = 5 * 4 * k * k * a.numel()
+        if gradient and device == "cpu" and needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            raise Unavailable(f"its gradient would need {needed / 1e9:.0f} GB")
         from torchmetrics.functional.image import structural_similarity_index_measure as measure
 
         def maps(a, b):
