@@ -26,10 +26,11 @@ def start(mode, folder, *arguments, devices=1):
     """The worker of `mode`, on its way."""
     folder.mkdir(exist_ok=True)
     cache = f"--compilation_cache={os.environ['STEEL_AD_TEST_CACHE']}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, "-m", "tests.parallel_worker", mode, str(folder), cache, *arguments],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        env=os.environ | {"XLA_FLAGS": flags},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
