@@ -1,6 +1,7 @@
 """The binary as a user meets it: a run, resuming, evaluating again, and everything that can be wrong."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -15,9 +16,10 @@ import numpy as np
 import pytest
 
 from steel_ad import config as configs
-from steel_ad.data import plates
+from steel_ad.data import plates, stored
 from steel_ad.detectors import autoencoder
 from steel_ad.errors import InputError
+from steel_ad.report import figures
 from steel_ad.studies import autoencoder as study
 from steel_ad.studies import evaluation, files, runs, trained
 from steel_ad.train.checkpoint import Checkpoints
@@ -68,6 +70,13 @@ def start(*arguments, preset="tiny", shell_limit=None):
     if shell_limit:
         line = ["bash", "-c", f'{shell_limit}; exec "$@"', "bash", *line]
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """Of the evaluation; the finished run has them, and they take longer than a tiny run."""
+    for name in ("examples", "score_histogram", "curves"):
+        monkeypatch.setattr(figures, name, lambda *a, **k: None)
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +142,7 @@ def tiny(**settings):
     return configs.Autoencoder(**{**PRESETS["tiny"], **settings})
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_evaluate_only_reads_other_settings(finished, data):
     workdir, _ = finished
     before = json.loads((workdir / "metrics.json").read_text())
@@ -143,6 +153,7 @@ def test_evaluate_only_reads_other_settings(finished, data):
     assert after["train_seconds"] == before["train_seconds"]
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_the_threshold_is_the_percentile_of_good_residuals(finished, data):
     workdir, _ = finished
     config = tiny()
@@ -176,19 +187,26 @@ def test_maps_of_one_network_share_its_work(data):
     assert convolutions("ssim", "l2") == convolutions("ssim") > 0
 
 
-def test_evaluating_half_a_run_does_not_finish_it(data, tmp_path):
-    config, class_ = tiny(), type("Stop", (Exception,), {})
-    with pytest.MonkeyPatch.context() as patch:
-        save = Checkpoints.save
+def run_until(step, config, data, workdir):
+    """A run that ends right after that step's checkpoint."""
+    stop, save = type("Stop", (Exception,), {}), Checkpoints.save
 
-        def stop(self, step, *arguments):
-            save(self, step, *arguments)
+    def stopping(self, now, *arguments):
+        save(self, now, *arguments)
+        if now == step:
             self.wait()
-            raise class_
+            raise stop
 
-        patch.setattr(Checkpoints, "save", stop)
-        with pytest.raises(class_):
-            study.run(config, data=str(data), workdir=tmp_path / "w")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", stopping)
+        with pytest.raises(stop):
+            study.run(config, data=str(data), workdir=workdir)
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_evaluating_half_a_run_does_not_finish_it(data, tmp_path):
+    config = tiny()
+    run_until(4, config, data, tmp_path / "w")
     half = study.run(config, data=str(data), workdir=tmp_path / "w", evaluate_only=True)
     assert (half["steps"], half["finished"]) == (4, False)
     whole = study.run(config, data=str(data), workdir=tmp_path / "w")
@@ -205,45 +223,50 @@ def test_large_and_mixed_images(data, tmp_path):
     params = autoencoder.initial_state(config, jax.random.key(0)).params
     image = np.random.default_rng(0).random((300, 160)).astype(np.float32)
     with pytest.MonkeyPatch.context() as patch:
-        whole = autoencoder.reconstruct(config, params, image)
+        whole = jax.jit(lambda p, x: autoencoder.reconstruct(config, p, x))(params, image)
         patch.setattr(autoencoder, "_TILES_ON_CPU", 10**6)
-        np.testing.assert_allclose(autoencoder.reconstruct(config, params, image), whole, atol=1e-6)
+        at_once = jax.jit(lambda p, x: autoencoder.reconstruct(config, p, x))(params, image)
+        np.testing.assert_allclose(at_once, whole, atol=1e-6)
     mapper = evaluation.Mapper({"l2": autoencoder.AutoencoderDetector(config, "l2")}, 2)
     images = [np.uint8(255 * image), np.uint8(255 * image[:40, :50]), np.uint8(255 * image[:40, :50])[::-1]]
     maps = mapper({"l2": params}, images, label="maps")["l2"]
     assert [m.shape for m in maps.raw] == [m.shape for m in maps.opened] == [i.shape for i in images]
+    residual = jax.jit(autoencoder.AutoencoderDetector(config, "l2").residual)
     for m, i in zip(maps.raw, images, strict=True):
-        expected = autoencoder.AutoencoderDetector(config, "l2").residual(params, i.astype(np.float32) / 255)
+        expected = residual(params, i.astype(np.float32) / 255)
         np.testing.assert_allclose(m, expected, atol=1e-5)
 
 
-def test_killed_runs_end_where_undisturbed_ones_do(data, tmp_path):
-    """SIGKILL in mid-run, twice, while images are read; the final parameters and the training record are, to the bit, those of an
-    undisturbed run with the images in memory."""
-    settings = (f"--data={data}", "--config.steps=60", "--config.checkpoint_every=4")
-    assert start(*settings, f"--workdir={tmp_path / 'a'}").returncode == 0
-    settings += ("--config.data_path=grain",)
-    for wanted in (8, 28):
-        process = subprocess.Popen(
-            command(*settings, f"--workdir={tmp_path / 'b'}"),
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        deadline = time.monotonic() + 200
-        while not (tmp_path / "b" / "checkpoints" / f"step_{wanted}").exists() and time.monotonic() < deadline:
-            assert process.poll() is None
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)  # the pipe stays open while a process that reads images is left
-        assert process.returncode == -signal.SIGKILL
-        assert not (tmp_path / "b" / "metrics.json").exists()
-    resumed = start(*settings, f"--workdir={tmp_path / 'b'}")
-    assert resumed.returncode == 0, resumed.stderr
+@pytest.mark.usefixtures("without_pictures")
+def test_killed_runs_end_where_undisturbed_ones_do(data, tmp_path, monkeypatch):
+    """SIGKILL in mid-run, while processes read images, and an exception later on; the final parameters and the training record
+    are, to the bit, those of an undisturbed run with the images in memory."""
+    config = tiny(steps=40, checkpoint_every=4)
+    study.run(config, data=str(data), workdir=tmp_path / "a")
+    settings = ("--config.steps=40", "--config.checkpoint_every=4", "--config.data_path=grain")
+    process = subprocess.Popen(
+        command(*settings, f"--data={data}", f"--workdir={tmp_path / 'b'}"),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "b" / "checkpoints" / "step_8").exists() and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)  # the pipe stays open while a process that reads images is left
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "b" / "metrics.json").exists()
+    monkeypatch.setattr(stored, "_workers", lambda: 0)  # processes take seconds to start
+    config = dataclasses.replace(config, data_path="grain")
+    run_until(36, config, data, tmp_path / "b")
+    assert not (tmp_path / "b" / "metrics.json").exists()
+    study.run(config, data=str(data), workdir=tmp_path / "b")
     ends = []
     for name in ("a", "b"):
         with Checkpoints(tmp_path / name / "checkpoints") as kept:
-            assert kept.latest() == 60
+            assert kept.latest() == 40
             ends.append(kept.restore(autoencoder.initial_state(tiny(), jax.random.key(0)))[0])
     jax.tree.map(np.testing.assert_array_equal, *ends)
     assert (tmp_path / "a" / "train.csv").read_text() == (tmp_path / "b" / "train.csv").read_text()
@@ -285,13 +308,13 @@ def test_wrong_flags(arguments, said):
     sentence(start(*arguments), *said)
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_full_disk_loses_nothing(finished, data, tmp_path):
     """A limit on file size stands in for a full disk: the parameters do not fit, what is there stays whole."""
     result = start(f"--data={data}", f"--workdir={tmp_path / 'w'}", "--compilation_cache=", shell_limit="ulimit -f 40")
     sentence(result, "cannot be written", status=1)
     assert not (tmp_path / "w" / "metrics.json").exists()
-    again = start(f"--data={data}", f"--workdir={tmp_path / 'w'}")
-    assert again.returncode == 0, again.stderr
+    study.run(tiny(), data=str(data), workdir=tmp_path / "w")
     a, b = (json.loads((w / "metrics.json").read_text())["images"] for w in (finished[0], tmp_path / "w"))
     assert a == b
 
@@ -336,6 +359,7 @@ def test_a_workdir_of_another_run(finished, data, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_images_that_changed_under_a_run(data, tmp_path):
     import shutil
 
