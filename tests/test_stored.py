@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import multiprocessing
+import os
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from steel_ad.config import Autoencoder
 from steel_ad.data import datasets, folders, patches, stored
 from steel_ad.detectors import autoencoder
 from steel_ad.errors import InputError
+from steel_ad.ops import convolution
 from steel_ad.studies import evaluation
 from steel_ad.train import loop, state, step
 
@@ -57,6 +59,18 @@ def here(monkeypatch):
     monkeypatch.setattr(stored, "_workers", lambda: 0)
 
 
+@pytest.fixture
+def own_code(monkeypatch):
+    """The code that XLA makes by default: its older emitters, with which the suite compiles, round what they fuse otherwise."""
+    options = convolution.cpu_compiler_options() or {}
+    if "fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
+        options = {**options, "xla_cpu_use_fusion_emitters": True}
+    monkeypatch.setattr(step, "cpu_compiler_options", lambda: options or None)
+    autoencoder._step.cache_clear()
+    yield
+    autoencoder._step.cache_clear()
+
+
 def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
@@ -66,6 +80,7 @@ def trained(config, images, **options):
     return autoencoder.train(config, images, on_step=lambda s, row: rows.append((s, row)), **options), rows
 
 
+@pytest.mark.usefixtures("own_code")
 def test_worker_processes_give_the_steps_of_images_in_memory(files, images, monkeypatch):
     """To the bit: parameters, and the losses on the way; two processes for four batches, one for the last one."""
     monkeypatch.setattr(stored, "_workers", lambda: 2)
@@ -105,7 +120,7 @@ def test_the_stream_depends_on_the_step_alone(files, images, monkeypatch):
         np.testing.assert_array_equal(np.concatenate(read), [expected(s) for s in range(first, 7)])
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("here", "own_code")
 def test_resumed_training_is_that_of_images_in_memory(files, images):
     whole = autoencoder.train(TINY, patches.stack(images))
     half = []
