@@ -1,7 +1,6 @@
 """The binary as a user meets it: a run, resuming, evaluating again, and everything that can be wrong."""
 
 import csv
-import dataclasses
 import json
 import os
 import signal
@@ -240,8 +239,9 @@ def test_large_and_mixed_images(data, tmp_path):
 @pytest.mark.usefixtures("without_pictures")
 def test_killed_runs_end_where_undisturbed_ones_do(data, tmp_path, monkeypatch):
     """SIGKILL in mid-run, while processes read images, and an exception later on; the final parameters and the training record
-    are, to the bit, those of an undisturbed run with the images in memory."""
-    config = tiny(steps=40, checkpoint_every=4)
+    are, to the bit, those of an undisturbed run."""
+    monkeypatch.setattr(stored, "_workers", lambda: 0)  # processes take seconds to start
+    config = tiny(steps=40, checkpoint_every=4, data_path="grain")
     study.run(config, data=str(data), workdir=tmp_path / "a")
     settings = ("--config.steps=40", "--config.checkpoint_every=4", "--config.data_path=grain")
     process = subprocess.Popen(
@@ -258,8 +258,6 @@ def test_killed_runs_end_where_undisturbed_ones_do(data, tmp_path, monkeypatch):
     process.communicate(timeout=60)  # the pipe stays open while a process that reads images is left
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "b" / "metrics.json").exists()
-    monkeypatch.setattr(stored, "_workers", lambda: 0)  # processes take seconds to start
-    config = dataclasses.replace(config, data_path="grain")
     run_until(36, config, data, tmp_path / "b")
     assert not (tmp_path / "b" / "metrics.json").exists()
     study.run(config, data=str(data), workdir=tmp_path / "b")
