@@ -21,6 +21,7 @@ from steel_ad.data import datasets, defects, patches, plates
 from steel_ad.detectors import segmentation
 from steel_ad.detectors.segmentation import Samples
 from steel_ad.errors import InputError
+from steel_ad.report import figures
 from steel_ad.studies import segmentation as study
 from steel_ad.train.checkpoint import Checkpoints
 from steel_ad.train.state import create
@@ -275,6 +276,7 @@ def test_segmentation_binary(data, tmp_path):
     arguments = (f"--data={data / 'line'}", f"--defects={data / 'defects'}", f"--workdir={tmp_path / 'w'}")
     result = start("segmentation", *arguments)
     assert result.returncode == 0, result.stderr
+    assert "image_tpr  image_tnr" in result.stdout
     record = json.loads((tmp_path / "w" / "metrics.json").read_text())
     assert set(record["maps"]) == {"segmentation", "classification"}
     assert set(record["maps"]["classification"]) == IMAGE_KEYS
@@ -287,12 +289,13 @@ def test_segmentation_binary(data, tmp_path):
     again = start("segmentation", *arguments, f"--beside={tmp_path / 'w'}")
     assert "finished already" in again.stdout
     assert (tmp_path / "w" / "figures" / "predictions.png").exists(), again.stderr
-    other = start("segmentation", *arguments, "--config.width=4")
-    assert other.returncode == 2
-    assert "width" in other.stderr
-    assert "Traceback" not in other.stderr
+    given = {"data": str(data / "line"), "defects_from": str(data / "defects"), "workdir": tmp_path / "w"}
+    with pytest.raises(InputError, match=r"another config.*width") as error:
+        study.run(tiny(width=4), **given)
+    assert error.value.status == 2
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_dagm_layout_trains_and_tests(tmp_path, good):
     """Images of the folders themselves, defective ones where `Label` has a mask, in training too."""
     root = tmp_path / "Class1"
@@ -306,10 +309,8 @@ def test_dagm_layout_trains_and_tests(tmp_path, good):
             assert cv2.imwrite(str(root / part / f"{i:04d}.PNG"), marked)
             if i in bad:
                 assert cv2.imwrite(str(root / part / "Label" / f"{i:04d}_label.PNG"), label)
-    result = start("segmentation", f"--data={root}", f"--workdir={tmp_path / 'w'}")
-    assert result.returncode == 0, result.stderr
-    assert "image_tpr  image_tnr" in result.stdout
-    record = json.loads((tmp_path / "w" / "metrics.json").read_text())
+    record = study.run(tiny(), data=str(root), defects_from="", workdir=tmp_path / "w")
+    assert set(record["maps"]) == {"segmentation", "classification"}
     assert record["images"] == {"train": 3, "validation": 1, "test": 6}
     used = json.loads((tmp_path / "w" / "defects.json").read_text())
     assert [row["source"] for row in used] == ["defect/0001.PNG", "defect/0004.PNG"]
@@ -348,7 +349,14 @@ def few_defects(monkeypatch):
     monkeypatch.setattr(study, "_PROCEDURAL_DEFECTS", 24)
 
 
-@pytest.mark.usefixtures("few_defects")
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """Of the evaluation; the binaries' runs have them, and they take longer than a tiny run."""
+    for name in ("training_curve", "examples", "score_histogram", "curves"):
+        monkeypatch.setattr(figures, name, lambda *a, **k: None)
+
+
+@pytest.mark.usefixtures("few_defects", "without_pictures")
 def test_stage_1_is_what_it_was_after_stage_2(data, tmp_path):
     given = {"data": str(data / "line"), "defects_from": "procedural", "workdir": tmp_path / "w"}
     with pytest.MonkeyPatch.context() as patch:
@@ -366,7 +374,7 @@ def test_stage_1_is_what_it_was_after_stage_2(data, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(evaluated[0][0]), segmentation.variables(stage_1))
 
 
-@pytest.mark.usefixtures("few_defects")
+@pytest.mark.usefixtures("few_defects", "without_pictures")
 def test_interrupted_transfer_ends_as_an_undisturbed_one_and_adapts_to_the_target(data, good, tmp_path):
     (tmp_path / "target" / "train" / "good").mkdir(parents=True)
     for i, image in enumerate(good):
@@ -454,6 +462,7 @@ def test_one_picture_in_two_file_formats_is_one_source(data, tmp_path):
         defects.check_disjoint(library, test)
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_labelled_data_trains_without_defects_from_elsewhere(good, data, tmp_path):
     marked = good[1].copy()
     marked[20:40, 20:40] = 255
