@@ -74,6 +74,7 @@ def finished(data, tmp_path_factory):
     return workdir, run
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_runs_side_by_side_give_what_each_gives_alone(finished, data, tmp_path):
     workdir, result = finished
     # Both are under way before either is finished, and neither shows a bar of its own.
@@ -111,6 +112,7 @@ def test_the_binary_runs_a_study(finished, data):
     assert rows[0]["run"].endswith("seed=0")
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_nothing_is_trained_twice_and_other_studies_share_the_runs(finished, data, monkeypatch):
     workdir, _ = finished
     before = results.read(workdir / "results.csv")
