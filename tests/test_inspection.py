@@ -601,7 +601,8 @@ def test_tiles_of_a_strip_see_its_surroundings_and_are_the_same_in_every_cut():
         starts = [np.minimum(np.arange(0, n, tile), max(0, n - tile)) for n in (height, 50)]
         size = tile + 2 * halo
         windows = [np.clip(s - halo, 0, max(0, n - size)) for s, n in zip(starts, (height, 50), strict=True)]
-        for cut in ([image], np.split(image, height), np.split(image, [height // 3])):
+        cuts = [np.sort(rng.integers(0, height + 1, n)) for n in rng.integers(1, 30, 18)]
+        for cut in ([image], np.split(image, height), *(np.split(image, at) for at in cuts)):
             found = list(tiles.bands(cut, tile=tile, halo=halo))
             assert [b.top for b in found] == list(range(0, height, tile))
             for band, row, top in zip(found, starts[0], windows[0], strict=True):
