@@ -1108,6 +1108,9 @@ def test_a_changed_journal_is_believed_up_to_the_change(model, whole, tmp_path, 
         ("calibration.json", {"scores": 3}),
         ("calibration.json", {"brightness": [[1]]}),
         ("calibration.json", {"groups": None}),
+        ("calibration.json", {"lattice": []}),
+        ("calibration.json", {"lattice": ""}),
+        ("calibration.json", {"lattice": [[1, float("inf")], [0, 1]]}),
     ],
 )
 def test_a_damaged_record_is_named(model, whole, tmp_path, name, change):

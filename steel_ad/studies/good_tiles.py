@@ -59,6 +59,11 @@ def limit(
         known = {"made_of": made_of, **found}
         files.write_json(path, known)
     with files.understood(path, "delete it and run again"):
+        if known["lattice"] is not None:
+            vectors = np.array(known["lattice"], np.float64)
+            if vectors.shape != (2, 2) or not np.isfinite(vectors).all():
+                raise ValueError("no lattice")
+            known["lattice"] = vectors.tolist()
         looks = (*drift.LOOKS, *(drift.PITCHES if known["lattice"] else ()))
         # No pitch, NaN, is null in the file.
         found = {k: np.array([np.nan if v is None else float(v) for v in known[k]]) for k in ("scores", *looks)}
@@ -66,8 +71,6 @@ def limit(
             known[k] = int(known[k])
         if np.isnan(found["scores"]).any():
             raise ValueError("a score is none")
-        if known["lattice"] and np.shape(np.array(known["lattice"], np.float64)) != (2, 2):
-            raise ValueError("no lattice")
     scores = found.pop("scores")
     good_tiles = {"score": scores, **found}
     record = {k: v for k, v in known.items() if k not in ("made_of", "scores", "lattice", *looks)}
