@@ -249,6 +249,11 @@ def test_a_plate_smaller_than_a_tile_has_no_promise(model, plates_64, tmp_path):
     with pytest.raises(InputError, match=r"less than a tile"):
         inspect(model, tmp_path / "in" / "b.png", tmp_path / "out")
     assert inspect(model, tmp_path / "in", tmp_path / "out", good="", threshold=2.0)["tiles"] == 6
+    # What is no image at all is named instead, with a promise too.
+    (tmp_path / "in" / "b.png").write_bytes(b"no image")
+    found = inspect(model, tmp_path / "in", tmp_path / "promised")
+    assert found["tiles"] == 4
+    assert [s.partition("/in/")[2][:5] for s in found["unread"]] == ["b.png"]
 
 
 def test_files_are_known_by_more_than_name_and_size(model, plates_64, strip, tmp_path):

@@ -102,7 +102,11 @@ def run(
         return _finished(out / "summary.json")
     for s in strips if good and not watched else ():
         if s.single:
-            _check_size(s.paths[0], folders.image_shape(s.paths[0]), config.tile_px)
+            try:
+                shape = folders.image_shape(s.paths[0])
+            except InputError:  # it is named in its turn
+                continue
+            _check_size(s.paths[0], shape, config.tile_px)
     view = View(detector, config)
     limit = good_tiles.limit(config, detector, view, good, calibrate_on, settings, out)
     # Not before the calibration, so that after a refusal another rate may be asked for in the same place.
