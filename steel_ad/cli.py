@@ -139,6 +139,9 @@ def _parse(argv: Sequence[str], commands: Sequence[str] = ()) -> list[str]:
         reason = str(error)
         if "Traceback" in reason:
             reason = reason.strip().splitlines()[-1].partition(": ")[2]
+        if isinstance(error, (AttributeError, KeyError)):  # an override of what is no setting
+            name, _, hint = reason.replace("\\n", " ").strip("'\"").partition("Did you mean")
+            reason = f"--config has no setting {name.strip()}" + (f": did you mean{hint}" if hint else "")
         _fail(f"{reason}; --help lists the flags", 2)
     if commands:
         given = " ".join(rest[1:])

@@ -290,7 +290,7 @@ def sentence(result, *said, status=2):
     ("arguments", "said"),
     [
         (["--wrokdir=x"], ["wrokdir"]),
-        (["--config.lss=l2"], ["lss"]),
+        (["--config.lss=l2"], ["--config has no setting lss: did you mean"]),
         (["--config.latent=many"], ["latent"]),
         (["--config.latent=0"], ["latent=0", "at least 1"]),
         (["--config.seed=-1"], ["seed=-1"]),
