@@ -27,6 +27,9 @@ _CACHE = flags.DEFINE_string(
     str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "steel_ad" / "xla"),
     "Folder in which compiled programs are kept from run to run; empty: none are.",
 )
+_NATIVE = flags.DEFINE_bool(
+    "native", True, "On CPU, convolutions compiled once for this machine where it has a C++ compiler; no: XLA's."
+)
 
 
 def run(main: Callable[..., int | None], commands: Sequence[str] = ()) -> None:
@@ -167,6 +170,10 @@ def _fail(message: str, status: int) -> None:
 def _guarded(main: Callable[[], int | None]) -> None:
     keep_freed_memory()
     use_compilation_cache(_CACHE.value)
+    if _NATIVE.value:
+        from steel_ad import native
+
+        native.enable(_CACHE.value)
     sys.excepthook, sys.unraisablehook = (
         without_closed_loops(sys.excepthook),
         without_closed_loops(sys.unraisablehook),

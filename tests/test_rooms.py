@@ -33,6 +33,7 @@ ROOMS = [
     ["steel_ad.progress"],
     ["steel_ad.parallel"],
     ["steel_ad.config"],
+    ["steel_ad.native"],
     ["steel_ad.errors", "steel_ad.__init__"],
 ]
 SOURCES = [p for folder in ("experiments", "configs", "steel_ad") for p in sorted((ROOT / folder).rglob("*.py"))]

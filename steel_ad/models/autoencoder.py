@@ -27,12 +27,12 @@ class Autoencoder(nn.Module):
     def __call__(self, x: Array) -> Array:
         if x.shape[1] != x.shape[2] or x.shape[1] % 16:
             raise ValueError(f"patches must be square with a side that is a multiple of 16, not {x.shape[1:3]}")
-        halve = functools.partial(layers.Halve, dtype=self.dtype)
-        double = functools.partial(layers.Double, dtype=self.dtype)
-        same = functools.partial(layers.Same, dtype=self.dtype)
+        halve = functools.partial(layers.Halve, slope=0.2, dtype=self.dtype)
+        double = functools.partial(layers.Double, slope=0.2, dtype=self.dtype)
+        same = functools.partial(layers.Same, slope=0.2, dtype=self.dtype)
         size = x.shape[1] // 16
         for layer in (halve(32), halve(32), same(32), halve(64), same(64), halve(128), same(64), same(32)):
-            x = nn.leaky_relu(layer(x), 0.2)
+            x = layer(x)
         x = layers.Collapse(self.latent, dtype=self.dtype)(x)
         x = nn.leaky_relu(layers.Expand(32, size, dtype=self.dtype)(x), 0.2)
         for layer in (  # type: ignore[assignment]
@@ -44,5 +44,5 @@ class Autoencoder(nn.Module):
             same(32),
             double(32),
         ):
-            x = nn.leaky_relu(layer(x), 0.2)
-        return nn.sigmoid(double(1, gain=1.0)(x).astype(jnp.float32))
+            x = layer(x)
+        return nn.sigmoid(double(1, slope=1.0, gain=1.0)(x).astype(jnp.float32))

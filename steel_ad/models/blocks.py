@@ -200,6 +200,8 @@ class ConvNormRelu(nn.Module):
             x = x @ kernel[0, 0]
         elif self.size >= 7 and self.stride == 1:
             x = large(x, kernel)
+        elif self.stride == 1:
+            x = convolution.same(x, kernel)
         else:
             strides = (self.stride, self.stride)
             x = lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=_DIMENSIONS)

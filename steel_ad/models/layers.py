@@ -1,4 +1,7 @@
-"""Layers over `ops.convolution`, with the plain parameter layout of a Conv or ConvTranspose: `kernel` and `bias`."""
+"""Layers over `ops.convolution`, with the plain parameter layout of a Conv or ConvTranspose: `kernel` and `bias`.
+
+`slope` is that of a leaky ReLU applied to a layer's result; 1: it is linear.
+"""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,18 +15,20 @@ class Halve(nn.Module):
     """4x4 convolution of stride 2: `[b, h, w, i]` -> `[b, h / 2, w / 2, features]`."""
 
     features: int
+    slope: float = 1.0
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel, bias = _parameters(self, (4, 4, x.shape[-1], self.features), fan_in=16 * x.shape[-1])
-        return convolution.add_bias(convolution.halve(x.astype(self.dtype), kernel), bias)
+        return convolution.halve(x.astype(self.dtype), kernel, bias, self.slope)
 
 
 class Double(nn.Module):
     """4x4 transposed convolution of stride 2: `[b, h, w, i]` -> `[b, 2 h, 2 w, features]`."""
 
     features: int
+    slope: float = 1.0
     gain: float = 2.0
     dtype: jnp.dtype = jnp.float32
 
@@ -31,19 +36,20 @@ class Double(nn.Module):
     def __call__(self, x: Array) -> Array:
         # An output pixel meets 4 of the 16 kernel elements.
         kernel, bias = _parameters(self, (4, 4, x.shape[-1], self.features), 4 * x.shape[-1], self.gain)
-        return convolution.add_bias(convolution.double(x.astype(self.dtype), kernel), bias)
+        return convolution.double(x.astype(self.dtype), kernel, bias, self.slope)
 
 
 class Same(nn.Module):
     """3x3 convolution of stride 1: `[b, h, w, i]` -> `[b, h, w, features]`."""
 
     features: int
+    slope: float = 1.0
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel, bias = _parameters(self, (3, 3, x.shape[-1], self.features), fan_in=9 * x.shape[-1])
-        return convolution.add_bias(convolution.same(x.astype(self.dtype), kernel), bias)
+        return convolution.same(x.astype(self.dtype), kernel, bias, self.slope)
 
 
 class Collapse(nn.Module):

@@ -25,7 +25,7 @@ class Upsample(nn.Module):
         x = x.astype(self.dtype)
         if self.kind == "nearest":
             kernel, bias = blocks.parameters(self, (3, 3, x.shape[-1], self.features), self.dtype, gain=1.0)
-            return convolution.add_bias(convolution.same(blocks.repeat(x), kernel), bias)
+            return convolution.same(blocks.repeat(x), kernel, bias)
         # An output pixel meets one of the four kernel elements.
         kernel, bias = blocks.parameters(self, (2, 2, x.shape[-1], self.features), self.dtype, gain=4.0)
         return convolution.add_bias(blocks.double(x, kernel), bias)

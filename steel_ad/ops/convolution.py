@@ -1,14 +1,19 @@
 """The autoencoder's convolutions, exact, in the form that the backend runs fast.
 
 XLA's CPU backend is slow on strided and on dilated convolutions and on their gradients. A 4x4 convolution of stride 2 is
-a 2x2 one over 2x2 blocks of its input; its transpose is a 2x2 one to 2x2 blocks of its output. Accelerators have kernels
-for the plain form.
-Kernels are always laid out `[kh, kw, in, out]` as `lax.conv_general_dilated` and `lax.conv_transpose` take them.
+a 2x2 one over 2x2 blocks of its input; its transpose is a 2x2 one to 2x2 blocks of its output. Where `steel_ad.native` is ready, its compiled form is faster than either.
+Accelerators have kernels for the plain form.
+Kernels are always laid out `[kh, kw, in, out]` as `lax.conv_general_dilated` and `lax.conv_transpose` take them. Where a
+bias `[1, 1, 1, out]` and the slope of a leaky ReLU are given, both are applied to the result.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
+from steel_ad import native
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
@@ -41,9 +46,51 @@ def _rewrite(form: str | None) -> bool:
     return form == "rewritten"
 
 
-def same(x: Array, kernel: Array) -> Array:
-    """Stride 1, "SAME" padding: `[b, h, w, i]`, `[kh, kw, i, o]` -> `[b, h, w, o]`."""
-    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=_DIMENSIONS)
+def same(x: Array, kernel: Array, bias: Array | None = None, slope: float = 1.0) -> Array:
+    """Stride 1, "SAME" padding: `[b, h, w, i]`, `[k, k, i, o]` -> `[b, h, w, o]`, k odd."""
+    if native.ready(x, kernel):
+        return _native(x, kernel, bias, "same", slope)
+    return _finish(lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=_DIMENSIONS), bias, slope)
+
+
+def _finish(y: Array, bias: Array | None, slope: float) -> Array:
+    y = y if bias is None else add_bias(y, bias)
+    return y if slope == 1.0 else jax.nn.leaky_relu(y, slope)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _native(x: Array, kernel: Array, bias: Array | None, kind: str, slope: float) -> Array:
+    offset = None if bias is None else bias.reshape(-1)
+    if kind != "double":
+        return native.convolve(x, kernel, offset, stride=1 if kind == "same" else 2, slope=slope)
+    if kernel.shape[3] == 1:  # vectors of output channels would be all but empty
+        return _finish(_overlap_add(x, kernel), bias, slope)
+    return native.double(x, kernel, offset, slope=slope)
+
+
+def _native_forward(x: Array, kernel: Array, bias: Array | None, kind: str, slope: float):
+    y = _native(x, kernel, bias, kind, slope)
+    return y, (x, kernel, bias, None if slope == 1.0 else y)
+
+
+def _native_backward(kind: str, slope: float, saved, g: Array) -> tuple[Array, Array, Array | None]:
+    # The leaky ReLU's derivative is known from its results, and is multiplied in while gradients are read.
+    x, kernel, bias, y = saved
+    adjoint = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
+    if kind == "halve":
+        of_x = native.double(g, adjoint, None, slope=slope, of=y)
+    else:
+        of_x = native.convolve(g, adjoint, None, stride=1 if kind == "same" else 2, slope=slope, of=y)
+    stride = 1 if kind == "same" else 2
+    if kind == "double":  # the transpose of a strided convolution of g with the adjoint, of which x is the gradient
+        of_adjoint, of_bias = native.filter_gradient(g, x, 4, stride=2, slope=slope, of=y, exchanged=True)
+        of_kernel = of_adjoint[::-1, ::-1].transpose(0, 1, 3, 2)
+    else:
+        of_kernel, of_bias = native.filter_gradient(x, g, kernel.shape[0], stride=stride, slope=slope, of=y)
+    return of_x, of_kernel, None if bias is None else of_bias.reshape(bias.shape)
+
+
+_native.defvjp(_native_forward, _native_backward)
 
 
 def space_to_depth(x: Array) -> Array:
@@ -58,31 +105,39 @@ def depth_to_space(x: Array) -> Array:
     return x.reshape(b, h, w, 2, 2, c // 4).transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, c // 4)
 
 
-def halve(x: Array, kernel: Array, *, form: str | None = None) -> Array:
+def halve(
+    x: Array, kernel: Array, bias: Array | None = None, slope: float = 1.0, *, form: str | None = None
+) -> Array:
     """4x4, stride 2, padding 1: `[b, h, w, i]`, `[4, 4, i, o]` -> `[b, h / 2, w / 2, o]`, h and w even.
 
     Raises:
       ValueError: an odd side, another kernel size, or an unknown form.
     """
     _check(x, kernel, even=True)
+    if form is None and native.ready(x, kernel):
+        return _native(x, kernel, bias, "halve", slope)
     if not _rewrite(form):
-        return lax.conv_general_dilated(x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=_DIMENSIONS)
+        y = lax.conv_general_dilated(x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=_DIMENSIONS)
+        return _finish(y, bias, slope)
     i, o = kernel.shape[2:]
     blocks = space_to_depth(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))))
     kernel = kernel.reshape(2, 2, 2, 2, i, o).transpose(0, 2, 1, 3, 4, 5).reshape(2, 2, 4 * i, o)
-    return lax.conv_general_dilated(blocks, kernel, (1, 1), "VALID", dimension_numbers=_DIMENSIONS)
+    y = lax.conv_general_dilated(blocks, kernel, (1, 1), "VALID", dimension_numbers=_DIMENSIONS)
+    return _finish(y, bias, slope)
 
 
-def double(x: Array, kernel: Array, *, form: str | None = None) -> Array:
+def double(
+    x: Array, kernel: Array, bias: Array | None = None, slope: float = 1.0, *, form: str | None = None
+) -> Array:
     """`lax.conv_transpose(x, kernel, (2, 2), "SAME")` of a 4x4 kernel: `[b, h, w, i]` -> `[b, 2 h, 2 w, o]`.
 
     Raises:
       ValueError: another kernel size, or an unknown form.
     """
     _check(x, kernel, even=False)
-    if not _rewrite(form):
-        return _plain_double(x, kernel)
-    return _double_on_cpu(x, kernel)
+    if form is None and native.ready(x, kernel):
+        return _native(x, kernel, bias, "double", slope)
+    return _finish(_double_on_cpu(x, kernel) if _rewrite(form) else _plain_double(x, kernel), bias, slope)
 
 
 def _plain_double(x: Array, kernel: Array) -> Array:

@@ -1,0 +1,444 @@
+// Convolutions of float32 images, channels last, as XLA custom calls: forward, to twice the size, and filter gradients.
+//
+// A tile of P output pixels by V vectors of output channels stays in registers while it runs over the kernel: every weight
+// vector that is loaded serves P pixels, every input value that is broadcast serves V vectors. For a row of the kernel,
+// its columns and the input channels are one contiguous run of the padded input, so the innermost loop knows nothing of
+// either. Filter gradients are the same with pixels and channels exchanged. Bias and leaky ReLU, and the latter's
+// derivative in the gradients, are applied while values are in registers or being copied anyway.
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRegisters = 32;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4, kRegisters = 32;
+#else
+constexpr int kLanes = 4, kRegisters = 16;
+#endif
+
+using Vec = float __attribute__((vector_size(kLanes * sizeof(float))));
+using Unaligned = float __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
+
+inline Vec Load(const float* a) { return *reinterpret_cast<const Unaligned*>(a); }
+inline void Store(float* a, Vec v) { *reinterpret_cast<Unaligned*>(a) = v; }
+
+constexpr int kVectors = 2;                         // most vectors of output channels in a tile
+constexpr int kPixels[] = {0, kRegisters == 32 ? 14 : 12, kRegisters / 2 - 2};  // most pixels of a tile of one and two vectors
+constexpr int kTaps = kRegisters == 32 ? 12 : 6;    // most rows of a filter gradient in a tile
+constexpr int kBandPixels = 128;                    // output pixels of a band, whose input is copied and stays in caches
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls f(0) to f(n - 1) on the calling thread and those of the pool that are free.
+template <typename F>
+void ParallelFor(ffi::ThreadPool& pool, int64_t n, F f) {
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+    int64_t n;
+    F f;
+    State(int64_t n, F f) : n(n), f(f) {}
+    void Run() {
+      for (int64_t i; (i = next.fetch_add(1)) < n;) {
+        f(i);
+        done.fetch_add(1);
+      }
+    }
+  };
+  // A task that starts late finds nothing left to do and touches the state alone, so nobody waits for it.
+  auto state = std::make_shared<State>(n, f);
+  for (int64_t t = std::min(pool.num_threads(), n); t > 1; --t) pool.Schedule([state] { state->Run(); });
+  state->Run();
+  while (state->done.load() < n) std::this_thread::yield();
+}
+
+float* Scratch(int which, size_t size) {
+  thread_local std::vector<float> buffers[2];
+  if (buffers[which].size() < size) buffers[which].resize(size);
+  return buffers[which].data();
+}
+
+struct Image {
+  const float* data;
+  const float* activated;  // null, or the leaky ReLU's results whose derivative multiplies `data`
+  float slope;
+  int64_t height, width, channels;
+};
+
+// `n` values, times the derivative of the leaky ReLU.
+inline void CopyRun(const Image& x, int64_t offset, int64_t n, float* __restrict to) {
+  const float* __restrict from = x.data + offset;
+  if (!x.activated) {
+    std::memcpy(to, from, n * sizeof(float));
+    return;
+  }
+  const float* __restrict of = x.activated + offset;
+  const float slope = x.slope;
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i] * (of[i] >= 0.0f ? 1.0f : slope);
+}
+
+// Adds `n` pixels of `channels` values each to `sum`.
+inline void AddPixels(const float* __restrict from, int64_t n, int64_t channels, float* __restrict sum) {
+  for (int64_t p = 0; p < n; ++p)
+    for (int64_t c = 0; c < channels; ++c) sum[c] += from[p * channels + c];
+}
+
+// Rows `top` to `top + rows - 1` and columns `left` to `left + columns - 1` of image `b`, zero outside of it.
+void CopyPadded(const Image& x, int64_t b, int64_t top, int64_t rows, int64_t left, int64_t columns, float* to) {
+  int64_t c = x.channels, first = std::max<int64_t>(0, -left), last = std::min(columns, x.width - left);
+  for (int64_t r = 0; r < rows; ++r, to += columns * c) {
+    int64_t y = top + r;
+    if (y < 0 || y >= x.height) {
+      std::memset(to, 0, columns * c * sizeof(float));
+      continue;
+    }
+    std::memset(to, 0, first * c * sizeof(float));
+    CopyRun(x, ((b * x.height + y) * x.width + left + first) * c, (last - first) * c, to + first * c);
+    std::memset(to + last * c, 0, (columns - last) * c * sizeof(float));
+  }
+}
+
+// ---- Forward ----
+
+struct Tile {
+  const float* x;         // of the first pixel, padded
+  int64_t row, step;      // floats between two rows of the kernel, and between two output pixels, in x
+  int64_t rows, run;      // of the kernel: rows, and columns times channels
+  const float* weights;   // packed, [rows, run, V * kLanes]
+  const float* bias;      // padded, or null
+  float slope;
+  float* out;
+  int64_t out_step;       // floats between two output pixels
+  int64_t channels;       // that are there to be written, at most V * kLanes
+};
+
+template <int P, int V>
+void RunTile(const Tile& t) {
+  Vec acc[P][V];
+#pragma GCC unroll 32
+  for (int p = 0; p < P; ++p)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) acc[p][v] = t.bias ? Load(t.bias + v * kLanes) : Vec{};
+  const float* w = t.weights;
+  const int64_t step = t.step;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const float* x = t.x + r * t.row;
+    for (int64_t j = 0; j < t.run; ++j, ++x, w += V * kLanes) {
+      Vec weight[V];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) weight[v] = Load(w + v * kLanes);
+#pragma GCC unroll 32
+      for (int p = 0; p < P; ++p) {
+        float value = x[p * step];
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) acc[p][v] += value * weight[v];
+      }
+    }
+  }
+#pragma GCC unroll 32
+  for (int p = 0; p < P; ++p) {
+    float* out = t.out + p * t.out_step;
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      Vec y = acc[p][v];
+      if (t.slope != 1.0f) y = y >= 0.0f ? y : t.slope * y;
+      int64_t left = t.channels - v * kLanes;
+      if (left >= kLanes)
+        Store(out + v * kLanes, y);
+      else if (left > 0)
+        std::memcpy(out + v * kLanes, &y, left * sizeof(float));
+    }
+  }
+}
+
+using TileFunction = void (*)(const Tile&);
+
+template <int V, int... P>
+constexpr auto TileTable(std::integer_sequence<int, P...>) {
+  return std::array<TileFunction, sizeof...(P)>{&RunTile<P + 1, V>...};
+}
+constexpr auto kTilesOfOne = TileTable<1>(std::make_integer_sequence<int, kPixels[1]>());
+constexpr auto kTilesOfTwo = TileTable<2>(std::make_integer_sequence<int, kPixels[2]>());
+
+// Output pixels of one row in tiles of nearly the same width.
+void RunRow(Tile t, int vectors, int64_t pixels) {
+  int64_t tiles = CeilDiv(pixels, kPixels[vectors]);
+  for (int64_t n = 0; n < tiles; ++n) {
+    int64_t p = pixels / tiles + (n < pixels % tiles);
+    (vectors == 1 ? kTilesOfOne.data() : kTilesOfTwo.data())[p - 1](t);
+    t.x += p * t.step;
+    t.out += p * t.out_step;
+  }
+}
+
+struct Block {
+  int64_t channel;  // the first of its output channels
+  int vectors;
+  int64_t offset;   // floats before it in the packed weights, for one row of [run]
+};
+
+std::vector<Block> Blocks(int64_t channels) {
+  std::vector<Block> blocks;
+  for (int64_t c = 0; c < channels;) {
+    int vectors = channels - c > kLanes ? kVectors : 1;
+    blocks.push_back({c, vectors, c});
+    c += vectors * kLanes;
+  }
+  return blocks;
+}
+
+int64_t Padded(int64_t channels) { return CeilDiv(channels, kLanes) * kLanes; }
+
+// Weights `[rows, run, channels]`, of which rows and columns are chosen by `at(row, column)`, block after block.
+template <typename At>
+void Pack(const std::vector<Block>& blocks, int64_t rows, int64_t columns, int64_t in, int64_t out, At at, float* to) {
+  for (const Block& block : blocks) {
+    int64_t width = block.vectors * kLanes, there = std::min(width, out - block.channel);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t s = 0; s < columns; ++s) {
+        const float* from = at(r, s) + block.channel;
+        for (int64_t i = 0; i < in; ++i, from += out, to += width) {
+          std::memcpy(to, from, there * sizeof(float));
+          std::memset(to + there, 0, (width - there) * sizeof(float));
+        }
+      }
+  }
+}
+
+std::vector<float> PaddedBias(const float* bias, int64_t size, int64_t channels) {
+  std::vector<float> padded(size ? Padded(channels) : 0, 0.0f);
+  std::copy(bias, bias + size, padded.begin());
+  return padded;
+}
+
+using Buffer = ffi::Buffer<ffi::F32>;
+using Result = ffi::Result<Buffer>;
+
+Image ImageOf(const Buffer& x, const Buffer& activated, float slope) {
+  auto d = x.dimensions();
+  return {x.typed_data(), activated.element_count() ? activated.typed_data() : nullptr, slope, d[1], d[2], d[3]};
+}
+
+int64_t BandRows(int64_t height, int64_t width) { return std::min(height, CeilDiv(kBandPixels, width)); }
+
+ffi::Error Convolve(ffi::ThreadPool pool, Buffer x, Buffer activated, Buffer weights, Buffer bias, int64_t stride,
+                    int64_t padding, float slope, Result y) {
+  const Image image = ImageOf(x, activated, slope);
+  auto k = weights.dimensions(), d = y->dimensions();
+  const int64_t kh = k[0], kw = k[1], in = k[2], out = k[3], height = d[1], width = d[2];
+  const auto blocks = Blocks(out);
+  const float* w = weights.typed_data();
+  std::vector<float> packed;
+  if (blocks.size() > 1 || out % kLanes) {
+    packed.resize(kh * kw * in * Padded(out));
+    Pack(blocks, kh, kw, in, out, [&](int64_t r, int64_t s) { return w + (r * kw + s) * in * out; }, packed.data());
+    w = packed.data();
+  }
+  const auto offsets = PaddedBias(bias.typed_data(), bias.element_count(), out);
+  const float after = image.activated ? 1.0f : slope;
+  const int64_t band = BandRows(height, width), bands = CeilDiv(height, band), columns = (width - 1) * stride + kw;
+  ParallelFor(pool, d[0] * bands, [&](int64_t item) {
+    int64_t b = item / bands, first = item % bands * band, rows = std::min(band, height - first);
+    int64_t padded_rows = (rows - 1) * stride + kh;
+    float* scratch = Scratch(0, padded_rows * columns * in);
+    CopyPadded(image, b, first * stride - padding, padded_rows, -padding, columns, scratch);
+    for (const Block& block : blocks)
+      for (int64_t r = 0; r < rows; ++r) {
+        Tile tile{scratch + r * stride * columns * in, columns * in, stride * in, kh, kw * in,
+                  w + block.offset * kh * kw * in, offsets.empty() ? nullptr : offsets.data() + block.channel, after,
+                  y->typed_data() + ((b * height + first + r) * width) * out + block.channel, out, out - block.channel};
+        RunRow(tile, block.vectors, width);
+      }
+  });
+  return ffi::Error::Success();
+}
+
+// Transposed 4x4 convolution of stride 2: each of the four phases of the output is a 2x2 convolution.
+ffi::Error Double(ffi::ThreadPool pool, Buffer x, Buffer activated, Buffer weights, Buffer bias, float slope, Result y) {
+  const Image image = ImageOf(x, activated, slope);
+  const int64_t height = image.height, width = image.width, in = image.channels, out = weights.dimensions()[3];
+  const auto blocks = Blocks(out);
+  const int64_t phase_size = 4 * in * Padded(out);
+  std::vector<float> packed(4 * phase_size);
+  for (int phase = 0; phase < 4; ++phase)
+    Pack(blocks, 2, 2, in, out,
+         [&](int64_t r, int64_t s) {
+           return weights.typed_data() + ((phase / 2 + 2 * r) * 4 + phase % 2 + 2 * s) * in * out;
+         },
+         packed.data() + phase * phase_size);
+  const auto offsets = PaddedBias(bias.typed_data(), bias.element_count(), out);
+  const float after = image.activated ? 1.0f : slope;
+  const int64_t band = BandRows(height, 2 * width), bands = CeilDiv(height, band), columns = width + 2;
+  ParallelFor(pool, x.dimensions()[0] * bands, [&](int64_t item) {
+    int64_t b = item / bands, first = item % bands * band, rows = std::min(band, height - first);
+    float* scratch = Scratch(0, (rows + 2) * columns * in);
+    CopyPadded(image, b, first - 1, rows + 2, -1, columns, scratch);
+    for (const Block& block : blocks)
+      for (int64_t r = 0; r < 2 * rows; ++r)
+        for (int64_t s = 0; s < 2; ++s) {
+          Tile tile{scratch + ((r / 2 + r % 2) * columns + s) * in, columns * in, in, 2, 2 * in,
+                    packed.data() + (2 * (r % 2) + s) * phase_size + block.offset * 4 * in,
+                    offsets.empty() ? nullptr : offsets.data() + block.channel, after,
+                    y->typed_data() + ((b * 2 * height + 2 * first + r) * 2 * width + s) * out + block.channel, 2 * out,
+                    out - block.channel};
+          RunRow(tile, block.vectors, width);
+        }
+  });
+  return ffi::Error::Success();
+}
+
+// ---- Filter gradient ----
+
+struct Outer {
+  const float* x;    // of the first pixel, padded
+  int64_t row, step; // floats between two rows and two columns of output pixels, in x
+  const float* g;    // [rows, pixels, V * kLanes]
+  int64_t rows, pixels;
+  float* to;         // added to, [taps, V * kLanes] with rows `width` apart
+  int64_t width;
+};
+
+template <int M, int V>
+void RunOuter(const Outer& o) {
+  Vec acc[M][V] = {};
+  const float* g = o.g;
+  const int64_t step = o.step;
+  for (int64_t r = 0; r < o.rows; ++r) {
+    const float* x = o.x + r * o.row;
+    for (int64_t p = 0; p < o.pixels; ++p, x += step, g += V * kLanes) {
+      Vec value[V];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) value[v] = Load(g + v * kLanes);
+#pragma GCC unroll 32
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) acc[m][v] += x[m] * value[v];
+    }
+  }
+#pragma GCC unroll 32
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      float* to = o.to + m * o.width + v * kLanes;
+      Store(to, Load(to) + acc[m][v]);
+    }
+}
+
+using OuterFunction = void (*)(const Outer&);
+
+template <int V, int... M>
+constexpr auto OuterTable(std::integer_sequence<int, M...>) {
+  return std::array<OuterFunction, sizeof...(M)>{&RunOuter<M + 1, V>...};
+}
+constexpr auto kOuterOfOne = OuterTable<1>(std::make_integer_sequence<int, kTaps>());
+constexpr auto kOuterOfTwo = OuterTable<2>(std::make_integer_sequence<int, kTaps>());
+
+// Of y = convolve(x, weights) + bias, given g, the gradient of y. With `exchanged` the leaky ReLU's derivative multiplies
+// x instead of g, and the bias's gradient is x's sum: a transposed convolution's gradient is the same with its roles exchanged.
+ffi::Error FilterGradient(ffi::ThreadPool pool, Buffer x, Buffer g, Buffer activated, int64_t stride, int64_t padding,
+                          float slope, bool exchanged, Result of_weights, Result of_bias) {
+  Image image = ImageOf(x, activated, slope), gradient = ImageOf(g, activated, slope);
+  (exchanged ? gradient : image).activated = nullptr;
+  auto k = of_weights->dimensions();
+  const int64_t kh = k[0], kw = k[1], in = k[2], out = k[3], height = gradient.height, width = gradient.width;
+  const int64_t run = kw * in, padded = Padded(out), size = kh * run * padded, biases = of_bias->element_count();
+  const auto blocks = Blocks(out);
+  const int64_t band = BandRows(height, width), bands = CeilDiv(height, band), columns = (width - 1) * stride + kw;
+  const int64_t total = g.dimensions()[0] * bands;
+  // Sums of fixed parts in a fixed order, so that the result does not depend on the threads.
+  const int64_t parts = std::min(total, std::clamp<int64_t>((1 << 18) / size, 4, 32));
+  std::vector<float> sums(parts * (size + biases), 0.0f);
+  ParallelFor(pool, parts, [&](int64_t part) {
+    float *sum = sums.data() + part * (size + biases), *bias = sum + size;
+    for (int64_t item = part * total / parts; item < (part + 1) * total / parts; ++item) {
+      int64_t b = item / bands, first = item % bands * band, rows = std::min(band, height - first);
+      int64_t padded_rows = (rows - 1) * stride + kh;
+      float* xs = Scratch(0, padded_rows * columns * in);
+      CopyPadded(image, b, first * stride - padding, padded_rows, -padding, columns, xs);
+      float* gs = Scratch(1, rows * width * (padded + out) + biases);
+      float *plain = gs + rows * width * padded, *band_bias = plain + rows * width * out;
+      CopyRun(gradient, (b * height + first) * width * out, rows * width * out, plain);
+      for (const Block& block : blocks) {
+        int64_t wide = block.vectors * kLanes, there = std::min(wide, out - block.channel);
+        float* to = gs + block.offset * rows * width;
+        for (int64_t p = 0; p < rows * width; ++p, to += wide) {
+          std::memcpy(to, plain + p * out + block.channel, there * sizeof(float));
+          std::memset(to + there, 0, (wide - there) * sizeof(float));
+        }
+      }
+      std::fill(band_bias, band_bias + biases, 0.0f);
+      if (exchanged) {
+        for (int64_t r = 0; r < rows * stride; ++r)
+          AddPixels(xs + ((r + padding) * columns + padding) * in, width * stride, in, band_bias);
+      } else {
+        AddPixels(plain, rows * width, out, band_bias);
+      }
+      for (int64_t c = 0; c < biases; ++c) bias[c] += band_bias[c];
+      for (const Block& block : blocks)
+        for (int64_t r = 0; r < kh; ++r)
+          for (int64_t j = 0; j < run; j += kTaps) {
+            Outer outer{xs + r * columns * in + j, stride * columns * in, stride * in, gs + block.offset * rows * width,
+                        rows, width, sum + (r * run + j) * padded + block.channel, padded};
+            auto table = block.vectors == 1 ? kOuterOfOne.data() : kOuterOfTwo.data();
+            table[std::min<int64_t>(kTaps, run - j) - 1](outer);
+          }
+    }
+  });
+  std::vector<float> weights(size + biases, 0.0f);
+  for (int64_t part = 0; part < parts; ++part)
+    for (int64_t i = 0; i < size + biases; ++i) weights[i] += sums[part * (size + biases) + i];
+  for (int64_t i = 0; i < kh * run; ++i)
+    std::copy_n(weights.data() + i * padded, out, of_weights->typed_data() + i * out);
+  std::copy_n(weights.data() + size, biases, of_bias->typed_data());
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(steel_ad_convolve, Convolve,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Attr<int64_t>("stride")
+                                  .Attr<int64_t>("padding")
+                                  .Attr<float>("slope")
+                                  .Ret<Buffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(steel_ad_double, Double,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Attr<float>("slope")
+                                  .Ret<Buffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(steel_ad_filter_gradient, FilterGradient,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Attr<int64_t>("stride")
+                                  .Attr<int64_t>("padding")
+                                  .Attr<float>("slope")
+                                  .Attr<bool>("exchanged")
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>());

@@ -1,0 +1,170 @@
+"""Convolutions compiled for this machine's CPU, called from inside of XLA's programs.
+
+`native.cc` is compiled once by the machine's C++ compiler and kept. XLA's own convolutions on CPU copy images into other
+layouts for filter gradients and reach half of the machine's matrix products; these reach nine tenths. Nothing here is
+needed to run: without a compiler, with several devices, in other precisions and on accelerators `ops.convolution` uses XLA.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+SOURCE = Path(__file__).with_suffix(".cc")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
+_TARGETS = ("steel_ad_convolve", "steel_ad_double", "steel_ad_filter_gradient")
+
+_folder: Path | None = None
+_suspended = False
+
+
+def enable(folder: str | Path) -> None:
+    """Lets `ready` say yes; the library is compiled when it first does, and kept in `folder` ("": for this process alone)."""
+    global _folder
+    _folder = Path(folder or tempfile.mkdtemp(prefix="steel_ad_native_"))
+    if not folder:
+        import atexit
+
+        atexit.register(shutil.rmtree, _folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def suspended() -> Iterator[None]:
+    """Programs traced inside use XLA alone, so that they run elsewhere or can be counted."""
+    global _suspended
+    before, _suspended = _suspended, True
+    try:
+        yield
+    finally:
+        _suspended = before
+
+
+def ready(*arrays: Array) -> bool:
+    """Whether these arrays, of one convolution, can be given to this module: float32, on the one device of a CPU."""
+    return (
+        _folder is not None
+        and not _suspended
+        and all(a.dtype == jnp.float32 for a in arrays)
+        and jax.default_backend() == "cpu"
+        and jax.device_count() == 1
+        and _load(_folder)
+    )
+
+
+@functools.cache
+def _load(folder: Path) -> bool:
+    try:
+        library = ctypes.CDLL(str(build(folder)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        first = next((line for line in output.splitlines() if "error" in line.lower()), output).strip()
+        logging.warning("convolutions run in XLA's slower form, as none could be compiled for this CPU: %s", first)
+        return False
+    for target in _TARGETS:
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+    return True
+
+
+def build(folder: Path, flags: tuple[str, ...] = _FLAGS) -> Path:
+    """Compiles the library into `folder`, unless it is there already, and returns its path.
+
+    Raises:
+      OSError: no compiler, or a folder that cannot be written.
+      subprocess.CalledProcessError: the compiler failed; stderr says why.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
+        raise FileNotFoundError("there is no C++ compiler (c++, g++ or clang++; CXX names another)")
+    key = hashlib.sha256(SOURCE.read_bytes())
+    for part in (compiler, *flags, jax.lib.__version__, platform.machine(), _cpu()):
+        key.update(b"\0" + part.encode())
+    library = folder / f"native-{key.hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="native-") as temporary:
+        made = Path(temporary) / library.name
+        command = [compiler, *flags, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        os.replace(made, library)
+    return library
+
+
+def _cpu() -> str:
+    """What distinguishes CPUs that share a home folder."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    return platform.processor()
+
+
+def _empty(dimensions: int) -> Array:
+    return jnp.zeros((0,) * dimensions, jnp.float32)
+
+
+def convolve(x: Array, kernel: Array, bias: Array | None, *, stride: int, slope: float, of: Array | None = None) -> Array:
+    """Convolution, padded by (k - 1) // 2, of `[b, h, w, i]` with `[k, k, i, o]`: `[b, h / stride, w / stride, o]`, float32.
+
+    Adds the bias `[o]` and applies a leaky ReLU of `slope` (1: none). With `of`, results of that ReLU and of x's shape, x
+    is a gradient and is multiplied by the ReLU's derivative first instead.
+    """
+    b, h, w, _ = x.shape
+    y = jax.ShapeDtypeStruct((b, h // stride, w // stride, kernel.shape[3]), jnp.float32)
+    call = jax.ffi.ffi_call("steel_ad_convolve", y, vmap_method="sequential")
+    return call(
+        x,
+        _empty(4) if of is None else of,
+        kernel,
+        _empty(1) if bias is None else bias,
+        stride=np.int64(stride),
+        padding=np.int64((kernel.shape[0] - 1) // 2),
+        slope=np.float32(slope),
+    )
+
+
+def double(x: Array, kernel: Array, bias: Array | None, *, slope: float, of: Array | None = None) -> Array:
+    """Transposed convolution of stride 2 of `[b, h, w, i]` with `[4, 4, i, o]`: `[b, 2 h, 2 w, o]`; else as `convolve`."""
+    b, h, w, _ = x.shape
+    y = jax.ShapeDtypeStruct((b, 2 * h, 2 * w, kernel.shape[3]), jnp.float32)
+    call = jax.ffi.ffi_call("steel_ad_double", y, vmap_method="sequential")
+    return call(
+        x, _empty(4) if of is None else of, kernel, _empty(1) if bias is None else bias, slope=np.float32(slope)
+    )
+
+
+def filter_gradient(
+    x: Array, g: Array, size: int, *, stride: int, slope: float, of: Array | None, exchanged: bool = False
+) -> tuple[Array, Array]:
+    """Gradients `[size, size, i, o]` and `[o]` of `convolve`'s kernel and bias, of x `[b, h, w, i]` and g, its result's gradient.
+
+    `of`, the results of a leaky ReLU, as in `convolve`; `exchanged`: it belongs to x, whose sum `[i]` is the bias's gradient.
+    The sums have a fixed order: the same numbers whatever the number of threads.
+    """
+    kernel = jax.ShapeDtypeStruct((size, size, x.shape[3], g.shape[3]), jnp.float32)
+    bias = jax.ShapeDtypeStruct((x.shape[3] if exchanged else g.shape[3],), jnp.float32)
+    call = jax.ffi.ffi_call("steel_ad_filter_gradient", (kernel, bias), vmap_method="sequential")
+    return tuple(
+        call(
+            x,
+            g,
+            _empty(4) if of is None else of,
+            stride=np.int64(stride),
+            padding=np.int64((size - 1) // 2),
+            slope=np.float32(slope),
+            exchanged=exchanged,
+        )
+    )
