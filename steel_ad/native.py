@@ -9,11 +9,11 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import logging
 import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +53,10 @@ def suspended() -> Iterator[None]:
 
 
 def ready(*arrays: Array) -> bool:
-    """Whether these arrays, of one convolution, can be given to this module: float32, on the one device of a CPU."""
+    """Whether these arrays, of one convolution, can be given to this module: float32, on a CPU that is one device.
+
+    Over several devices XLA would gather what they hold before a call that it knows nothing of.
+    """
     return (
         _folder is not None
         and not _suspended
@@ -71,7 +74,7 @@ def _load(folder: Path) -> bool:
     except (OSError, subprocess.CalledProcessError) as error:
         output = getattr(error, "stderr", None) or str(error)
         first = next((line for line in output.splitlines() if "error" in line.lower()), output).strip()
-        logging.warning("convolutions run in XLA's slower form, as none could be compiled for this CPU: %s", first)
+        print(f"note: convolutions run in XLA's slower form: {first}", file=sys.stderr, flush=True)
         return False
     for target in _TARGETS:
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
@@ -116,7 +119,9 @@ def _empty(dimensions: int) -> Array:
     return jnp.zeros((0,) * dimensions, jnp.float32)
 
 
-def convolve(x: Array, kernel: Array, bias: Array | None, *, stride: int, slope: float, of: Array | None = None) -> Array:
+def convolve(
+    x: Array, kernel: Array, bias: Array | None, *, stride: int, slope: float, of: Array | None = None
+) -> Array:
     """Convolution, padded by (k - 1) // 2, of `[b, h, w, i]` with `[k, k, i, o]`: `[b, h / stride, w / stride, o]`, float32.
 
     Adds the bias `[o]` and applies a leaky ReLU of `slope` (1: none). With `of`, results of that ReLU and of x's shape, x

@@ -105,9 +105,7 @@ def depth_to_space(x: Array) -> Array:
     return x.reshape(b, h, w, 2, 2, c // 4).transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, c // 4)
 
 
-def halve(
-    x: Array, kernel: Array, bias: Array | None = None, slope: float = 1.0, *, form: str | None = None
-) -> Array:
+def halve(x: Array, kernel: Array, bias: Array | None = None, slope: float = 1.0, *, form: str | None = None) -> Array:
     """4x4, stride 2, padding 1: `[b, h, w, i]`, `[4, 4, i, o]` -> `[b, h / 2, w / 2, o]`, h and w even.
 
     Raises:
@@ -126,9 +124,7 @@ def halve(
     return _finish(y, bias, slope)
 
 
-def double(
-    x: Array, kernel: Array, bias: Array | None = None, slope: float = 1.0, *, form: str | None = None
-) -> Array:
+def double(x: Array, kernel: Array, bias: Array | None = None, slope: float = 1.0, *, form: str | None = None) -> Array:
     """`lax.conv_transpose(x, kernel, (2, 2), "SAME")` of a 4x4 kernel: `[b, h, w, i]` -> `[b, 2 h, 2 w, o]`.
 
     Raises:

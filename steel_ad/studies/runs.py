@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from steel_ad import config as configs
-from steel_ad import parallel
+from steel_ad import native, parallel
 from steel_ad.errors import InputError
 from steel_ad.progress import progress
 from steel_ad.report import tables
@@ -99,6 +99,7 @@ def versions() -> dict[str, str]:
         "device": jax.devices()[0].device_kind,
         "devices": str(jax.device_count()),
         "processes": str(jax.process_count()),
+        "convolutions": "native" if native.ready() else "xla",
         **packages,
     }
 

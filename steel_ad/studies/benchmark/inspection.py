@@ -18,7 +18,7 @@ from steel_ad.detectors.autoencoder import AutoencoderDetector
 from steel_ad.detectors.inspector import inspector
 from steel_ad.ops import sliding
 from steel_ad.studies.benchmark import peers, ssim
-from steel_ad.studies.benchmark.timing import Maker, Program, Work, compiled, with_latency
+from steel_ad.studies.benchmark.timing import Program, Work, compiled, with_latency, with_xla_alone
 
 
 def network_flops(config: configs.Autoencoder) -> float:
@@ -63,8 +63,9 @@ def works(*, tiny: bool) -> list[Work]:
     found = []
     for name, shape in {"48": (2, 48, 48)}.items() if tiny else shapes.items():
         images = functools.partial(_images, shape)
-        makers: dict[str, Maker] = {
-            "steel_ad": functools.partial(_ours, config, images),
+        ours = functools.partial(_ours, config, images)
+        makers = {
+            **with_xla_alone({"steel_ad": ours}, ours),
             **peers.inspection(config, images, torch=not tiny),
         }
         # Enough calls for a percentile.

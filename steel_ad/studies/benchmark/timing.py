@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from steel_ad import native
+
 LEAST_REPEATS = 3
 
 
@@ -26,7 +28,7 @@ class Program:
       wait: returns when that is done.
       works: how often one call does the work (steps in one dispatch).
       compile_s: seconds from tracing to a loaded program, None where nothing is compiled.
-      counted: XLA's "flops" and "bytes accessed" of the work done once, None where it was not XLA.
+      counted: XLA's "flops" and "bytes accessed" of the work done once, None or empty where it was not XLA alone.
       precision: of the arithmetic.
       warm: whether a call that is not timed goes before each block, since caches are another implementation's.
       extras: further keys of the row, asked for when all blocks are done.
@@ -67,9 +69,21 @@ class Work:
 def compiled(function: Any, *args: Any) -> tuple[Any, float, dict[str, float]]:
     """A jitted function compiled for these arguments, the seconds that took, and what XLA counts in it."""
     start = time.perf_counter()
-    program = function.lower(*args).compile()
+    lowered = function.lower(*args)
+    program = lowered.compile()
     seconds = time.perf_counter() - start
-    return program, seconds, dict(program.cost_analysis() or {})
+    # XLA counts nothing inside of calls to other code.
+    return program, seconds, {} if "steel_ad_" in lowered.as_text() else dict(program.cost_analysis() or {})
+
+
+def with_xla_alone(makers: dict[str, Maker], maker: Maker) -> dict[str, Maker]:
+    """`makers`, and where the project's own convolutions are in use "steel_ad_xla", the same without them."""
+
+    def alone():
+        with native.suspended():
+            return maker()
+
+    return {**makers, "steel_ad_xla": alone} if native.ready() else makers
 
 
 def seconds(program: Program, calls: int = 1) -> float:

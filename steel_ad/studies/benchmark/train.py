@@ -15,7 +15,7 @@ from steel_ad import parallel
 from steel_ad.data import patches
 from steel_ad.detectors import autoencoder
 from steel_ad.studies.benchmark import peers, ssim
-from steel_ad.studies.benchmark.timing import Maker, Program, Work, compiled
+from steel_ad.studies.benchmark.timing import Maker, Program, Work, compiled, with_xla_alone
 from steel_ad.train.state import TrainState
 from steel_ad.train.step import Objective, make_step, steps_per_call
 
@@ -68,6 +68,7 @@ def works(*, tiny: bool) -> list[Work]:
         if jax.default_backend() == "gpu":
             half = dataclasses.replace(config, dtype="bfloat16")
             makers["steel_ad_bf16"] = functools.partial(_ours, half, plates)
+        makers = with_xla_alone(makers, makers["steel_ad"])
         makers |= peers.train(config, torch=not tiny)
         found.append(Work(f"train_{loss}_b{batch}", *cost(config), makers))
     return found

@@ -11,7 +11,7 @@ from steel_ad import config as configs
 from steel_ad.data import defects, patches
 from steel_ad.detectors import segmentation
 from steel_ad.studies.benchmark import peers, train
-from steel_ad.studies.benchmark.timing import Maker, Program, Work
+from steel_ad.studies.benchmark.timing import Program, Work, with_xla_alone
 
 
 def cost(config: configs.Segmentation) -> tuple[float, float]:
@@ -47,10 +47,8 @@ def works(*, tiny: bool) -> list[Work]:
     config = configs.Segmentation(
         width=width, batch_size=batch, patch_size=side, loss="bce", optimizer="adam", blend="difference", steps=1000
     )
-    makers: dict[str, Maker] = {
-        "steel_ad": functools.partial(_ours, config),
-        **peers.unet(config, torch=not tiny),
-    }
+    ours = functools.partial(_ours, config)
+    makers = {**with_xla_alone({"steel_ad": ours}, ours), **peers.unet(config, torch=not tiny)}
     return [Work(f"unet{width}_train_b{batch}", *cost(config), makers)]
 
 

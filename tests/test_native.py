@@ -1,0 +1,263 @@
+"""Convolutions compiled for the CPU against scipy in float64 and XLA's own; how they are compiled, and when they are not used."""
+
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import signal
+
+from steel_ad import native
+from steel_ad.models.autoencoder import Autoencoder
+from steel_ad.models.unet import UNet
+from steel_ad.ops import convolution
+
+COMPILER = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
+LIBRARY = Path(os.environ["STEEL_AD_TEST_CACHE"])
+
+
+@pytest.fixture(autouse=True)
+def enabled(monkeypatch):
+    monkeypatch.setattr(native, "_folder", LIBRARY)
+    assert native.ready()
+
+
+def arrays(*shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
+def correlated(x, kernel, pad):
+    """`[b, h, w, i]` and `[k, k, i, o]` of stride 1, in float64."""
+    x = np.pad(np.float64(x), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    y = [[signal.correlate(image, k, "valid")[..., 0] for k in np.moveaxis(np.float64(kernel), 3, 0)] for image in x]
+    return np.moveaxis(np.array(y), 1, 3)
+
+
+def doubled(x, kernel):
+    """Each input pixel lays its 4x4 kernel down, mirrored, in float64."""
+    b, h, w, _ = x.shape
+    y = np.zeros((b, 2 * h + 2, 2 * w + 2, kernel.shape[3]))
+    for r in range(h):
+        for c in range(w):
+            y[:, 2 * r : 2 * r + 4, 2 * c : 2 * c + 4] += np.einsum(
+                "bi,rcio->brco", np.float64(x[:, r, c]), np.float64(kernel[::-1, ::-1])
+            )
+    return y[:, 1:-1, 1:-1]
+
+
+EXACT = {
+    "same": lambda x, k: correlated(x, k, k.shape[0] // 2),
+    "halve": lambda x, k: correlated(x, k, 1)[:, ::2, ::2],
+    "double": doubled,
+}
+# Channels below, at and above one vector and one block; widths of one tile, of several, and of none that is full.
+SHAPES = [
+    ("same", 3, (2, 5, 7, 3), 5),
+    ("same", 3, (1, 1, 1, 1), 1),
+    ("same", 3, (1, 9, 29, 16), 16),
+    ("same", 3, (2, 6, 15, 17), 33),
+    ("same", 5, (1, 12, 33, 2), 48),
+    ("same", 1, (1, 4, 6, 13), 70),
+    ("halve", 4, (2, 6, 10, 1), 32),
+    ("halve", 4, (1, 2, 2, 33), 7),
+    ("halve", 4, (1, 14, 62, 5), 64),
+    ("double", 4, (2, 3, 5, 32), 1),
+    ("double", 4, (1, 1, 1, 3), 33),
+    ("double", 4, (1, 5, 31, 20), 24),
+]
+ids = [f"{kind}{k}-{'x'.join(map(str, shape))}-{o}" for kind, k, shape, o in SHAPES]
+
+
+@pytest.mark.parametrize(("kind", "k", "shape", "o"), SHAPES, ids=ids)
+def test_forward_equals_scipy(kind, k, shape, o):
+    x, kernel, bias = arrays(shape, (k, k, shape[3], o), (1, 1, 1, o))
+    scale = np.sqrt(kernel.size / o)
+    exact = EXACT[kind](x, kernel)
+    np.testing.assert_allclose(getattr(convolution, kind)(x, kernel), exact, atol=2e-6 * scale)
+    y = exact + bias
+    found = getattr(convolution, kind)(x, kernel, bias, 0.2)
+    np.testing.assert_allclose(found, np.where(y >= 0, y, 0.2 * y), atol=2e-6 * scale)
+
+
+@pytest.mark.parametrize("slope", [1.0, 0.2])
+@pytest.mark.parametrize(("kind", "k", "shape", "o"), SHAPES, ids=ids)
+def test_gradients_equal_the_plain_form_of_xla(kind, k, shape, o, slope):
+    """Of sums of squares, so that every element's gradient is another; in float64 by XLA."""
+    x, kernel, bias = arrays(shape, (k, k, shape[3], o), (1, 1, 1, o), seed=1)
+
+    def loss(x, kernel, bias):
+        return (getattr(convolution, kind)(x, kernel, bias, slope) ** 2).sum()
+
+    gradient = jax.grad(loss, (0, 1, 2))
+    found = gradient(x, kernel, bias)
+    with native.suspended(), jax.enable_x64(True):
+        expected = gradient(*map(np.float64, (x, kernel, bias)))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-6 * np.abs(b).max())
+
+
+def test_zero_has_the_slope_of_the_right_side():
+    """As `jax.nn.leaky_relu`: of results that are exactly zero the gradient passes whole."""
+    x, kernel = np.zeros((1, 2, 2, 1), np.float32), np.ones((3, 3, 1, 1), np.float32)
+    found = jax.grad(lambda x: convolution.same(x, kernel, jnp.zeros((1, 1, 1, 1)), 0.2).sum())(x)
+    np.testing.assert_array_equal(
+        found, jax.lax.conv(jnp.ones((1, 1, 2, 2)), kernel.T, (1, 1), "SAME").reshape(x.shape)
+    )
+
+
+@pytest.mark.parametrize(
+    ("network", "apply"),
+    [
+        (Autoencoder(latent=6), {}),
+        (UNet(width=4), {"train": True, "mutable": ["batch_stats"]}),
+        (UNet(width=4, upsampling="nearest"), {}),
+    ],
+    ids=["autoencoder", "unet", "unet_nearest"],
+)
+def test_networks_compute_the_same(network, apply):
+    x = jax.random.uniform(jax.random.key(0), (2, 32, 32, 1))
+    variables = network.init(jax.random.key(1), x)
+
+    def loss(params):
+        out = network.apply({**variables, "params": params}, x, **apply)
+        return sum((leaf**2).sum() for leaf in jax.tree.leaves(out))
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(variables["params"])
+    assert "steel_ad_convolve" in jax.jit(loss).lower(variables["params"]).as_text()
+    with native.suspended():
+        expected, expected_grads = jax.jit(jax.value_and_grad(lambda params: loss(params)))(variables["params"])
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()) + 1e-5)
+
+
+def test_maps_over_kernels():
+    x, kernels = arrays((2, 4, 6, 3), (3, 3, 3, 3, 5))
+    found = jax.vmap(functools.partial(convolution.same, x))(kernels)
+    for one, kernel in zip(found, kernels, strict=True):
+        np.testing.assert_array_equal(one, convolution.same(x, kernel))
+
+
+def test_several_calls_at_once_and_in_a_loop():
+    """Independent convolutions share the threads, a loop's body has none of its own: neither may wait for the other."""
+    x, kernel = arrays((4, 40, 40, 16), (3, 3, 16, 16))
+    alone = np.asarray(convolution.same(x, kernel))
+
+    @jax.jit
+    def many(x):
+        rows = [convolution.same(x + float(i) * 0.0, kernel) for i in range(16)]
+        looped = jax.lax.map(lambda _: convolution.same(x, kernel), jnp.arange(8))
+        return jnp.stack(rows), looped
+
+    for found in many(x):
+        np.testing.assert_array_equal(found, np.broadcast_to(alone, found.shape))
+
+
+BITS = """
+import os, sys
+os.sched_setaffinity(0, set(list(os.sched_getaffinity(0))[:int(sys.argv[1])]))
+import hashlib, jax, numpy as np
+from steel_ad import native
+native.enable(sys.argv[2])
+from steel_ad.ops import convolution
+rng = np.random.default_rng(0)
+x, k = rng.standard_normal((5, 24, 40, 16), np.float32), rng.standard_normal((3, 3, 16, 32), np.float32)
+y, back = jax.vjp(convolution.same, x, k)
+assert native.ready()
+print(hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in (y, *back(y)))).hexdigest())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be kept to one CPU here")
+def test_same_bits_on_any_number_of_threads():
+    one, all_of_them = (
+        subprocess.run([sys.executable, "-c", BITS, n, str(LIBRARY)], check=True, capture_output=True, text=True).stdout
+        for n in ("1", "64")
+    )
+    assert one == all_of_them
+    assert len(one) == 65
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="of x86 processors")
+def test_narrower_vectors(tmp_path):
+    """The same tests with vectors of 8 numbers, as processors without AVX-512 have."""
+    script = (
+        "import sys; from steel_ad import native;"
+        "native.build.__defaults__ = ((*native._FLAGS, '-march=x86-64-v3'),);"
+        "import pytest; sys.exit(pytest.main(['tests/test_native.py', '-q', '-n0', '-p', 'no:cacheprovider',"
+        " '-k', 'scipy or plain_form and 0.2']))"
+    )
+    environment = {**os.environ, "STEEL_AD_TEST_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "24 passed" in done.stdout
+
+
+def test_is_not_used_where_it_does_not_apply(monkeypatch):
+    x, kernel = arrays((1, 4, 4, 2), (3, 3, 2, 2))
+    assert native.ready(x, kernel)
+    assert not native.ready(jnp.asarray(x, jnp.bfloat16), kernel)
+    with native.suspended():
+        assert not native.ready(x, kernel)
+        with native.suspended():
+            pass
+        assert not native.ready(x, kernel)
+    assert native.ready(x, kernel)
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert not native.ready(x, kernel)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(native, "_folder", None)
+    assert not native.ready(x, kernel)
+
+
+def test_is_compiled_once_and_again_for_other_flags(tmp_path, monkeypatch):
+    calls = []
+
+    def compiler(command, **_):
+        calls.append(command)
+        Path(command[-1]).write_bytes(b"library")
+
+    monkeypatch.setattr(native.subprocess, "run", compiler)
+    first = native.build(tmp_path / "new")
+    assert first.read_bytes() == b"library"
+    assert native.build(tmp_path / "new") == first
+    assert len(calls) == 1
+    assert native.build(tmp_path / "new", ("-O1",)) != first
+    monkeypatch.setattr(native, "_cpu", lambda: "another")
+    assert native.build(tmp_path / "new") != first
+    assert len(calls) == 3
+    assert len(list((tmp_path / "new").iterdir())) == 3  # nothing but the libraries
+
+
+@pytest.mark.parametrize("how", ["none", "broken", "folder"])
+def test_says_once_why_it_is_not_used(tmp_path, monkeypatch, capsys, how):
+    folder = tmp_path / "cache"
+    if how == "none":
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        reason = "no C++ compiler"
+    elif how == "broken":
+        monkeypatch.setattr(native, "SOURCE", tmp_path / "broken.cc")
+        (tmp_path / "broken.cc").write_text("int broken(")
+        reason = "error"
+    else:
+        folder.write_text("a file")
+        reason = "exists"
+    monkeypatch.setattr(native, "_folder", folder)
+    assert not native.ready()
+    assert not native.ready()
+    said = capsys.readouterr().err
+    assert said.count("note: convolutions run in XLA's slower form") == 1
+    assert reason in said
+    assert len(said.splitlines()) == 1
+    x, kernel = arrays((1, 4, 4, 2), (3, 3, 2, 2))
+    np.testing.assert_allclose(convolution.same(x, kernel), EXACT["same"](x, kernel), atol=1e-5)
