@@ -5,6 +5,9 @@
 // its columns and the input channels are one contiguous run of the padded input, so the innermost loop knows nothing of
 // either. Filter gradients are the same with pixels and channels exchanged. Bias and leaky ReLU, and the latter's
 // derivative in the gradients, are applied while values are in registers or being copied anyway.
+//
+// 3x3 convolutions of stride 1 with whole vectors of channels go by Winograd's F(2x2, 3x3) (Lavin & Gray 2016): 16 products
+// for four output pixels instead of 36, each of them a matrix product over the channels of the tiles of a band.
 
 #include <algorithm>
 #include <array>
@@ -68,7 +71,7 @@ void ParallelFor(ffi::ThreadPool& pool, int64_t n, F f) {
 }
 
 float* Scratch(int which, size_t size) {
-  thread_local std::vector<float> buffers[2];
+  thread_local std::vector<float> buffers[4];
   if (buffers[which].size() < size) buffers[which].resize(size);
   return buffers[which].data();
 }
@@ -236,11 +239,177 @@ Image ImageOf(const Buffer& x, const Buffer& activated, float slope) {
 
 int64_t BandRows(int64_t height, int64_t width) { return std::min(height, CeilDiv(kBandPixels, width)); }
 
+// ---- Winograd, tiles of 4x4 input and 2x2 output pixels ----
+
+bool ByWinograd(int64_t kh, int64_t kw, int64_t stride, int64_t in, int64_t out) {
+  return kh == 3 && kw == 3 && stride == 1 && in % kLanes == 0 && out % kLanes == 0;
+}
+
+// B^T d: four values a column of a tile become four, for the columns and then for the rows.
+template <typename T>
+inline void TransformInput(const T (&d)[4], T (&to)[4]) {
+  to[0] = d[0] - d[2];
+  to[1] = d[1] + d[2];
+  to[2] = d[2] - d[1];
+  to[3] = d[1] - d[3];
+}
+
+// A^T m
+template <typename T>
+inline void TransformOutput(const T (&m)[4], T (&to)[2]) {
+  to[0] = m[0] + m[1] + m[2];
+  to[1] = m[1] - m[2] - m[3];
+}
+
+// A g, the transpose of TransformOutput.
+template <typename T>
+inline void SpreadOutput(const T (&g)[2], T (&to)[4]) {
+  to[0] = g[0];
+  to[1] = g[0] + g[1];
+  to[2] = g[0] - g[1];
+  to[3] = -g[1];
+}
+
+// Floats from one of 16 planes of so many values to the next: an odd number of cache lines, so that no two share cache sets.
+int64_t Plane(int64_t size) { return (CeilDiv(size, 16) | 1) * 16; }
+
+// `[2 rows + 2, 2 columns + 2, channels]` to 16 planes of `[rows columns, channels]`.
+void InputTiles(const float* x, int64_t rows, int64_t columns, int64_t channels, float* to) {
+  const int64_t row = (2 * columns + 2) * channels, plane = Plane(rows * columns * channels);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      const float* from = x + 2 * r * row + c;
+      float* out = to + r * columns * channels + c;
+      Vec v[4][4];
+      auto column = [&](int64_t n, Vec(&transformed)[4]) {
+        Vec d[4];
+        for (int i = 0; i < 4; ++i) d[i] = Load(from + i * row + n * channels);
+        TransformInput(d, transformed);
+      };
+      column(0, v[0]);
+      column(1, v[1]);
+      for (int64_t t = 0; t < columns; ++t, out += channels) {
+        column(2 * t + 2, v[2]);
+        column(2 * t + 3, v[3]);
+        for (int i = 0; i < 4; ++i) {
+          Vec d[4] = {v[0][i], v[1][i], v[2][i], v[3][i]}, transformed[4];
+          TransformInput(d, transformed);
+          for (int j = 0; j < 4; ++j) Store(out + (4 * i + j) * plane, transformed[j]);
+          v[0][i] = v[2][i];
+          v[1][i] = v[3][i];
+        }
+      }
+    }
+}
+
+// `[2 rows, 2 columns, channels]` of a gradient, of which `width` channels count, to 16 planes of `[rows columns, width]`.
+void GradientTiles(const float* g, int64_t rows, int64_t columns, int64_t channels, int64_t width, float* to) {
+  const int64_t plane = Plane(rows * columns * width);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t t = 0; t < columns; ++t)
+      for (int64_t c = 0; c < width; c += kLanes) {
+        const float* from = g + (2 * r * 2 * columns + 2 * t) * channels + c;
+        float* out = to + (r * columns + t) * width + c;
+        Vec half[2][4];
+        for (int j = 0; j < 2; ++j) {
+          Vec d[2] = {Load(from + j * channels), Load(from + (2 * columns + j) * channels)};
+          SpreadOutput(d, half[j]);
+        }
+        for (int i = 0; i < 4; ++i) {
+          Vec d[2] = {half[0][i], half[1][i]}, transformed[4];
+          SpreadOutput(d, transformed);
+          for (int j = 0; j < 4; ++j) Store(out + (4 * i + j) * plane, transformed[j]);
+        }
+      }
+}
+
+// G w G^T of weights `[3, 3, in, out]`: for each block `[16, in, its width]`.
+std::vector<float> TransformWeights(const std::vector<Block>& blocks, const float* w, int64_t in, int64_t out) {
+  std::vector<float> to(16 * in * out);
+  auto transform = [](const Vec(&g)[3], Vec(&u)[4]) {
+    Vec sum = 0.5f * (g[0] + g[2]), half = 0.5f * g[1];
+    u[0] = g[0];
+    u[1] = sum + half;
+    u[2] = sum - half;
+    u[3] = g[2];
+  };
+  for (const Block& block : blocks)
+    for (int64_t i = 0; i < in; ++i)
+      for (int64_t c = 0; c < block.vectors * kLanes; c += kLanes) {
+        Vec columns[3][4];
+        for (int s = 0; s < 3; ++s) {
+          Vec g[3];
+          for (int r = 0; r < 3; ++r) g[r] = Load(w + ((3 * r + s) * in + i) * out + block.channel + c);
+          transform(g, columns[s]);
+        }
+        for (int r = 0; r < 4; ++r) {
+          Vec g[3] = {columns[0][r], columns[1][r], columns[2][r]}, u[4];
+          transform(g, u);
+          for (int s = 0; s < 4; ++s)
+            Store(to.data() + 16 * in * block.channel + ((4 * r + s) * in + i) * block.vectors * kLanes + c, u[s]);
+        }
+      }
+  return to;
+}
+
+int64_t EvenBand(int64_t height, int64_t width) { return (BandRows(height, width) + 1) / 2 * 2; }
+
+ffi::Error Winograd(ffi::ThreadPool& pool, const Image& image, int64_t images, const float* weights, const float* bias,
+                    float slope, int64_t out, float* y) {
+  const int64_t in = image.channels, height = image.height, width = image.width;
+  const auto blocks = Blocks(out);
+  const auto transformed = TransformWeights(blocks, weights, in, out);
+  const int64_t band = EvenBand(height, width), bands = CeilDiv(height, band), columns = CeilDiv(width, 2);
+  ParallelFor(pool, images * bands, [&](int64_t item) {
+    const int64_t b = item / bands, first = item % bands * band, rows = std::min(band, height - first);
+    const int64_t tile_rows = CeilDiv(rows, 2), tiles = tile_rows * columns;
+    float* padded = Scratch(0, (2 * tile_rows + 2) * (2 * columns + 2) * in);
+    float* v = Scratch(1, 16 * Plane(tiles * in));
+    float* m = Scratch(2, 16 * Plane(tiles * kVectors * kLanes));
+    CopyPadded(image, b, first - 1, 2 * tile_rows + 2, -1, 2 * columns + 2, padded);
+    InputTiles(padded, tile_rows, columns, in, v);
+    for (const Block& block : blocks) {
+      const int64_t wide = block.vectors * kLanes, plane = Plane(tiles * wide);
+      for (int64_t k = 0; k < 16; ++k)
+        RunRow({v + k * Plane(tiles * in), 0, in, 1, in, transformed.data() + 16 * in * block.channel + k * in * wide, nullptr,
+                1.0f, m + k * plane, wide, wide},
+               block.vectors, tiles);
+      for (int64_t t = 0; t < tiles; ++t)
+        for (int64_t c = 0; c < wide; c += kLanes) {
+          Vec half[2][4], offset = bias ? Load(bias + block.channel + c) : Vec{};
+          for (int j = 0; j < 4; ++j) {
+            Vec d[4], sums[2];
+            for (int i = 0; i < 4; ++i) d[i] = Load(m + (4 * i + j) * plane + t * wide + c);
+            TransformOutput(d, sums);
+            half[0][j] = sums[0];
+            half[1][j] = sums[1];
+          }
+          const int64_t row = 2 * (t / columns), column = 2 * (t % columns);
+          for (int i = 0; i < 2 && row + i < rows; ++i) {
+            Vec sums[2];
+            TransformOutput(half[i], sums);
+            float* to = y + ((b * height + first + row + i) * width + column) * out + block.channel + c;
+            for (int j = 0; j < 2 && column + j < width; ++j) {
+              Vec value = sums[j] + offset;
+              if (slope != 1.0f) value = value >= 0.0f ? value : slope * value;
+              Store(to + j * out, value);
+            }
+          }
+        }
+    }
+  });
+  return ffi::Error::Success();
+}
+
 ffi::Error Convolve(ffi::ThreadPool pool, Buffer x, Buffer activated, Buffer weights, Buffer bias, int64_t stride,
                     int64_t padding, float slope, Result y) {
   const Image image = ImageOf(x, activated, slope);
   auto k = weights.dimensions(), d = y->dimensions();
   const int64_t kh = k[0], kw = k[1], in = k[2], out = k[3], height = d[1], width = d[2];
+  const float after = image.activated ? 1.0f : slope;
+  if (ByWinograd(kh, kw, stride, in, out))
+    return Winograd(pool, image, d[0], weights.typed_data(), bias.element_count() ? bias.typed_data() : nullptr, after,
+                    out, y->typed_data());
   const auto blocks = Blocks(out);
   const float* w = weights.typed_data();
   std::vector<float> packed;
@@ -250,7 +419,6 @@ ffi::Error Convolve(ffi::ThreadPool pool, Buffer x, Buffer activated, Buffer wei
     w = packed.data();
   }
   const auto offsets = PaddedBias(bias.typed_data(), bias.element_count(), out);
-  const float after = image.activated ? 1.0f : slope;
   const int64_t band = BandRows(height, width), bands = CeilDiv(height, band), columns = (width - 1) * stride + kw;
   ParallelFor(pool, d[0] * bands, [&](int64_t item) {
     int64_t b = item / bands, first = item % bands * band, rows = std::min(band, height - first);
@@ -348,6 +516,63 @@ constexpr auto OuterTable(std::integer_sequence<int, M...>) {
 constexpr auto kOuterOfOne = OuterTable<1>(std::make_integer_sequence<int, kTaps>());
 constexpr auto kOuterOfTwo = OuterTable<2>(std::make_integer_sequence<int, kTaps>());
 
+// Rows of a filter gradient in blocks of nearly the same height.
+void RunOuters(Outer o, int vectors, int64_t taps) {
+  int64_t blocks = CeilDiv(taps, kTaps);
+  for (int64_t n = 0; n < blocks; ++n) {
+    int64_t m = taps / blocks + (n < taps % blocks);
+    (vectors == 1 ? kOuterOfOne.data() : kOuterOfTwo.data())[m - 1](o);
+    o.x += m;
+    o.to += m * o.width;
+  }
+}
+
+// Adds a band's products of transformed tiles to `sum`, `[16, in, out]`, and its gradient to `bias`.
+void AddTiles(const Image& image, const Image& gradient, const std::vector<Block>& blocks, int64_t b, int64_t first,
+              int64_t rows, float* sum, float* bias) {
+  const int64_t in = image.channels, out = gradient.channels, columns = CeilDiv(gradient.width, 2);
+  const int64_t tile_rows = CeilDiv(rows, 2), tiles = tile_rows * columns;
+  float* v = Scratch(1, 16 * Plane(tiles * in));
+  float* m = Scratch(2, 16 * Plane(tiles * kVectors * kLanes));
+  float* padded = Scratch(0, std::max((2 * tile_rows + 2) * (2 * columns + 2) * in, 4 * tiles * out));
+  CopyPadded(image, b, first - 1, 2 * tile_rows + 2, -1, 2 * columns + 2, padded);
+  InputTiles(padded, tile_rows, columns, in, v);
+  CopyPadded(gradient, b, first, 2 * tile_rows, 0, 2 * columns, padded);
+  AddPixels(padded, 4 * tiles, out, bias);
+  for (const Block& block : blocks) {
+    const int64_t wide = block.vectors * kLanes;
+    GradientTiles(padded + block.channel, tile_rows, columns, out, wide, m);
+    for (int64_t k = 0; k < 16; ++k)
+      RunOuters({v + k * Plane(tiles * in), 0, in, m + k * Plane(tiles * wide), 1, tiles,
+                 sum + k * in * out + block.channel, out},
+                block.vectors, in);
+  }
+}
+
+// G^T u G of `[16, in, out]`: `[3, 3, in, out]`.
+void FiltersOfTiles(const float* u, int64_t in, int64_t out, float* to) {
+  const int64_t plane = in * out;
+  auto transform = [](const Vec(&d)[4], Vec(&g)[3]) {
+    Vec half = 0.5f * (d[1] + d[2]);
+    g[0] = d[0] + half;
+    g[1] = 0.5f * (d[1] - d[2]);
+    g[2] = d[3] + half;
+  };
+  for (int64_t i = 0; i < plane; i += kLanes) {
+    Vec half[4][3];
+    for (int s = 0; s < 4; ++s) {
+      Vec d[4];
+      for (int r = 0; r < 4; ++r) d[r] = Load(u + (4 * r + s) * plane + i);
+      transform(d, half[s]);
+    }
+    for (int r = 0; r < 3; ++r) {
+      Vec d[4] = {half[0][r], half[1][r], half[2][r], half[3][r]}, g[3];
+      transform(d, g);
+      for (int s = 0; s < 3; ++s) Store(to + (3 * r + s) * plane + i, g[s]);
+    }
+  }
+}
+
 // Of y = convolve(x, weights) + bias, given g, the gradient of y. With `exchanged` the leaky ReLU's derivative multiplies
 // x instead of g, and the bias's gradient is x's sum: a transposed convolution's gradient is the same with its roles exchanged.
 ffi::Error FilterGradient(ffi::ThreadPool pool, Buffer x, Buffer g, Buffer activated, int64_t stride, int64_t padding,
@@ -356,9 +581,12 @@ ffi::Error FilterGradient(ffi::ThreadPool pool, Buffer x, Buffer g, Buffer activ
   (exchanged ? gradient : image).activated = nullptr;
   auto k = of_weights->dimensions();
   const int64_t kh = k[0], kw = k[1], in = k[2], out = k[3], height = gradient.height, width = gradient.width;
-  const int64_t run = kw * in, padded = Padded(out), size = kh * run * padded, biases = of_bias->element_count();
+  const bool winograd = ByWinograd(kh, kw, stride, in, out) && !exchanged;
+  const int64_t run = kw * in, padded = Padded(out), biases = of_bias->element_count();
+  const int64_t size = winograd ? 16 * in * out : kh * run * padded;
   const auto blocks = Blocks(out);
-  const int64_t band = BandRows(height, width), bands = CeilDiv(height, band), columns = (width - 1) * stride + kw;
+  const int64_t band = winograd ? EvenBand(height, width) : BandRows(height, width), bands = CeilDiv(height, band);
+  const int64_t columns = (width - 1) * stride + kw;
   const int64_t total = g.dimensions()[0] * bands;
   // Sums of fixed parts in a fixed order, so that the result does not depend on the threads.
   const int64_t parts = std::min(total, std::clamp<int64_t>((1 << 18) / size, 4, 32));
@@ -367,6 +595,13 @@ ffi::Error FilterGradient(ffi::ThreadPool pool, Buffer x, Buffer g, Buffer activ
     float *sum = sums.data() + part * (size + biases), *bias = sum + size;
     for (int64_t item = part * total / parts; item < (part + 1) * total / parts; ++item) {
       int64_t b = item / bands, first = item % bands * band, rows = std::min(band, height - first);
+      if (winograd) {
+        float* band_bias = Scratch(3, biases);
+        std::fill(band_bias, band_bias + biases, 0.0f);
+        AddTiles(image, gradient, blocks, b, first, rows, sum, band_bias);
+        for (int64_t c = 0; c < biases; ++c) bias[c] += band_bias[c];
+        continue;
+      }
       int64_t padded_rows = (rows - 1) * stride + kh;
       float* xs = Scratch(0, padded_rows * columns * in);
       CopyPadded(image, b, first * stride - padding, padded_rows, -padding, columns, xs);
@@ -391,19 +626,19 @@ ffi::Error FilterGradient(ffi::ThreadPool pool, Buffer x, Buffer g, Buffer activ
       for (int64_t c = 0; c < biases; ++c) bias[c] += band_bias[c];
       for (const Block& block : blocks)
         for (int64_t r = 0; r < kh; ++r)
-          for (int64_t j = 0; j < run; j += kTaps) {
-            Outer outer{xs + r * columns * in + j, stride * columns * in, stride * in, gs + block.offset * rows * width,
-                        rows, width, sum + (r * run + j) * padded + block.channel, padded};
-            auto table = block.vectors == 1 ? kOuterOfOne.data() : kOuterOfTwo.data();
-            table[std::min<int64_t>(kTaps, run - j) - 1](outer);
-          }
+          RunOuters({xs + r * columns * in, stride * columns * in, stride * in, gs + block.offset * rows * width, rows,
+                     width, sum + r * run * padded + block.channel, padded},
+                    block.vectors, run);
     }
   });
   std::vector<float> weights(size + biases, 0.0f);
   for (int64_t part = 0; part < parts; ++part)
     for (int64_t i = 0; i < size + biases; ++i) weights[i] += sums[part * (size + biases) + i];
-  for (int64_t i = 0; i < kh * run; ++i)
-    std::copy_n(weights.data() + i * padded, out, of_weights->typed_data() + i * out);
+  if (winograd)
+    FiltersOfTiles(weights.data(), in, out, of_weights->typed_data());
+  else
+    for (int64_t i = 0; i < kh * run; ++i)
+      std::copy_n(weights.data() + i * padded, out, of_weights->typed_data() + i * out);
   std::copy_n(weights.data() + size, biases, of_bias->typed_data());
   return ffi::Error::Success();
 }

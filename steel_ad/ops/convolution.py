@@ -1,8 +1,8 @@
 """The autoencoder's convolutions, exact, in the form that the backend runs fast.
 
 XLA's CPU backend is slow on strided and on dilated convolutions and on their gradients. A 4x4 convolution of stride 2 is
-a 2x2 one over 2x2 blocks of its input; its transpose is a 2x2 one to 2x2 blocks of its output. Where `steel_ad.native` is ready, its compiled form is faster than either.
-Accelerators have kernels for the plain form.
+a 2x2 one over 2x2 blocks of its input; its transpose is a 2x2 one to 2x2 blocks of its output. Where `steel_ad.native`
+is ready, its compiled form is faster still. Accelerators have kernels for the plain form.
 Kernels are always laid out `[kh, kw, in, out]` as `lax.conv_general_dilated` and `lax.conv_transpose` take them. Where a
 bias `[1, 1, 1, out]` and the slope of a leaky ReLU are given, both are applied to the result.
 """
