@@ -243,7 +243,7 @@ def test_killed_runs_end_where_undisturbed_ones_do(data, tmp_path, monkeypatch):
     monkeypatch.setattr(stored, "_workers", lambda: 0)  # processes take seconds to start
     config = tiny(steps=40, checkpoint_every=4, data_path="grain")
     study.run(config, data=str(data), workdir=tmp_path / "a")
-    settings = ("--config.steps=40", "--config.checkpoint_every=4", "--config.data_path=grain")
+    settings = ("--config.steps=40", "--config.checkpoint_every=4", "--config.data_path=grain", "--nonative")
     process = subprocess.Popen(
         command(*settings, f"--data={data}", f"--workdir={tmp_path / 'b'}"),
         cwd=ROOT,

@@ -69,6 +69,7 @@ def test_the_binary_writes_every_work_and_implementation(tiny):
 
 
 def test_a_row_has_its_times_in_order_and_what_they_are_measured_by(tiny):
+    timed = {row["impl"] for row in tiny[1]["rows"]}
     for row in tiny[1]["rows"]:
         assert 0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"]
         assert row["repeats"] == 3
@@ -77,9 +78,11 @@ def test_a_row_has_its_times_in_order_and_what_they_are_measured_by(tiny):
         assert row["roof_share"] > 0
         if row["work"].startswith(("ssim", "train", "inspection", "unet", "sweep")):
             assert row["flops"] > 0
-            if row["impl"] in ("steel_ad", "linen_naive"):
+            if row["impl"] in ("steel_ad", "steel_ad_xla", "linen_naive"):
                 assert row["compile_s"] > 0
-                assert row["flops_counted"] > 0
+                # XLA counts what it does itself.
+                if row["impl"] != "steel_ad" or "steel_ad_xla" not in timed:
+                    assert row["flops_counted"] > 0
         if row["impl"] == "steel_ad":
             assert row["ratio"] == 1
 
