@@ -30,11 +30,12 @@ def l1(reconstruction: Array, target: Array) -> Array:
 
 def ssim(reconstruction: Array, target: Array, **options) -> Array:
     """Mean of 1 - SSIM, `[b]`; options as `ops.ssim.ssim_map`'s."""
-    residual = jax.vmap(functools.partial(ssim_residual, **options))(reconstruction, target)
+    residual = jax.vmap(lambda x, y: ssim_residual(x, y, **options))(reconstruction, target)
     return jnp.mean(residual, axis=(1, 2, 3))
 
 
-ssim.options = tuple(n for n, p in inspect.signature(ssim_residual).parameters.items() if p.kind is p.KEYWORD_ONLY)  # type: ignore[attr-defined]
+_PARAMETERS = inspect.signature(ssim_residual).parameters.values()
+ssim.options = tuple(p.name for p in _PARAMETERS if p.kind is p.KEYWORD_ONLY and p.name != "form")  # type: ignore[attr-defined]
 
 
 def ssim_l2(reconstruction: Array, target: Array, *, weight: float = 0.5, **options) -> Array:

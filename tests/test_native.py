@@ -17,7 +17,7 @@ from scipy import signal
 from steel_ad import native
 from steel_ad.models.autoencoder import Autoencoder
 from steel_ad.models.unet import UNet
-from steel_ad.ops import convolution
+from steel_ad.ops import convolution, ssim
 
 COMPILER = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
 pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
@@ -172,7 +172,7 @@ os.sched_setaffinity(0, set(list(os.sched_getaffinity(0))[:int(sys.argv[1])]))
 import hashlib, jax, numpy as np
 from steel_ad import native
 native.enable(sys.argv[2])
-from steel_ad.ops import convolution
+from steel_ad.ops import convolution, ssim
 rng = np.random.default_rng(0)
 x, k = rng.standard_normal((5, 24, 40, 16), np.float32), rng.standard_normal((3, 3, 16, 32), np.float32)
 y, back = jax.vjp(convolution.same, x, k)
@@ -250,7 +250,7 @@ def test_says_once_why_it_is_not_used(tmp_path, monkeypatch, capsys, how):
         monkeypatch.setenv("PATH", str(tmp_path))
         reason = "no C++ compiler"
     elif how == "broken":
-        monkeypatch.setattr(native, "SOURCE", tmp_path / "broken.cc")
+        monkeypatch.setattr(native, "SOURCES", [tmp_path / "broken.cc"])
         (tmp_path / "broken.cc").write_text("int broken(")
         reason = "error"
     else:
@@ -260,8 +260,64 @@ def test_says_once_why_it_is_not_used(tmp_path, monkeypatch, capsys, how):
     assert not native.ready()
     assert not native.ready()
     said = capsys.readouterr().err
-    assert said.count("note: convolutions run in XLA's slower form") == 1
+    assert said.count("note: convolutions and SSIM run in XLA's slower form") == 1
     assert reason in said
     assert len(said.splitlines()) == 1
     x, kernel = arrays((1, 4, 4, 2), (3, 3, 2, 2))
     np.testing.assert_allclose(convolution.same(x, kernel), EXACT["same"](x, kernel), atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", ["reflect", "valid"])
+@pytest.mark.parametrize("window", ["uniform", "gaussian"])
+@pytest.mark.parametrize(("h", "w", "k"), [(11, 11, 11), (70, 37, 11), (9, 16, 4), (20, 131, 7), (3, 2, 1), (5, 4, 2)])
+def test_ssim_equals_the_form_of_xla(h, w, k, window, padding):
+    """Of values and of both images' gradients, in float64 by XLA; with a flat part, and one where the images are alike."""
+    x, y, g = (np.random.default_rng(0).random((3, h, w))).astype(np.float32)
+    x[: h // 2, : w // 2] = 1.0
+    y[: h // 3, : w // 2] = 1.0
+    y[h // 2 :] = x[h // 2 :]
+    rows = h if padding == "reflect" else h - k + 1
+    columns = w if padding == "reflect" else w - k + 1
+    g = g[:rows, :columns]
+    residual = functools.partial(ssim.ssim_residual, window=window, window_size=k, padding=padding, c1=1e-4, c2=9e-4)
+    found, back = jax.vjp(functools.partial(residual, form="native"), x, y)
+    plain = np.asarray(residual(x, y, form="xla"))  # float32 as well
+    with jax.enable_x64(True):
+        exact, exact_back = jax.vjp(functools.partial(residual, form="xla"), np.float64(x), np.float64(y))
+        expected = exact_back(np.float64(g))
+    assert found.shape == (rows, columns)
+    np.testing.assert_allclose(found, exact, atol=2e-4)
+    exact = np.asarray(exact)
+    assert np.abs(np.asarray(found) - exact).max() <= max(3 * np.abs(plain - exact).max(), 1e-5)
+    for a, b in zip(back(g), expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-3 * np.abs(b).max())
+
+
+def test_ssim_of_batches_and_channels_is_that_of_each_image():
+    x, y = np.random.default_rng(1).random((2, 3, 20, 24)).astype(np.float32)
+    alone = [ssim.ssim_map(a, b) for a, b in zip(x, y, strict=True)]
+    np.testing.assert_array_equal(jax.vmap(ssim.ssim_map)(x, y), alone)
+    np.testing.assert_array_equal(jax.vmap(ssim.ssim_map, in_axes=(0, None))(x, y[0])[0], alone[0])
+    channels = ssim.ssim_map(np.moveaxis(x, 0, 2), np.moveaxis(y, 0, 2))
+    np.testing.assert_array_equal(np.moveaxis(channels, 2, 0), alone)
+
+
+def test_ssim_of_an_image_with_itself_is_one_and_has_no_gradient():
+    x = np.random.default_rng(2).random((30, 40)).astype(np.float32)
+    np.testing.assert_array_equal(ssim.ssim_residual(x, x), np.zeros_like(x))
+    np.testing.assert_allclose(jax.grad(lambda x, y: ssim.ssim_map(x, y).sum())(x, x), 0, atol=1e-5)
+
+
+def test_ssim_takes_the_form_that_is_ready():
+    x = np.zeros((16, 16), np.float32)
+
+    def text(**options):
+        return jax.jit(functools.partial(ssim.ssim_map, **options)).lower(x, x).as_text()
+
+    assert "steel_ad_ssim_residual" in text()
+    assert "steel_ad_ssim" not in text(form="xla")
+    assert "steel_ad_ssim" not in text(gamma=2.0)
+    with native.suspended():
+        assert "steel_ad_ssim" not in text()
+    with pytest.raises(ValueError, match="form"):
+        ssim.ssim_map(x, x, form="fast")

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from steel_ad import native
+
 # The two conventions of (c1, c2): literal constants (the thesis, Bergmann et al.), and (0.01 L)^2, (0.03 L)^2 with L = 1 (Wang et al.).
 CONSTANTS = {"thesis": (0.01, 0.03), "wang": (1e-4, 9e-4)}
-
-_STATIC = ("window_size", "window", "sigma", "c1", "c2", "alpha", "beta", "gamma", "padding")
 
 
 def _window_mean(x: Array, k: int, sigma: float | None) -> Array:
@@ -134,6 +134,29 @@ def _plain_backward(k, sigma, c1, c2, padding, saved, g):
 _plain_residual.defvjp(_plain_forward, _plain_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
+def _native_residual(x, y, k, sigma, c1, c2, padding):
+    return native.ssim_residual(x, y, _taps(k, sigma), reflect=padding == "reflect", c1=c1, c2=c2)
+
+
+def _native_forward(x, y, k, sigma, c1, c2, padding):
+    return _native_residual(x, y, k, sigma, c1, c2, padding), (x, y)
+
+
+def _native_backward(k, sigma, c1, c2, padding, saved, g):
+    """Two calls, of which the compiler drops the one that nobody asks for: SSIM does not know which image is which."""
+    x, y = saved
+    settings = {"reflect": padding == "reflect", "c1": c1, "c2": c2}
+    return tuple(native.ssim_residual_gradient(*pair, g, _taps(k, sigma), **settings) for pair in ((x, y), (y, x)))
+
+
+_native_residual.defvjp(_native_forward, _native_backward)
+
+
+def _taps(k: int, sigma: float | None) -> np.ndarray:
+    return np.full(k, 1 / k) if sigma is None else _gaussian(k, sigma)
+
+
 def _general_residual(x, y, k, sigma, c1, c2, padding, alpha, beta, gamma):
     mean = functools.partial(_window_mean, k=k, sigma=sigma)
     x, y = _padded(x, k, padding) - 0.5, _padded(y, k, padding) - 0.5
@@ -153,7 +176,6 @@ def _mean_and_variance(x: Array, mean) -> tuple[Array, Array]:
     return average, jnp.where(variance > 4 * jnp.finfo(x.dtype).eps * square, variance, 0)
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC)
 def ssim_residual(
     x: Array,
     y: Array,
@@ -167,6 +189,7 @@ def ssim_residual(
     beta: float = 1.0,
     gamma: float = 1.0,
     padding: str = "reflect",
+    form: str | None = None,
 ) -> Array:
     """`1 - ssim_map(x, y)`, computed without the cancellation near 0; arguments, shapes and errors as `ssim_map`'s."""
     if x.shape != y.shape or x.ndim not in (2, 3):
@@ -175,6 +198,8 @@ def ssim_residual(
         raise ValueError(
             f"window is 'uniform' or 'gaussian' and padding 'reflect' or 'valid', not {window!r}, {padding!r}"
         )
+    if form not in ("native", "xla", None):
+        raise ValueError(f"form is 'native', 'xla' or None (the faster one), not {form!r}")
     if window_size < 1 or min(x.shape[:2]) < window_size:
         raise ValueError(
             f"an image of {x.shape[0]}x{x.shape[1]} holds no window of {window_size}x{window_size}: use a smaller window_size"
@@ -185,17 +210,24 @@ def ssim_residual(
         )
     if not (jnp.issubdtype(x.dtype, jnp.floating) and jnp.issubdtype(y.dtype, jnp.floating)):
         raise ValueError(f"images must be floating, in [0, 1], not {x.dtype} and {y.dtype}: divide uint8 by 255")
+    plain = alpha == beta == gamma == 1
+    # Chosen out here, since what jit has traced does not follow when the answer changes.
+    if form is None:
+        form = "native" if plain and native.ready(x, y) else "xla"
     settings = (window_size, None if window == "uniform" else sigma, c1, c2, padding)
+    return _residual(x, y, settings, None if plain else (alpha, beta, gamma), form)
 
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _residual(x, y, settings, exponents, form):
     def one(x, y):
-        if alpha == beta == gamma == 1:
-            return _plain_residual(x, y, *settings)
-        return _general_residual(x, y, *settings, alpha, beta, gamma)
+        if exponents:
+            return _general_residual(x, y, *settings, *exponents)
+        return (_native_residual if form == "native" else _plain_residual)(x, y, *settings)
 
     return one(x, y) if x.ndim == 2 else jax.vmap(one, in_axes=-1, out_axes=-1)(x, y)
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC)
 def ssim_map(
     x: Array,
     y: Array,
@@ -209,6 +241,7 @@ def ssim_map(
     beta: float = 1.0,
     gamma: float = 1.0,
     padding: str = "reflect",
+    form: str | None = None,
 ) -> Array:
     """SSIM index at every pixel: luminance^alpha * contrast^beta * structure^gamma over a window moved pixel by pixel.
 
@@ -222,6 +255,7 @@ def ssim_map(
       c1, c2: stabilising constants, positive; `CONSTANTS` holds the two conventions.
       alpha, beta, gamma: exponents, not negative; 0 leaves a term out. A negative luminance or structure term is clamped
         at 0 under a non-integer exponent.
+      form: "xla", "native" (float32 on a CPU for which `steel_ad.native` is ready, exponents of 1), or None: the faster one.
       padding: "reflect" (numpy's: the edge pixel is not repeated) keeps the size; "valid" gives `[h - k + 1, w - k + 1]`.
 
     Returns:
@@ -243,4 +277,5 @@ def ssim_map(
         beta=beta,
         gamma=gamma,
         padding=padding,
+        form=form,
     )

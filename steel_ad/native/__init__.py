@@ -1,9 +1,9 @@
-"""Convolutions compiled for this machine's CPU, called from inside of XLA's programs.
+"""Convolutions and SSIM compiled for this machine's CPU, called from inside of XLA's programs.
 
-`native.cc` is compiled once by the machine's C++ compiler and kept. XLA's own convolutions on CPU copy images into other
+The sources beside this file are compiled once by the machine's C++ compiler and kept. XLA's own convolutions on CPU copy images into other
 layouts for filter gradients and reach half of the rate of matrix products; these reach nine tenths, and for 3x3 kernels
 more, as they need fewer products. Nothing here is needed to run: without a compiler, with several devices, in other
-precisions and on accelerators `ops.convolution` uses XLA.
+precisions and on accelerators `ops.convolution` and `ops.ssim` use XLA.
 """
 
 import contextlib
@@ -24,9 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-SOURCE = Path(__file__).with_suffix(".cc")
+SOURCES = [Path(__file__).parent / name for name in ("convolution.cc", "ssim.cc")]
+_HEADER = Path(__file__).parent / "common.h"
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
-_TARGETS = ("steel_ad_convolve", "steel_ad_double", "steel_ad_filter_gradient")
+_TARGETS = (
+    *("steel_ad_convolve", "steel_ad_double", "steel_ad_filter_gradient"),
+    *("steel_ad_ssim_residual", "steel_ad_ssim_residual_gradient"),
+)
 
 _folder: Path | None = None
 _suspended = False
@@ -54,7 +58,7 @@ def suspended() -> Iterator[None]:
 
 
 def ready(*arrays: Array) -> bool:
-    """Whether these arrays, of one convolution, can be given to this module: float32, on a CPU that is one device.
+    """Whether these arrays, of one convolution or one pair of images, can be given to this module: float32, on a CPU that is one device.
 
     Over several devices XLA would gather what they hold before a call that it knows nothing of.
     """
@@ -75,7 +79,7 @@ def _load(folder: Path) -> bool:
     except (OSError, subprocess.CalledProcessError) as error:
         output = getattr(error, "stderr", None) or str(error)
         first = next((line for line in output.splitlines() if "error" in line.lower()), output).strip()
-        print(f"note: convolutions run in XLA's slower form: {first}", file=sys.stderr, flush=True)
+        print(f"note: convolutions and SSIM run in XLA's slower form: {first}", file=sys.stderr, flush=True)
         return False
     for target in _TARGETS:
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
@@ -92,7 +96,7 @@ def build(folder: Path, flags: tuple[str, ...] = _FLAGS) -> Path:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if not compiler:
         raise FileNotFoundError("there is no C++ compiler (c++, g++ or clang++; CXX names another)")
-    key = hashlib.sha256(SOURCE.read_bytes())
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in (_HEADER, *SOURCES)))
     for part in (compiler, *flags, jax.lib.__version__, platform.machine(), _cpu()):
         key.update(b"\0" + part.encode())
     library = folder / f"native-{key.hexdigest()[:16]}.so"
@@ -101,7 +105,7 @@ def build(folder: Path, flags: tuple[str, ...] = _FLAGS) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="native-") as temporary:
         made = Path(temporary) / library.name
-        command = [compiler, *flags, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(made)]
+        command = [compiler, *flags, f"-I{jax.ffi.include_dir()}", *map(str, SOURCES), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         os.replace(made, library)
     return library
@@ -173,3 +177,23 @@ def filter_gradient(
         exchanged=exchanged,
     )
     return of_kernel, of_bias
+
+
+def ssim_residual(x: Array, y: Array, taps: np.ndarray, *, reflect: bool, c1: float, c2: float) -> Array:
+    """`ops.ssim.ssim_residual` of float32 images `[h, w]` with exponents of 1 and a window of separable, symmetric `taps` `[k]`."""
+    k, (h, w) = len(taps), x.shape
+    shape = (h, w) if reflect else (h - k + 1, w - k + 1)
+    call = jax.ffi.ffi_call(
+        "steel_ad_ssim_residual", jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="broadcast_all"
+    )
+    return call(x, y, np.float32(taps), reflect=reflect, c1=np.float32(c1), c2=np.float32(c2))
+
+
+def ssim_residual_gradient(
+    x: Array, y: Array, g: Array, taps: np.ndarray, *, reflect: bool, c1: float, c2: float
+) -> Array:
+    """Gradient `[h, w]` of x, given g, that of `ssim_residual`'s result; y's is the same with x and y exchanged."""
+    call = jax.ffi.ffi_call(
+        "steel_ad_ssim_residual_gradient", jax.ShapeDtypeStruct(x.shape, jnp.float32), vmap_method="broadcast_all"
+    )
+    return call(x, y, g, np.float32(taps), reflect=reflect, c1=np.float32(c1), c2=np.float32(c2))

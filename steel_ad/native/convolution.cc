@@ -9,72 +9,17 @@
 // 3x3 convolutions of stride 1 with whole vectors of channels go by Winograd's F(2x2, 3x3) (Lavin & Gray 2016): 16 products
 // for four output pixels instead of 36, each of them a matrix product over the channels of the tiles of a band.
 
-#include <algorithm>
 #include <array>
-#include <atomic>
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <thread>
 #include <utility>
-#include <vector>
 
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "common.h"
 
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kRegisters = 32;
-#elif defined(__AVX__)
-constexpr int kLanes = 8, kRegisters = 16;
-#elif defined(__aarch64__)
-constexpr int kLanes = 4, kRegisters = 32;
-#else
-constexpr int kLanes = 4, kRegisters = 16;
-#endif
-
-using Vec = float __attribute__((vector_size(kLanes * sizeof(float))));
-using Unaligned = float __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
-
-inline Vec Load(const float* a) { return *reinterpret_cast<const Unaligned*>(a); }
-inline void Store(float* a, Vec v) { *reinterpret_cast<Unaligned*>(a) = v; }
 
 constexpr int kVectors = 2;                         // most vectors of output channels in a tile
 constexpr int kPixels[] = {0, kRegisters == 32 ? 14 : 12, kRegisters / 2 - 2};  // most pixels of a tile of one and two vectors
 constexpr int kTaps = kRegisters == 32 ? 12 : 6;    // most rows of a filter gradient in a tile
 constexpr int kBandPixels = 128;                    // output pixels of a band, whose input is copied and stays in caches
-
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Calls f(0) to f(n - 1) on the calling thread and those of the pool that are free.
-template <typename F>
-void ParallelFor(ffi::ThreadPool& pool, int64_t n, F f) {
-  struct State {
-    std::atomic<int64_t> next{0}, done{0};
-    int64_t n;
-    F f;
-    State(int64_t n, F f) : n(n), f(f) {}
-    void Run() {
-      for (int64_t i; (i = next.fetch_add(1)) < n;) {
-        f(i);
-        done.fetch_add(1);
-      }
-    }
-  };
-  // A task that starts late finds nothing left to do and touches the state alone, so nobody waits for it.
-  auto state = std::make_shared<State>(n, f);
-  for (int64_t t = std::min(pool.num_threads(), n); t > 1; --t) pool.Schedule([state] { state->Run(); });
-  state->Run();
-  while (state->done.load() < n) std::this_thread::yield();
-}
-
-float* Scratch(int which, size_t size) {
-  thread_local std::vector<float> buffers[4];
-  if (buffers[which].size() < size) buffers[which].resize(size);
-  return buffers[which].data();
-}
 
 struct Image {
   const float* data;
@@ -228,9 +173,6 @@ std::vector<float> PaddedBias(const float* bias, int64_t size, int64_t channels)
   std::copy(bias, bias + size, padded.begin());
   return padded;
 }
-
-using Buffer = ffi::Buffer<ffi::F32>;
-using Result = ffi::Result<Buffer>;
 
 Image ImageOf(const Buffer& x, const Buffer& activated, float slope) {
   auto d = x.dimensions();
