@@ -48,11 +48,13 @@ struct Window {
 
 // Means over a window of sum, difference and their squares, of `n` output pixels in a row.
 // `rows` are the window's rows: `size` pointers to sums, then as many to differences.
+template <int K>  // the window's size where it is known beforehand, or 0
 void Means(const Window& window, const float* const* rows, int64_t n, int64_t columns, float* vertical, int64_t pitch,
-           float* means, int64_t out_pitch) {
-  const int64_t k = window.size;
+           float* means) {
+  const int64_t k = K ? K : window.size;
   for (int64_t i = 0; i < columns; i += kLanes) {
     Vec t{}, d{}, tt{}, dd{};
+#pragma GCC unroll 11
     for (int64_t j = 0; j < k; ++j) {
       Vec a = Load(rows[j] + i), b = Load(rows[k + j] + i), wa = window.taps[j] * a, wb = window.taps[j] * b;
       t += wa;
@@ -67,11 +69,14 @@ void Means(const Window& window, const float* const* rows, int64_t n, int64_t co
   }
   for (int64_t i = 0; i < n; i += kLanes) {
     Vec sums[4] = {};
+#pragma GCC unroll 11
     for (int64_t j = 0; j < k; ++j)
       for (int f = 0; f < 4; ++f) sums[f] += window.taps[j] * Load(vertical + f * pitch + i + j);
-    for (int f = 0; f < 4; ++f) Store(means + f * out_pitch + i, sums[f]);
+    for (int f = 0; f < 4; ++f) Store(means + f * pitch + i, sums[f]);
   }
 }
+
+auto MeansOf(int64_t k) { return k == 11 ? &Means<11> : &Means<0>; }
 
 inline Vec Positive(Vec v) { return v > 0.0f ? v : Vec{}; }
 
@@ -185,7 +190,7 @@ ffi::Error Residual(ffi::ThreadPool pool, Buffer x, Buffer y, Buffer taps, bool 
     for (int64_t p = first; p < first + s.k - 1; ++p) rows.Read(p);
     for (int64_t r = first; r < last; ++r) {
       rows.Read(r + s.k - 1);
-      Means(window, rows.Window(r), s.columns, s.padded_columns, vertical, pitch, means, pitch);
+      MeansOf(s.k)(window, rows.Window(r), s.columns, s.padded_columns, vertical, pitch, means);
       float* out = to->typed_data() + (b * s.rows + r) * s.columns;
       for (int64_t i = 0; i < s.columns; i += kLanes) {
         Terms t = TermsOf(window, means + i, pitch, offsets[b]);
@@ -226,7 +231,7 @@ ffi::Error ResidualGradient(ffi::ThreadPool pool, Buffer x, Buffer y, Buffer g, 
       float* ring = spread + (p % k) * 3 * pitch;
       if (p < s.rows) {
         rows.Read(p + k - 1);
-        Means(window, rows.Window(p), s.columns, s.padded_columns, vertical, pitch, means, pitch);
+        MeansOf(s.k)(window, rows.Window(p), s.columns, s.padded_columns, vertical, pitch, means);
         const float* of = g.typed_data() + (b * s.rows + p) * s.columns;
         for (int64_t i = 0; i < s.columns; i += kLanes) {
           Terms t = TermsOf(window, means + i, pitch, offsets[b]);
