@@ -118,6 +118,11 @@ class Segmentation:
     samples: int = 2000  # in an epoch
     validation_fraction: float = 0.2  # of the good images, for the threshold
     train_images: int = 0  # of the others, to train on, 0: all
+    # Where the training images (good, labelled, of the new line) are while training, each set by itself: "device", all in its
+    # memory; "grain": in their files, read by worker processes with the same result; "auto": "grain" where they have more than
+    # resident_mb. Defects to insert are on the device.
+    data_path: str = "auto"
+    resident_mb: int = 1024  # of images, a byte a pixel
     blend: str = "paste"  # of an inserted defect: or "difference"
     augment: str = "thesis"  # of an inserted defect: or "strong"
     max_defects: int = 1  # in one defective sample
@@ -151,6 +156,7 @@ class Segmentation:
         _choice(self, "model", "unet", "compact_cnn")
         _choice(self, "upsampling", "learned", "nearest")
         _choice(self, "dtype", "float32", "bfloat16")
+        _choice(self, "data_path", "auto", "device", "grain")
         _choice(self, "blend", "paste", "difference")
         _choice(self, "augment", "thesis", "strong")
         _choice(self, "optimizer", "adadelta", "adam")
@@ -158,7 +164,7 @@ class Segmentation:
         _choice(self, "schedule", "constant", "cosine")
         _least(self, 1, "width", "samples", "max_defects", "batch_size", "checkpoint_every")
         _least(self, 0, "epochs", "steps", "classifier_epochs", "classifier_steps", "adapt_epochs", "adapt_steps")
-        _least(self, 0, "seed", "warmup_steps", "clip_norm", "radius", "train_images")
+        _least(self, 0, "seed", "warmup_steps", "clip_norm", "radius", "train_images", "resident_mb")
         _least(self, 64, "defect_size")
         if self.patch_size < 16 or self.patch_size % 16:
             raise InputError(f"--config.patch_size={self.patch_size} must be a multiple of 16")
@@ -183,6 +189,11 @@ class Segmentation:
             defective_share(getattr(self, name), name)
         if defective_share(self.classifier_ratio, "classifier_ratio") == 1:
             raise InputError("--config.classifier_ratio=1:0 shows no good sample: use 1:1 or 1:3")
+
+    @property
+    def resident_bytes(self) -> float:
+        """Images of more than these are read while training."""
+        return {"auto": min(self.resident_mb * 1e6, 2**31 - 1), "device": math.inf, "grain": -1}[self.data_path]
 
     def _steps(self, epochs: int) -> int:
         return epochs * max(1, self.samples // self.batch_size)

@@ -138,18 +138,21 @@ def test_resumed_training_is_that_of_images_in_memory(files, images):
 
 
 def test_several_steps_a_call_take_a_batch_each():
-    """Both forms of a step, by a model whose updates are the batches' sums times the step."""
+    """Both forms of a step, by a model whose updates are the batches' sums times the step; a part of the data stays as it is."""
 
     def objective(params, extra, data, step, root):
-        weight = (step + 1) * jnp.sum(data, dtype=jnp.int32)
+        batch, (sign, missing) = data
+        assert missing is None
+        weight = sign * (step + 1) * jnp.sum(batch, dtype=jnp.int32)
         return params["w"] * weight.astype(jnp.float32), (extra, {"number": step.astype(jnp.float32)})
 
     batches = np.arange(6 * 2 * 3, dtype=np.uint8).reshape(6, 2, 3)
     mesh, ends = parallel.mesh(), []
     for per_call in (1, 3):
-        run = step.make_step(objective, optax.sgd(1.0), steps_per_call=per_call, mesh=mesh, streamed=True)
+        run = step.make_step(objective, optax.sgd(1.0), steps_per_call=per_call, mesh=mesh, streamed=(True, False))
         now = state.create({"w": jnp.zeros(())}, optax.sgd(1.0))
-        calls = (parallel.spread_parts(b, mesh) for b in np.split(batches, 6 // per_call))
+        sign = parallel.put(jnp.int32(-1), parallel.replicated(mesh))
+        calls = ((parallel.spread_parts(b, mesh), (sign, None)) for b in np.split(batches, 6 // per_call))
         numbers = []
         now = loop.run(
             run,
@@ -162,7 +165,7 @@ def test_several_steps_a_call_take_a_batch_each():
         )
         assert numbers == list(range(6))
         ends.append(float(now.params["w"]))
-    assert ends == [-sum((s + 1) * float(b.sum()) for s, b in enumerate(batches))] * 2
+    assert ends == [sum((s + 1) * float(b.sum()) for s, b in enumerate(batches))] * 2
 
 
 @pytest.mark.parametrize("what", ["gone", "another"])

@@ -9,13 +9,13 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, overload
 
 import jax
 import numpy as np
 
 from steel_ad.data import folders, plates, stored
-from steel_ad.data.stored import Stored
+from steel_ad.data.stored import Masks, Stored
 from steel_ad.errors import InputError
 
 
@@ -53,6 +53,36 @@ def images_of(test: Sequence[TestImage]) -> Sequence[np.ndarray]:
     return [t.image for t in test]
 
 
+class Labelled(Sequence[TestImage]):
+    """Defective images and their `masks`, read whenever they are asked for where `images` are `Stored`.
+
+    Raises:
+      InputError: when it is asked for, a mask that cannot be used.
+    """
+
+    def __init__(self, images: Sequence[np.ndarray], masks: Masks, names: Sequence[str]):
+        self.images, self.masks, self._names = images, masks, names
+
+    @overload
+    def __getitem__(self, index: int) -> TestImage: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TestImage]: ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return TestImage(self._names[index], "defect", self.images[index], self.mask(index))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def mask(self, index: int) -> np.ndarray:
+        """The mask of one image, which is not read for it: bool `[h, w]`."""
+        mask = self.masks[index] > 0
+        if not mask.any():
+            raise InputError(f"{self.masks.paths[index]} labels no pixel of its image: remove it if the image is good")
+        return mask
+
+
 class _Drawn(Sequence[TestImage]):
     """Test images that are drawn when the first of them is asked for: a training run does so after its last step."""
 
@@ -70,14 +100,15 @@ class _Drawn(Sequence[TestImage]):
 class Dataset:
     """`train`: good images, uint8 `[h_i, w_i]`, with a manifest row (path, bytes, sha256) each; `test` may be empty.
 
-    `train` is a list, or `Stored` where the images stay in their files.
+    `train` is a list, or `Stored` where the images stay in their files; `labelled` (defective training images) a list or, there,
+    `Labelled`.
     """
 
     name: str
     train: Sequence[np.ndarray]
     manifest: list[dict]
     test: Sequence[TestImage]
-    labelled: list[TestImage] = dataclasses.field(default_factory=list)  # defective training images
+    labelled: Sequence[TestImage] = dataclasses.field(default_factory=list)
 
 
 def _folder(data: str, min_size: int, train: bool, resident: float) -> Dataset:
@@ -116,8 +147,8 @@ def _dagm(data: str, min_size: int, train: bool, resident: float) -> Dataset:
     """One class of DAGM 2007: `Train` and `Test` with images, `Label/<stem>_label.PNG` in each for defective ones."""
     root = Path(data)
 
-    def part(name: str) -> tuple[list[Path], list[TestImage]]:
-        """The good images' paths, and the defective images."""
+    def part(name: str) -> tuple[list[Path], list[Path], list[Path]]:
+        """Paths of the good images, the defective images, and these ones' labels."""
         labels = {}
         if (root / name / "Label").is_dir():
             # What an archive program or a person left there beside the labels is none.
@@ -129,29 +160,33 @@ def _dagm(data: str, min_size: int, train: bool, resident: float) -> Dataset:
                 f"{labels[alone[0]]} is a label without an image in {root / name}: add it or remove the label"
             )
         defective = [p for p in images if p.stem.lower() in labels]
-        found = []
-        for path, image in zip(defective, folders.read_images(defective, min_size=min_size), strict=True):
-            label = labels[path.stem.lower()]
-            mask = folders.read_mask(label, image.shape)
-            if not mask.any():
-                raise InputError(f"{label} labels no pixel of its image: remove it if the image is good")
-            found.append(TestImage(f"defect/{path.name}", "defect", image, mask))
-        return [p for p in images if p.stem.lower() not in labels], found
+        return (
+            [p for p in images if p.stem.lower() not in labels],
+            defective,
+            [labels[p.stem.lower()] for p in defective],
+        )
 
-    good, labelled = part("Train") if train else ([], [])
+    def labelled(paths: list[Path], labels: list[Path], images: Sequence[np.ndarray]) -> Labelled:
+        sizes = np.array(stored.shapes(images), np.int32).reshape(-1, 2)
+        return Labelled(images, Masks(labels, sizes), [f"defect/{path.name}" for path in paths])
+
+    good, defective, labels = part("Train") if train else ([], [], [])
     if train and not good:
         raise InputError(f"{root / 'Train'} has no good images: add some without a label")
-    good_test, test = part("Test")
-    test = [
-        TestImage(f"good/{path.name}", "good", image, np.zeros(image.shape, bool))
-        for path, image in zip(good_test, folders.read_images(good_test, min_size=min_size), strict=True)
-    ] + test
+    found = labelled(defective, labels, stored.read(defective, min_size=min_size, resident=resident))
+    good_test, defective, labels = part("Test")
+    images = stored.read(good_test + defective, min_size=min_size, resident=resident)
+    masks = [np.zeros(shape, bool) for shape in stored.shapes(images[: len(good_test)])]
+    marked = labelled(defective, labels, images[len(good_test) :])
+    masks += [marked.mask(i) for i in range(len(marked))]
+    names = [("good", path) for path in good_test] + [("defect", path) for path in defective]
+    test = [_test_image(f"{kind}/{path.name}", kind, images, i, masks[i]) for i, (kind, path) in enumerate(names)]
     return Dataset(
         root.resolve().name,
         stored.read(good, min_size=min_size, resident=resident),
         folders.manifest(good, root),
         test,
-        labelled,
+        found if isinstance(found.images, Stored) else list(found),
     )
 
 
@@ -213,7 +248,8 @@ def load(data: str, *, min_size: int = 0, train: bool = True, resident: float = 
         such as "procedural/diamond".
       min_size: least height and width of every image, in pixels.
       train: whether the training images are read.
-      resident: bytes of training images, and of a folder's test images, above which they stay in their files (a byte a pixel).
+      resident: bytes of good training images, of labelled ones and of test images, above which these stay in their files (a byte
+        a pixel).
 
     Raises:
       InputError: nothing there, or an image or mask that cannot be used.

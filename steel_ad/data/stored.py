@@ -42,10 +42,13 @@ class Stored(Sequence[np.ndarray]):
     def __getitem__(self, index: slice) -> "Stored": ...
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return Stored(self.paths[index], self.sizes[index])
-        image = folders.read_image(self.paths[index])
-        if image.shape != tuple(self.sizes[index]):
-            raise InputError(f"{self.paths[index]} has changed since this run began: restore it, then run again")
+            return type(self)(self.paths[index], self.sizes[index])
+        return self._read(self.paths[index], tuple(self.sizes[index].tolist()))
+
+    def _read(self, path: Path, shape: tuple[int, int]) -> np.ndarray:
+        image = folders.read_image(path)
+        if image.shape != shape:
+            raise InputError(f"{path} has changed since this run began: restore it, then run again")
         return image
 
     def __len__(self) -> int:
@@ -53,7 +56,37 @@ class Stored(Sequence[np.ndarray]):
 
     def take(self, indices: np.ndarray) -> "Stored":
         """The images of these indices."""
-        return Stored([self.paths[i] for i in indices], self.sizes[indices])
+        return type(self)([self.paths[i] for i in indices], self.sizes[indices])
+
+
+class Masks(Stored):
+    """Masks uint8 `[h_i, w_i]`, 0 and 1, read as `Stored` images are; `sizes` are their images'."""
+
+    def _read(self, path: Path, shape: tuple[int, int]) -> np.ndarray:
+        return folders.read_mask(path, shape).astype(np.uint8)
+
+
+class Joined(Sequence[np.ndarray]):
+    """The images of several `sets` one after the other, which stay where they are; `starts`: index of each set's first."""
+
+    def __init__(self, sets: Sequence[Sequence[np.ndarray]]):
+        self.sets = sets
+        self.starts = np.cumsum([0, *map(len, sets)])
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        of = int(np.searchsorted(self.starts, index, side="right")) - 1
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.sets[of][index - self.starts[of]]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
 
 
 def read(paths: Sequence[Path], *, min_size: int, resident: float) -> list[np.ndarray] | Stored:
@@ -89,25 +122,29 @@ def shapes(images: Sequence[np.ndarray]) -> list[tuple[int, ...]]:
     """Of each image (h, w), without reading any."""
     if isinstance(images, Stored):
         return [(h, w) for h, w in images.sizes.tolist()]
+    if isinstance(images, Joined):
+        return [shape for part in images.sets for shape in shapes(part)]
     return [image.shape for image in images]
 
 
 class _Cutter:
-    """Places int32 `[..., 3]` (image, top, left) to the patches there, uint8 `[..., patch_size, patch_size]`."""
+    """Places int32 `[..., 3]` (image, top, left) to the patches there, uint8 `[..., patch_size, patch_size]`; of an image below 0
+    zeros."""
 
-    def __init__(self, images: Stored, patch_size: int):
+    def __init__(self, images: Stored | Joined, patch_size: int):
         self._images, self._side = images, patch_size
 
     def __call__(self, places: np.ndarray) -> np.ndarray:
-        patches = np.empty((*places.shape[:-1], self._side, self._side), np.uint8)
+        patches = np.zeros((*places.shape[:-1], self._side, self._side), np.uint8)
         for index in np.ndindex(*places.shape[:-1]):
-            image, top, left = places[index]
-            patches[index] = self._images[image][top : top + self._side, left : left + self._side]
+            image, top, left = places[index].tolist()
+            if image >= 0:
+                patches[index] = self._images[image][top : top + self._side, left : left + self._side]
         return patches
 
 
 def batches(
-    images: Stored,
+    images: Stored | Joined,
     places: Callable[[int, int], np.ndarray],
     *,
     first: int,
@@ -120,7 +157,8 @@ def batches(
     Which they are depends on their number alone, so that nothing but it is needed to go on.
 
     Args:
-      places: (number of a batch, count) -> the places of so many batches, int32 `[count, ..., 3]`: image, top, left.
+      places: (number of a batch, count) -> the places of so many batches, int32 `[count, ..., 3]`: image, top, left; image -1
+        for a patch of zeros that nobody looks at.
       size: patches in a batch.
 
     Raises:

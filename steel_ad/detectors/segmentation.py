@@ -1,8 +1,9 @@
 """CompactCNN and U-Net, with the classification stage behind either, as detectors (SPEC section 2)."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,17 +15,24 @@ from jax.sharding import Mesh
 
 from steel_ad import config as configs
 from steel_ad import losses, parallel
-from steel_ad.data import defects, patches
+from steel_ad.data import defects, patches, stored
 from steel_ad.data.defects import Library
 from steel_ad.data.patches import Crops, Plates
+from steel_ad.data.stored import Masks, Stored
 from steel_ad.models import compact_cnn, unet
 from steel_ad.train import loop, optimizers
 from steel_ad.train.state import TrainState, create, stream
 from steel_ad.train.step import make_step, steps_per_call
 
+# Steps whose places are drawn at once, where patches are cut outside of the step.
+_DRAWN = 64
+
 
 class Samples(NamedTuple):
     """What training samples are drawn from; every set is uint8 Plates, and each but `good` may be None.
+
+    Sets that are Stored are read while `train` goes on; what a step gets in their place are the patches that it uses, uint8
+    `[b, p, p]`, cut at its places.
 
     Attributes:
       good: the line's good images.
@@ -34,12 +42,12 @@ class Samples(NamedTuple):
       new_line: good images of another line, mixed in while adapting.
     """
 
-    good: Plates
+    good: Plates | Stored | Array
     library: Library | None = None
-    labelled: Plates | None = None
-    masks: Plates | None = None
+    labelled: Plates | Stored | Array | None = None
+    masks: Plates | Masks | Array | None = None
     marks: Array | np.ndarray | None = None
-    new_line: Plates | None = None
+    new_line: Plates | Stored | Array | None = None
 
 
 class Batch(NamedTuple):
@@ -58,20 +66,21 @@ def draw(config: configs.Segmentation, share: float, data: Samples, step: Array,
     Where there is a new line, a sample is one of its good ones with probability `config.new_line`, whatever it was.
     """
 
-    def key(name):
-        return stream(root, name, step)
+    def cut(places: Callable[[Any], Crops], *sets: Any) -> list[Array]:
+        """Patches uint8 `[b, p, p]` of each of the sets, all at the places `places(first set)`."""
+        if not isinstance(sets[0], Plates):
+            return [parallel.split_batch(pixels) for pixels in sets]
+        crops = parallel.split_batch(places(sets[0]))
+        return [patches.cut_pixels(plates, crops, patch_size=config.patch_size) for plates in sets]
 
-    def crops(name, plates):
-        places = patches.random_crops(key(name), plates.sizes, num=config.batch_size, patch_size=config.patch_size)
-        return parallel.split_batch(places)
-
-    image = patches.cut(data.good, crops("crops", data.good), patch_size=config.patch_size)
+    (pixels,) = cut(lambda plates: _crops(config, "crops", plates.sizes, step, root), data.good)
+    image = patches.scaled(pixels)
     if config.flips:
-        image = patches.random_flips(key("flips"), image)
+        image = patches.random_flips(stream(root, "flips", step), image)
     mask = jnp.zeros_like(image)
     if data.library is not None:
         image, inserted, _ = defects.insert(
-            key("defects"),
+            stream(root, "defects", step),
             image,
             data.library,
             max_defects=config.max_defects,
@@ -80,38 +89,117 @@ def draw(config: configs.Segmentation, share: float, data: Samples, step: Array,
             augment=config.augment,
         )
         mask = inserted.astype(jnp.float32)
-    elif data.labelled is not None and data.masks is not None and data.marks is not None:
-        places = parallel.split_batch(_around_a_mark(key("labelled"), data.labelled, data.marks, config))
-        chosen = jax.random.bernoulli(key("chosen"), share, (config.batch_size, 1, 1, 1))
-        marked = patches.cut_pixels(data.masks, places, patch_size=config.patch_size).astype(jnp.float32)
-        image = jnp.where(chosen, patches.cut(data.labelled, places, patch_size=config.patch_size), image)
-        mask = jnp.where(chosen, marked[..., None], mask)
+    elif data.labelled is not None:
+        pixels, marked = cut(
+            lambda plates: _around_a_mark(config, plates.sizes, data.marks, step, root), data.labelled, data.masks
+        )
+        chosen = _chosen(config, "chosen", share, step, root)
+        image = jnp.where(chosen, patches.scaled(pixels), image)
+        mask = jnp.where(chosen, marked.astype(jnp.float32)[..., None], mask)
     if data.new_line is not None:
-        other = patches.cut(data.new_line, crops("new line", data.new_line), patch_size=config.patch_size)
-        chosen = jax.random.bernoulli(key("line"), config.new_line, (config.batch_size, 1, 1, 1))
-        image, mask = jnp.where(chosen, other, image), jnp.where(chosen, jnp.zeros_like(mask), mask)
+        (pixels,) = cut(lambda plates: _crops(config, "new line", plates.sizes, step, root), data.new_line)
+        chosen = _chosen(config, "line", config.new_line, step, root)
+        image, mask = jnp.where(chosen, patches.scaled(pixels), image), jnp.where(chosen, jnp.zeros_like(mask), mask)
     return Batch(image, mask, jnp.any(mask > 0.5, axis=(1, 2, 3)).astype(jnp.float32))
 
 
-def _around_a_mark(key: Array, plates: Plates, marks: Array | np.ndarray, config: configs.Segmentation) -> Crops:
+def _crops(config: configs.Segmentation, name: str, sizes: Array | np.ndarray, step: Array, root: Array) -> Crops:
+    return patches.random_crops(stream(root, name, step), sizes, num=config.batch_size, patch_size=config.patch_size)
+
+
+def _chosen(config: configs.Segmentation, name: str, share: float, step: Array, root: Array) -> Array:
+    """Whether a sample is taken from another set than the good images: bool `[b, 1, 1, 1]`."""
+    return jax.random.bernoulli(stream(root, name, step), share, (config.batch_size, 1, 1, 1))
+
+
+def _around_a_mark(config: configs.Segmentation, sizes: Any, marks: Any, step: Array, root: Array) -> Crops:
     """Places of patches, each holding a random mark of a random image."""
-    of_image, of_mark, of_place = jax.random.split(key, 3)
+    of_image, of_mark, of_place = jax.random.split(stream(root, "labelled", step), 3)
     image = jax.random.randint(of_image, (config.batch_size,), 0, marks.shape[0])
     mark = jnp.asarray(marks)[image, jax.random.randint(of_mark, image.shape, 0, marks.shape[1])]
-    last = jnp.asarray(plates.sizes)[image] - config.patch_size
+    last = jnp.asarray(sizes)[image] - config.patch_size
     corner = mark - jax.random.randint(of_place, mark.shape, 0, config.patch_size)
     top, left = jnp.clip(corner, jnp.zeros_like(last), last).T
     return Crops(image, top, left)
 
 
+def streamed(
+    config: configs.Segmentation,
+    share: float,
+    data: Samples,
+    root: Array,
+    *,
+    first: int,
+    steps: int,
+    per_call: int,
+    mesh: Mesh,
+) -> Generator[dict[str, Array]]:
+    """For each call from step `first` on, what `draw` takes in place of each set of `data` that is Stored: patches uint8
+    `[per_call, b, p, p]`, zeros where it does not look. Each process reads its part of a batch, and of a sample one image."""
+    sets = {name: s for name, s in data._asdict().items() if isinstance(s, Stored)}
+    images = stored.Joined(list(sets.values()))
+    starts = dict(zip(sets, images.starts.tolist(), strict=False))
+    sizes = {n: s.sizes for n in ("good", "labelled", "new_line") if (s := getattr(data, n)) is not None}
+    mine = parallel.part(config.batch_size, mesh)
+
+    @functools.partial(jax.jit, static_argnames="count")
+    def draw(sizes, marks, first, count) -> Array:
+        nothing = jnp.full((config.batch_size, 3), -1, jnp.int32)
+
+        def of(name, crops) -> Array:
+            if name not in sets:
+                return nothing
+            return jnp.stack([crops.image + starts[name], crops.top, crops.left], -1)
+
+        def one(step) -> Array:
+            image, mask = of("good", _crops(config, "crops", sizes["good"], step, root)), nothing
+            if data.library is None and "labelled" in sizes:
+                crops = _around_a_mark(config, sizes["labelled"], marks, step, root)
+                chosen = _chosen(config, "chosen", share, step, root)[:, 0, 0]
+                image, mask = (
+                    jnp.where(chosen, of(name, crops), other) for name, other in (("labelled", image), ("masks", mask))
+                )
+            if "new_line" in sizes:
+                crops = _crops(config, "new line", sizes["new_line"], step, root)
+                chosen = _chosen(config, "line", config.new_line, step, root)[:, 0, 0]
+                image, mask = jnp.where(chosen, of("new_line", crops), image), jnp.where(chosen, nothing, mask)
+            return jnp.stack([image, mask] if "masks" in sets else [image])
+
+        return jax.lax.map(one, first + jnp.arange(count, dtype=jnp.int32), batch_size=_DRAWN)
+
+    def of_calls(call: int, count: int) -> np.ndarray:
+        drawn = draw(sizes, data.marks, np.int32(call * per_call), count * per_call)
+        return np.asarray(drawn).reshape(count, per_call, *drawn.shape[1:])[:, :, :, mine]
+
+    batches = stored.batches(
+        images,
+        of_calls,
+        first=first // per_call,
+        total=steps // per_call,
+        size=config.batch_size * per_call * (2 if "masks" in sets else 1),
+        patch_size=config.patch_size,
+    )
+    with contextlib.closing(batches):
+        for batch in batches:
+            image, *mask = (parallel.spread_parts(batch[:, i], mesh) for i in range(batch.shape[1]))
+            yield {name: mask[0] if name == "masks" else image for name in sets}
+
+
 def labelled(
-    good: Plates, images: Sequence[np.ndarray], masks: Sequence[np.ndarray], *, seed: int, marks: int = 64
+    good: Plates | Stored,
+    images: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    *,
+    seed: int,
+    marks: int = 64,
 ) -> Samples:
-    """Samples of labelled images uint8 `[h_i, w_i]` with masks bool `[h_i, w_i]`, none of them empty."""
+    """Samples of labelled images uint8 `[h_i, w_i]` with masks bool `[h_i, w_i]`, none of them empty; both stored or neither."""
     rng = np.random.default_rng([seed, 0x3A])
-    places = [rng.choice(np.argwhere(mask), marks) for mask in masks]
+    places = np.array([rng.choice(np.argwhere(mask), marks) for mask in masks], np.int32)
+    if isinstance(images, Stored) and isinstance(masks, Masks):
+        return Samples(good, None, images, masks, places)
     marked = patches.stack([mask.astype(np.uint8) for mask in masks])
-    return Samples(good, None, patches.stack(images), marked, np.array(places, np.int32))
+    return Samples(good, None, patches.stack(images), marked, places)
 
 
 def network(config: configs.Segmentation) -> unet.UNet | compact_cnn.Segmenter:
@@ -237,33 +325,60 @@ def train(
 ) -> TrainState:
     """Trains one stage to `steps` with the settings' seed and cadence; every stage draws samples of its own.
 
-    `on_step` and `save` are as `train.loop.run`'s; on all devices unless a `mesh` is given.
+    `data` is Samples for stage 1, (Samples, variables of stage 1) for stage 2; sets that are Stored are read while it trains,
+    with the same result. `on_step` and `save` are as `train.loop.run`'s; on all devices unless a `mesh` is given.
 
     Raises:
       InputError: a batch that the devices do not divide, or a loss that is not finite.
     """
     mesh = parallel.mesh() if mesh is None else mesh
     parallel.check_batch(config.batch_size, mesh)
-    state, data = parallel.put((state, data), parallel.replicated(mesh))
+    samples, *frozen = [data] if isinstance(data, Samples) else data
+    read: Any = Samples(*(isinstance(s, Stored) for s in samples))  # type: ignore[arg-type]
+    absent: dict[str, Any] = {name: None for name, r in read._asdict().items() if r}
+    here = samples._replace(**absent)
+    if read.labelled:
+        here = here._replace(marks=None)  # its places are not drawn in the step
+    state, here, frozen = parallel.put((state, here, frozen), parallel.replicated(mesh))
+    root = stream(jax.random.key(config.seed), stage)
     per_call = steps_per_call(steps, config.checkpoint_every)
-    step = _step(objective, rule, steps_per_call=per_call, mesh=mesh)
+
+    def given(samples: Samples, *rest: Any) -> Any:
+        return (samples, *rest) if rest else samples
+
+    data = given(here, *frozen)
+    step = _step(
+        objective,
+        rule,
+        steps_per_call=per_call,
+        mesh=mesh,
+        streamed=given(read, *(False for _ in frozen)) if any(read) else False,
+    )
 
     def on_metrics(first: int, metrics: dict[str, np.ndarray]) -> None:
         if on_step is not None:
             for i in range(len(metrics["loss"])):
                 on_step(first + i + 1, {name: float(values[i]) for name, values in metrics.items()})
 
-    return loop.run(
-        step,
-        state,
-        data,
-        stream(jax.random.key(config.seed), stage),
-        steps=steps,
-        steps_per_call=per_call,
-        on_metrics=on_metrics,
-        save=save,
-        save_every=config.checkpoint_every,
-    )
+    with contextlib.ExitStack() as stack:
+        if any(read):
+            share = configs.defective_share(config.classifier_ratio if frozen else config.ratio)
+            batches = streamed(
+                config, share, samples, root, first=int(state.step), steps=steps, per_call=per_call, mesh=mesh
+            )
+            stack.enter_context(contextlib.closing(batches))
+            data = (given(here._replace(**batch), *frozen) for batch in batches)
+        return loop.run(
+            step,
+            state,
+            data,
+            root,
+            steps=steps,
+            steps_per_call=per_call,
+            on_metrics=on_metrics,
+            save=save,
+            save_every=config.checkpoint_every,
+        )
 
 
 def _padded(image: Array) -> Array:

@@ -5,6 +5,7 @@ import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ import numpy as np
 
 from steel_ad import config as configs
 from steel_ad import losses, metrics, parallel
-from steel_ad.data import datasets, defects, patches
-from steel_ad.data.datasets import Dataset
+from steel_ad.data import datasets, defects, patches, stored
+from steel_ad.data.datasets import Dataset, Labelled
+from steel_ad.data.patches import Plates
+from steel_ad.data.stored import Stored
 from steel_ad.detectors import segmentation
 from steel_ad.detectors.segmentation import Samples, SegmentationDetector
 from steel_ad.errors import InputError
+from steel_ad.progress import progress
 from steel_ad.studies import evaluation, files, runs
 from steel_ad.studies.evaluation import Thresholds
 from steel_ad.train.state import TrainState, create
@@ -117,7 +121,7 @@ def transfer(
     # Copied, since training donates what it starts from.
     params, extra = jax.tree.map(np.array, parallel.local((pretrained.params, pretrained.extra)))
     start = create(params, rule, extra)
-    mixture = samples._replace(new_line=patches.stack(lines["target"].training))
+    mixture = samples._replace(new_line=_plates(lines["target"].training))
     adapted, adapt_seconds = _stage_1(
         config, mixture, workdir, settings, "adapt", start=start, evaluate_only=evaluate_only
     )
@@ -153,17 +157,22 @@ def check_loss(config: configs.Segmentation) -> None:
 @dataclasses.dataclass(frozen=True)
 class _Line:
     dataset: Dataset
-    training: list[np.ndarray]
-    validation: list[np.ndarray]
+    training: list[np.ndarray] | Stored
+    validation: list[np.ndarray] | Stored
     manifest: list[dict[str, Any]]
 
 
 def _load_line(config: configs.Segmentation, data: str, load: datasets.Load = datasets.load) -> _Line:
-    dataset = load(data, min_size=config.patch_size)
+    dataset = load(data, min_size=config.patch_size, resident=config.resident_bytes)
     train, validation = datasets.split(len(dataset.train), config.validation_fraction, config.seed)
     train = datasets.chosen(train, config.train_images, config.seed)
     manifest = runs.uses(dataset.manifest, train, validation)
-    return _Line(dataset, [dataset.train[i] for i in train], [dataset.train[i] for i in validation], manifest)
+    return _Line(dataset, datasets.take(dataset.train, train), datasets.take(dataset.train, validation), manifest)
+
+
+def _plates(images: list[np.ndarray] | Stored) -> Plates | Stored:
+    """As training takes them: on the device, or read while it goes on."""
+    return images if isinstance(images, Stored) else patches.stack(images)
 
 
 def _keep(workdir: Path, line: _Line, defects_record: list[dict[str, str]]) -> None:
@@ -175,17 +184,13 @@ def _samples(
     config: configs.Segmentation, line: _Line, defects_from: str, tested_on: Sequence[str]
 ) -> tuple[Samples, list[dict[str, str]]]:
     """What to train on, and a record of the defects with their hashes; none is kept for the tests of `tested_on`."""
-    plates, labelled = patches.stack(line.training), line.dataset.labelled
+    plates, labelled = _plates(line.training), line.dataset.labelled
     if defects_from == "labelled" or (not defects_from and labelled):
         if not labelled:
             raise InputError(
                 "the data set has no labelled training images: give --defects=FOLDER or --defects=procedural"
             )
-        images, masks = [t.image for t in labelled], [t.mask for t in labelled]
-        record = [
-            {"source": t.name, "sha256": hashlib.sha256(t.image.tobytes() + t.mask.tobytes()).hexdigest()}
-            for t in labelled
-        ]
+        images, masks, record = _labelled(labelled)
         return segmentation.labelled(plates, images, masks, seed=config.seed), record
     skipped: list[str] = []
     if defects_from in ("", "procedural"):
@@ -206,6 +211,25 @@ def _samples(
         for s, mask in zip(np.asarray(library.source).tolist(), drawn, strict=True)
     ]
     return Samples(plates, library), record
+
+
+def _labelled(
+    labelled: Sequence[datasets.TestImage],
+) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray], list[dict[str, str]]]:
+    """Images, masks, and a record of them with their hashes; stored ones stay so."""
+
+    def one(i: int) -> dict[str, str]:
+        t = labelled[i]
+        return {"source": t.name, "sha256": hashlib.sha256(t.image.tobytes() + t.mask.tobytes()).hexdigest()}
+
+    if not isinstance(labelled, Labelled):
+        return [t.image for t in labelled], [t.mask for t in labelled], [one(i) for i in range(len(labelled))]
+    record = []
+    with ThreadPoolExecutor() as pool, progress("check labels", len(labelled), "images") as update:
+        for row in pool.map(one, range(len(labelled))):
+            record.append(row)
+            update(len(record))
+    return labelled.images, labelled.masks, record
 
 
 def _kept_for_tests(data: str) -> set[str]:
@@ -287,12 +311,13 @@ def _evaluate(
 ) -> dict[str, Any]:
     mapper = evaluation.Mapper({"segmentation": SegmentationDetector(config)}, config.radius)
     states = {"segmentation": stages[0]}
-    good = mapper(states, line.validation, label="calibrate")
+    good = mapper.thresholds(states, line.validation, config.percentile, label="calibrate")["segmentation"]
     test = line.dataset.test
-    images = [t.image for t in test]
+    images = datasets.images_of(test)
     start = time.perf_counter()
     maps = mapper(states, images, label=f"test {line.dataset.name}")
     elapsed = time.perf_counter() - start
+    megapixels = sum(h * w for h, w in stored.shapes(images)) / 1e6
     scores, good_scores = classifier_scores(config, stages, [images, line.validation])
     labels = np.array([t.kind != "good" for t in test], bool)
     classification = {}
@@ -301,11 +326,7 @@ def _evaluate(
         calibrated = float(np.percentile(good_scores.astype(np.float64), config.percentile))
         classification["image_accuracy_calibrated"] = float(np.mean((scores > calibrated) == labels))
         classification["image_threshold"] = calibrated
-    limits = {
-        "segmentation": Thresholds(
-            config.threshold, float(np.percentile(good["segmentation"].scores.astype(np.float64), config.percentile))
-        )
-    }
+    limits = {"segmentation": Thresholds(config.threshold, good.image)}
     return evaluation.report(
         workdir,
         maps,
@@ -316,7 +337,7 @@ def _evaluate(
         record={
             "dataset": line.dataset.name,
             "images": {"train": len(line.training), "validation": len(line.validation), "test": len(test)},
-            "test_megapixels_per_second": sum(t.image.size for t in test) / 1e6 / elapsed if elapsed else None,
+            "test_megapixels_per_second": megapixels / elapsed if elapsed else None,
             "parameters": sum(p.size for s in stages for p in jax.tree.leaves(s["params"])),
             "percentile": config.percentile,
             "versions": runs.versions(),
@@ -330,8 +351,7 @@ def classifier_scores(
 ) -> list[np.ndarray]:
     """Probability of being defective of each image uint8 `[h_i, w_i]` of each group: float32 `[n]` each."""
     program = evaluation.Program(lambda stages, image: segmentation.classify(config, stages, image))
-    images = [image for group in groups for image in group]
-    scores = np.array(program(stages, images, label="classify"), np.float32)
+    scores = np.array(program(stages, stored.Joined(groups), label="classify"), np.float32)
     return np.split(scores, np.cumsum([len(group) for group in groups])[:-1])
 
 
@@ -352,7 +372,7 @@ def predictions(workdirs: Sequence[Path]) -> Path:
             raise InputError(
                 f"{workdir} holds no segmentation run on {settings[0]['data']}: give one of the same --data"
             )
-    test = datasets.load(settings[0]["data"], train=False).test
+    test = datasets.load(settings[0]["data"], train=False, resident=0).test  # few of them are drawn
     kinds = sorted({t.kind for t in test}, key=lambda k: (k != "good", k))
     chosen = [t for kind in kinds for t in [t for t in test if t.kind == kind][:2]][:8]
     if not chosen:

@@ -20,7 +20,7 @@ import jax
 
 from steel_ad import config as configs
 from steel_ad import parallel
-from steel_ad.data import datasets
+from steel_ad.data import datasets, stored
 from steel_ad.data.datasets import Dataset
 from steel_ad.errors import InputError
 from steel_ad.report import tables
@@ -77,7 +77,8 @@ def _adadelta(config: configs.Segmentation, value: str) -> dict[str, Any]:
 
 
 def _patch_fits(value: int, dataset: Dataset, config: Any) -> bool:
-    return value <= min(min(image.shape) for image in (*dataset.train, *(t.image for t in dataset.test)))
+    images = stored.Joined([dataset.train, datasets.images_of(dataset.test)])
+    return value <= min(map(min, stored.shapes(images)))
 
 
 def _count_fits(value: int, dataset: Dataset, config: Any) -> bool:
@@ -285,8 +286,7 @@ def run(
     tried = [config, *(a.apply(config, v) for a in studies.values() if a.fits is None for v in a.values)]
     for c in tried:
         (autoencoder if experiment == "autoencoder" else segmentation).check_loss(c)
-    resident = config.resident_bytes if isinstance(config, configs.Autoencoder) else math.inf
-    load = _Loader(max(c.patch_size for c in tried), resident)
+    load = _Loader(max(c.patch_size for c in tried), config.resident_bytes)
     plan: list[_Run] = []
     for d, name in zip(data, names, strict=True):
         plan += _plan(config, experiment, studies, d, workdir / "runs" / name, range(seeds), load)

@@ -32,7 +32,7 @@ def make_step(
     *,
     steps_per_call: int = 1,
     mesh: Mesh | None = None,
-    streamed: bool = False,
+    streamed: Any = False,
 ) -> Callable:
     """Jitted `(state, data, root) -> (state, metrics)`; metrics are float32 `[steps_per_call]` each.
 
@@ -41,8 +41,9 @@ def make_step(
     The state is donated: the one passed in must not be used again.
 
     Over a `mesh` (of all devices by default) the arguments and results are replicated, and what the objective has passed
-    through `parallel.split_batch` is spread. With `streamed`, `data` is an array of one batch for each of the call's steps,
-    `[steps_per_call, b, ...]`, spread by `parallel.spread_parts`; the objective gets that of its step.
+    through `parallel.split_batch` is spread. Where `streamed`, a bool or a tree of them for the parts of `data`, is true, these
+    are arrays of one batch for each of the call's steps, `[steps_per_call, b, ...]`, spread by `parallel.spread_parts`; the
+    objective gets that of its step.
     """
     mesh = parallel.mesh() if mesh is None else mesh
     whole = parallel.replicated(mesh)
@@ -57,18 +58,26 @@ def make_step(
         return TrainState(state.step + 1, params, opt_state, extra), metrics
 
     def many(state, data, root):
+        batches = jax.tree.map(lambda read, d: d if read else None, streamed, data)
+
+        def step(state, batch):
+            mine = jax.tree.map(lambda read, d, b: b if read else d, streamed, data, batch)
+            return one(state, mine, root)
+
         with parallel.inside(mesh):
             if steps_per_call == 1:
-                state, metrics = one(state, data[0] if streamed else data, root)
+                state, metrics = step(state, jax.tree.map(lambda b: b[0], batches))
                 return state, jax.tree.map(lambda m: jnp.reshape(m, (1,)), metrics)
-            if streamed:
-                return lax.scan(lambda s, batch: one(s, batch, root), state, data)
-            return lax.scan(lambda s, _: one(s, data, root), state, None, length=steps_per_call)
+            return lax.scan(step, state, batches, length=steps_per_call)
 
     return jax.jit(
         many,
         donate_argnums=0,
-        in_shardings=(whole, parallel.spread_batches(mesh) if streamed else whole, whole),
+        in_shardings=(
+            whole,
+            jax.tree.map(lambda read: parallel.spread_batches(mesh) if read else whole, streamed),
+            whole,
+        ),
         out_shardings=whole,
         compiler_options=cpu_compiler_options(),
     )

@@ -1,0 +1,253 @@
+"""Supervised training on images and masks that stay in their files: the samples, steps and results of those in memory."""
+
+import dataclasses
+import json
+import os
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.segmentation import PRESETS
+from steel_ad import parallel
+from steel_ad.config import Segmentation
+from steel_ad.data import datasets, defects, stored
+from steel_ad.detectors import segmentation
+from steel_ad.detectors.segmentation import Samples
+from steel_ad.errors import InputError
+from steel_ad.ops import convolution
+from steel_ad.report import figures
+from steel_ad.studies import segmentation as study
+from steel_ad.train import step as steps
+from steel_ad.train.checkpoint import Checkpoints
+
+TINY = Segmentation(**{**PRESETS["tiny"], "flips": True, "batch_size": 4})
+ROOT = jax.random.key(3)
+
+
+@pytest.fixture(scope="module")
+def library():
+    return defects.fitting(defects.procedural(jax.random.key(1), 6, size=64), (32, 32))[0]
+
+
+def write(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), image)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A class of DAGM, of whose nine training images four are labelled, and another line."""
+    root = tmp_path_factory.mktemp("stored") / "Class1"
+    rng = np.random.default_rng(0)
+    for part, count, bad in (("Train", 9, (1, 4, 5, 7)), ("Test", 3, (0,))):
+        for i in range(count):
+            image = rng.integers(20 * i, 20 * i + 60, (40 + i, 50), np.uint8)
+            if i in bad:
+                label = np.zeros(image.shape, np.uint8)
+                label[5 * i : 5 * i + 4, 30:45] = 255
+                image[label > 0] = 250
+                write(root / part / "Label" / f"{i:04d}_label.PNG", label)
+            write(root / part / f"{i:04d}.PNG", image)
+    for i in range(5):
+        write(root.parent / "line" / "train" / "good" / f"{i}.png", rng.integers(0, 9 + i, (36, 40), np.uint8))
+    return root
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Reads in this process, since processes take seconds to start."""
+    monkeypatch.setattr(stored, "_workers", lambda: 0)
+
+
+@pytest.fixture
+def own_code(monkeypatch):
+    """The code that XLA makes by default: its older emitters, with which the suite compiles, round what they fuse otherwise."""
+    options = convolution.cpu_compiler_options() or {}
+    if "fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
+        options = {**options, "xla_cpu_use_fusion_emitters": True}
+    monkeypatch.setattr(steps, "cpu_compiler_options", lambda: options or None)
+    clear = segmentation._step.cache_clear
+    clear()
+    yield
+    clear()
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    for name in ("training_curve", "examples", "score_histogram", "curves"):
+        monkeypatch.setattr(figures, name, lambda *a, **k: None)
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def samples(root, library, what):
+    """The same samples in memory and in their files."""
+    found = []
+    for resident in (float("inf"), -1):
+        data = datasets.load(str(root), resident=resident)
+        line = datasets.load(str(root.parent / "line"), resident=resident)
+        good, new_line = (study._plates(d.train) for d in (data, line))
+        if "labelled" in what:
+            images, masks, _ = study._labelled(data.labelled)
+            made = segmentation.labelled(good, images, masks, seed=0)
+        else:
+            made = Samples(good, library)
+        found.append(made._replace(new_line=new_line) if "new line" in what else made)
+    if "some" in what:  # the labelled images alone, or the good ones of the new line alone, do not fit
+        found[1] = found[1]._replace(good=found[0].good)
+    return found
+
+
+KINDS = ["inserted", "labelled", "inserted, new line", "labelled, new line", "labelled, new line, some in memory"]
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("what", KINDS)
+def test_the_samples_are_those_of_images_in_memory(root, library, what, monkeypatch):
+    """To the bit, from the first step and from a later one, in several portions."""
+    monkeypatch.setattr(stored, "_PLACES", 2 * TINY.batch_size * 3)
+    resident, there = samples(root, library, what)
+    resident = jax.tree.map(jnp.asarray, resident)
+    mesh, share, taken = parallel.mesh(), 0.5, set()
+    draw = jax.jit(lambda data, step: segmentation.draw(TINY, share, data, step, ROOT))
+    empty = there._replace(**{n: None for n, s in there._asdict().items() if isinstance(s, stored.Stored)}, marks=None)
+    for first in (0, 5):
+        read = segmentation.streamed(TINY, share, there, ROOT, first=first, steps=8, per_call=1, mesh=mesh)
+        for s, batch in enumerate(read, first):
+            got = draw(empty._replace(**{name: a[0] for name, a in batch.items()}), jnp.int32(s))
+            expected = draw(resident, jnp.int32(s))
+            same(got, expected)
+            taken |= set(np.asarray(expected.label).tolist())
+        assert s == 7
+    assert taken == {0, 1}
+
+
+@pytest.mark.usefixtures("own_code")
+def test_worker_processes_give_the_steps_of_images_in_memory(root, library, monkeypatch):
+    """To the bit: parameters, statistics and every loss; and the step is compiled once."""
+    compiled, make = [], segmentation._step
+    monkeypatch.setattr(segmentation, "_step", lambda *a, **k: compiled.append(make(*a, **k)) or compiled[-1])
+    monkeypatch.setattr(stored, "_workers", lambda: 2)
+    rule, ends = segmentation.optimizer(TINY, 4), []
+    for data in samples(root, library, "labelled, new line"):
+        state, rows = segmentation.initial_segmentation(TINY, 4), []
+        rest = {"config": TINY, "stage": "train", "steps": 4, "on_step": lambda *row, rows=rows: rows.append(row)}
+        end = segmentation.train(segmentation.segmentation_objective(TINY), rule, data, state, **rest)
+        ends.append((end, rows))
+    same(*ends)
+    assert [s for s, _ in rows] == [1, 2, 3, 4]
+    assert [step._cache_size() for step in compiled] == [1, 1]
+
+
+class Stopped(Exception):
+    """Takes the place of a kill, between two checkpoints."""
+
+
+def stopped_after(folder, step, call, *arguments, **given):
+    """A run that ends right after that step's checkpoint in that folder."""
+    save = Checkpoints.save
+
+    def saving(self, now, *rest):
+        save(self, now, *rest)
+        if (self.directory.name, now) == (folder, step):
+            self.wait()
+            raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", saving)
+        with pytest.raises(Stopped):
+            call(*arguments, **given)
+
+
+@pytest.mark.usefixtures("here", "own_code", "without_pictures")
+def test_a_run_from_files_goes_on_in_mid_epoch_and_ends_as_one_in_memory(root, tmp_path):
+    config = dataclasses.replace(TINY, samples=32)  # eight steps an epoch
+    given = {"data": str(root), "defects_from": "labelled"}
+    grain = dataclasses.replace(config, data_path="grain")
+    whole = study.run(config, **given, workdir=tmp_path / "device")
+    for folder in ("checkpoints", "checkpoints_classifier"):
+        stopped_after(folder, 2, study.run, grain, **given, workdir=tmp_path / "grain")
+    again = study.run(grain, **given, workdir=tmp_path / "grain")
+    assert again["finished"]
+    for key in ("maps", "thresholds", "images", "dataset"):
+        assert again[key] == whole[key]
+    for name in ("manifest.json", "defects.json", "train.csv", "train_classifier.csv", "scores.csv"):
+        assert (tmp_path / "grain" / name).read_bytes() == (tmp_path / "device" / name).read_bytes()
+    with pytest.raises(InputError, match="data_path"):
+        study.run(config, **given, workdir=tmp_path / "grain")
+
+
+@pytest.mark.usefixtures("here", "own_code", "without_pictures")
+def test_transfer_reads_both_lines_from_files(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "_PROCEDURAL_DEFECTS", 6)
+    given = {"source": str(root), "target": str(root.parent / "line"), "defects_from": "procedural"}
+    whole, there = (
+        study.transfer(
+            dataclasses.replace(TINY, steps=2, adapt_steps=2, classifier_steps=2, data_path=path),
+            **given,
+            workdir=tmp_path / path,
+        )
+        for path in ("device", "grain")
+    )
+    for when in ("before", "after"):
+        assert there[when]["source"]["maps"] == whole[when]["source"]["maps"]
+    for stage in ("pretrain", "adapt", "classifier_before", "classifier_after"):
+        csv = f"train_{stage}.csv"
+        assert (tmp_path / "grain" / csv).read_text() == (tmp_path / "device" / csv).read_text()
+
+
+def test_dagm_stays_in_its_files(root):
+    here, there = (datasets.load(str(root), resident=r) for r in (float("inf"), 0))
+    assert isinstance(there.train, stored.Stored)
+    assert isinstance(there.labelled, datasets.Labelled)
+    assert isinstance(datasets.images_of(there.test), stored.Stored)
+    for a, b in ((here.labelled, there.labelled), (here.test, there.test)):
+        assert [(t.name, t.kind) for t in a] == [(t.name, t.kind) for t in b]
+        same([(t.image, t.mask) for t in a], [(t.image, t.mask) for t in b])
+    assert [t.name for t in there.labelled[1:3]] == ["defect/0004.PNG", "defect/0005.PNG"]
+
+
+def test_a_label_that_cannot_be_used_ends_in_a_sentence(root, tmp_path):
+    images = datasets.load(str(root), resident=-1).labelled.images
+    for label, said in ((np.zeros((45, 50)), "labels no pixel"), (np.ones((9, 9)), "give a mask of the image's size")):
+        write(tmp_path / "label.png", label.astype(np.uint8))
+        masks = stored.Masks([tmp_path / "label.png"], np.array([[45, 50]], np.int32))
+        with pytest.raises(InputError, match=said):
+            study._labelled(datasets.Labelled(images, masks, ["x"]))
+
+
+def test_joined_images(root):
+    there = datasets.load(str(root), resident=-1)
+    parts = [there.train, [np.zeros((3, 4), np.uint8)], there.labelled.masks]
+    joined = stored.Joined(parts)
+    assert joined.starts.tolist() == [0, 5, 6, 10]
+    every = [image for part in parts for image in part]
+    same([*joined], every)
+    same(joined[4:7], every[4:7])
+    assert stored.shapes(joined) == [image.shape for image in every]
+    cut = stored._Cutter(joined, 3)(np.array([[-1, 9, 9], [0, 2, 1], [6, 4, 29]], np.int32))
+    same(cut, np.stack([np.zeros((3, 3), np.uint8), every[0][2:5, 1:4], every[6][4:7, 29:32]]))
+
+
+def test_settings(tmp_path):
+    with pytest.raises(InputError, match="auto, device, grain"):
+        dataclasses.replace(TINY, data_path="disk")
+    with pytest.raises(InputError, match="at least 0"):
+        dataclasses.replace(TINY, resident_mb=-1)
+    assert dataclasses.replace(TINY, resident_mb=2).resident_bytes == 2e6
+    assert dataclasses.replace(TINY, data_path="device").resident_bytes == float("inf")
+    grain = dataclasses.replace(TINY, data_path="grain")
+    with pytest.raises(InputError, match="drawn, not read from files"):
+        study.run(grain, data="procedural/diamond/128", defects_from="", workdir=tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+def test_the_record_of_labelled_images_is_the_same(root):
+    rows = [study._labelled(datasets.load(str(root), resident=r).labelled)[2] for r in (float("inf"), -1)]
+    assert rows[0] == rows[1]
+    assert json.dumps(rows[0]).count("sha256") == 4
