@@ -242,6 +242,16 @@ def test_is_compiled_once_and_again_for_other_flags(tmp_path, monkeypatch):
     assert len(list((tmp_path / "new").iterdir())) == 3  # nothing but the libraries
 
 
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root gives files away")
+def test_loads_no_library_of_another_user(tmp_path, monkeypatch):
+    monkeypatch.setattr(native.subprocess, "run", lambda command, **_: Path(command[-1]).write_bytes(b"library"))
+    library = native.build(tmp_path)
+    assert native.build(tmp_path) == library
+    os.chown(library, 12345, 12345)
+    with pytest.raises(PermissionError, match="another user"):
+        native.build(tmp_path)
+
+
 @pytest.mark.parametrize("how", ["none", "broken", "folder"])
 def test_says_once_why_it_is_not_used(tmp_path, monkeypatch, capsys, how):
     folder = tmp_path / "cache"

@@ -90,7 +90,7 @@ def build(folder: Path, flags: tuple[str, ...] = _FLAGS) -> Path:
     """Compiles the library into `folder`, unless it is there already, and returns its path.
 
     Raises:
-      OSError: no compiler, or a folder that cannot be written.
+      OSError: no compiler, a folder that cannot be written, or a library there that is another user's.
       subprocess.CalledProcessError: the compiler failed; stderr says why.
     """
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -101,6 +101,9 @@ def build(folder: Path, flags: tuple[str, ...] = _FLAGS) -> Path:
         key.update(b"\0" + part.encode())
     library = folder / f"native-{key.hexdigest()[:16]}.so"
     if library.exists():
+        # What is loaded is executed.
+        if hasattr(os, "getuid") and library.stat().st_uid not in (0, os.getuid()):
+            raise PermissionError(f"{library} belongs to another user: give --compilation_cache=FOLDER of your own")
         return library
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="native-") as temporary:
