@@ -19,6 +19,7 @@ import optax
 from jax import Array
 
 from steel_ad import config as configs
+from steel_ad import native
 from steel_ad.detectors import autoencoder
 from steel_ad.ops.ssim import CONSTANTS
 from steel_ad.studies.benchmark.timing import Maker, Program, Unavailable, compiled, seconds, with_latency
@@ -204,7 +205,8 @@ def _linen_naive(config: configs.Autoencoder) -> Program:
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), value
 
     state = create(jax.jit(network.init)(jax.random.key(0), batch[:1]), optimizer)
-    program, compile_s, counted = compiled(jax.jit(step, donate_argnums=0), state, batch)
+    with native.suspended():
+        program, compile_s, counted = compiled(jax.jit(step, donate_argnums=0), state, batch)
 
     def call():
         nonlocal state
