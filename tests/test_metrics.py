@@ -187,6 +187,7 @@ def test_regions_are_8_connected_and_numbered_across_images():
     np.testing.assert_array_equal(labels > 0, masks)
     assert labels[0, 0, 0] == labels[0, 1, 1]
     assert {labels[0, 0, 0], labels[0, 3, 4], labels[2, 0, 0]} == {1, 2, 3}
+    np.testing.assert_array_equal(metrics.regions([*masks])[0], labels)
 
 
 def test_regions_of_neighbouring_images_do_not_join():

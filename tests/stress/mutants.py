@@ -693,15 +693,16 @@ class Runner:
                 limit = 60 + 10 * sum(c for _, c in stage)
                 verdict, by = self.run([t for t, _ in stage], mutant, limit)
                 test = by.partition(": ")[0]
-                if verdict == "survived":
+                if verdict != "killed" or test not in dict(stage):
                     break
-                if test not in dict(stage):
-                    return verdict, by
                 if test not in self.sound:
-                    self.sound[test] = self.run([test], "", 1e9)[0] == "survived"
+                    self.sound[test] = self.run([test], "", 60)[0] == "survived"
                 if self.sound[test]:
-                    return verdict, by
+                    break
                 stage = [(t, c) for t, c in stage if t != test]
+                verdict = "survived"
+            if stage and verdict != "survived":
+                return verdict, by
         return "survived", ""
 
 
