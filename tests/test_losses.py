@@ -71,3 +71,11 @@ def test_refuses(name, options, said):
     with pytest.raises(InputError, match=said) as error:
         losses.get(name, options)
     assert "\n" not in str(error.value)
+
+
+def test_a_loss_is_tried_before_it_trains():
+    losses.check(losses.get("l2"), "l2", 16)
+    with pytest.raises(InputError, match=r"mine must return one number a patch, \[b\], not \(\)"):
+        losses.check(lambda y, x: (y - x).sum(), "mine", 16)
+    with pytest.raises(InputError, match="mine does not work on patches of 16x16"):
+        losses.check(lambda y, x: y @ x[:, :3], "mine", 16)

@@ -166,6 +166,19 @@ def test_the_new_line_is_mixed_in_as_good(good, library):
     np.testing.assert_array_equal(batch.label, ~dark)
 
 
+def test_a_detector_learns_from_good_images_and_a_library(good, library):
+    config = tiny(steps=2)
+    with pytest.raises(ValueError, match="needs a library"):
+        segmentation.SegmentationDetector(config).fit(patches.stack(good))
+    detector = segmentation.SegmentationDetector(config, library)
+    learnt = detector.fit(patches.stack(good))
+    untrained = segmentation.variables(segmentation.initial_segmentation(config, 2))
+    assert jax.tree.structure(learnt) == jax.tree.structure(untrained)
+    moved = [(a != b).any() for a, b in zip(jax.tree.leaves(learnt), jax.tree.leaves(untrained), strict=True)]
+    assert sum(moved) > len(moved) / 2
+    assert detector.residual(learnt, jnp.zeros((20, 24))).shape == (20, 24)
+
+
 @pytest.mark.parametrize("ratio", ["1", "0:1", "a:b", "1:-1", "1:2:3"])
 def test_ratios_that_are_none(ratio):
     with pytest.raises(InputError, match="1:3"):

@@ -529,11 +529,11 @@ class _Recorder:
                 if fixturedef.scope == "function":
                     return (yield)
                 before = recorder.switch(self._name(fixturedef))
-                start = time.process_time()
+                start = time.monotonic()
                 try:
                     return (yield)
                 finally:
-                    recorder.fixtures[self._name(fixturedef)] = time.process_time() - start
+                    recorder.fixtures[self._name(fixturedef)] = time.monotonic() - start
                     recorder.switch(before)
 
             @staticmethod
@@ -673,7 +673,12 @@ class Runner:
             os.environ["STEEL_AD_MUTANT"] = mutant
             install()
             line = ["-x", "-n", "0", "-q", "-p", "no:cacheprovider", f"--basetemp={self.work / 'tmp'}", *tests]
-            return {"status": int(pytest.main(line, plugins=[Hooks()])), **found}
+            status = -1
+            try:
+                status = int(pytest.main(line, plugins=[Hooks()]))
+            except BaseException:  # what a test that failed leaves behind
+                traceback.print_exc()
+            return {"status": status, **found}
 
         end = _child(self.work, child, cpu_limit)
         if end.status < 0:
