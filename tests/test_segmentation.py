@@ -174,7 +174,7 @@ def test_a_detector_learns_from_good_images_and_a_library(good, library):
     learnt = detector.fit(patches.stack(good))
     untrained = segmentation.variables(segmentation.initial_segmentation(config, 2))
     assert jax.tree.structure(learnt) == jax.tree.structure(untrained)
-    moved = [(a != b).any() for a, b in zip(jax.tree.leaves(learnt), jax.tree.leaves(untrained), strict=True)]
+    moved = [bool((a != b).any()) for a, b in zip(jax.tree.leaves(learnt), jax.tree.leaves(untrained), strict=True)]
     assert sum(moved) > len(moved) / 2
     assert detector.residual(learnt, jnp.zeros((20, 24))).shape == (20, 24)
 

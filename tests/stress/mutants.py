@@ -824,7 +824,7 @@ def _report(chosen: list[Mutation], covering: Covering | None, runner: Runner, f
         for name, of in table.items():
             print(f"{name:>24}" + "".join(f"{of[c]:>12}" for c in columns))
     total = sum((of for of in done.values()), Counter[str]())
-    tried = len({(m.file, m.function) for m in chosen})
+    tried = len({(m.file, m.function) for m in chosen[: total.total()]})
     print(
         f"{total.total()} mutants of {tried} functions in {time.monotonic() - start:.0f} s; {len(bad)} were not killed"
     )
