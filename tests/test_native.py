@@ -151,6 +151,23 @@ def test_maps_over_kernels():
         np.testing.assert_array_equal(one, convolution.same(x, kernel))
 
 
+def test_a_map_over_images_is_one_call():
+    """Windows go through the network by a map, which must not take them one by one."""
+    x, kernel, bias = arrays((3, 2, 4, 6, 3), (3, 3, 3, 5), (1, 1, 1, 5))
+
+    def layer(x, kernel):
+        return convolution.same(x, kernel, bias, 0.2)
+
+    mapped = jax.jit(jax.vmap(layer, (0, None)))
+    assert "while" not in mapped.lower(x, kernel).as_text()
+    np.testing.assert_array_equal(mapped(x, kernel), [layer(one, kernel) for one in x])
+    gradient = jax.grad(lambda x, kernel: (layer(x, kernel) ** 2).sum(), (0, 1))
+    found = jax.vmap(gradient, (0, None))(x, kernel)
+    for n, one in enumerate(x):
+        for a, b in zip(found, gradient(one, kernel), strict=True):
+            np.testing.assert_allclose(a[n], b, rtol=1e-5, atol=1e-5)
+
+
 def test_several_calls_at_once_and_in_a_loop():
     """Independent convolutions share the threads, a loop's body has none of its own: neither may wait for the other."""
     x, kernel = arrays((4, 40, 40, 16), (3, 3, 16, 16))

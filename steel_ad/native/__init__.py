@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.custom_batching import custom_vmap
 
 SOURCES = [Path(__file__).parent / name for name in ("convolution.cc", "ssim.cc")]
 _HEADER = Path(__file__).parent / "common.h"
@@ -127,6 +128,35 @@ def _empty(dimensions: int) -> Array:
     return jnp.zeros((0,) * dimensions, jnp.float32)
 
 
+def _call(
+    target: str,
+    y: tuple[int, ...],
+    x: Array,
+    of: Array | None,
+    kernel: Array,
+    bias: Array | None,
+    **options: np.generic,
+) -> Array:
+    """One of the forward targets, to a result `[b, *y]`; of a `jax.vmap` over images it makes one batch."""
+
+    def plain(x, of, kernel, bias):
+        result = jax.ShapeDtypeStruct((x.shape[0], *y), jnp.float32)
+        return jax.ffi.ffi_call(target, result, vmap_method="sequential")(x, of, kernel, bias, **options)
+
+    call = custom_vmap(plain)
+
+    @call.def_vmap
+    def _(size, batched, x, of, kernel, bias):
+        many_x, many_of, *others = batched
+        if many_x and not any(others) and (many_of or not of.size):
+            x, of = (a.reshape(-1, *a.shape[2:]) if many else a for a, many in ((x, many_x), (of, many_of)))
+            found = call(x, of, kernel, bias)
+            return found.reshape(size, -1, *found.shape[1:]), True
+        return jax.vmap(plain, [0 if many else None for many in batched])(x, of, kernel, bias), True
+
+    return call(x, _empty(4) if of is None else of, kernel, _empty(1) if bias is None else bias)
+
+
 def convolve(
     x: Array, kernel: Array, bias: Array | None, *, stride: int, slope: float, of: Array | None = None
 ) -> Array:
@@ -135,14 +165,14 @@ def convolve(
     Adds the bias `[o]` and applies a leaky ReLU of `slope` (1: none). With `of`, results of that ReLU and of x's shape, x
     is a gradient and is multiplied by the ReLU's derivative first instead.
     """
-    b, h, w, _ = x.shape
-    y = jax.ShapeDtypeStruct((b, h // stride, w // stride, kernel.shape[3]), jnp.float32)
-    call = jax.ffi.ffi_call("steel_ad_convolve", y, vmap_method="sequential")
-    return call(
+    _, h, w, _ = x.shape
+    return _call(
+        "steel_ad_convolve",
+        (h // stride, w // stride, kernel.shape[3]),
         x,
-        _empty(4) if of is None else of,
+        of,
         kernel,
-        _empty(1) if bias is None else bias,
+        bias,
         stride=np.int64(stride),
         padding=np.int64((kernel.shape[0] - 1) // 2),
         slope=np.float32(slope),
@@ -151,12 +181,8 @@ def convolve(
 
 def double(x: Array, kernel: Array, bias: Array | None, *, slope: float, of: Array | None = None) -> Array:
     """Transposed convolution of stride 2 of `[b, h, w, i]` with `[4, 4, i, o]`: `[b, 2 h, 2 w, o]`; else as `convolve`."""
-    b, h, w, _ = x.shape
-    y = jax.ShapeDtypeStruct((b, 2 * h, 2 * w, kernel.shape[3]), jnp.float32)
-    call = jax.ffi.ffi_call("steel_ad_double", y, vmap_method="sequential")
-    return call(
-        x, _empty(4) if of is None else of, kernel, _empty(1) if bias is None else bias, slope=np.float32(slope)
-    )
+    _, h, w, _ = x.shape
+    return _call("steel_ad_double", (2 * h, 2 * w, kernel.shape[3]), x, of, kernel, bias, slope=np.float32(slope))
 
 
 def filter_gradient(

@@ -1,13 +1,17 @@
-// What the sources share: vectors of the machine's width, and work on the threads that XLA gives to a call.
+// What the sources share: vectors of the machine's width, and work on several threads.
 
 #ifndef STEEL_AD_NATIVE_COMMON_H_
 #define STEEL_AD_NATIVE_COMMON_H_
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <deque>
+#include <functional>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -38,7 +42,46 @@ inline void Store(float* a, Vec v) { *reinterpret_cast<Unaligned*>(a) = v; }
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls f(0) to f(n - 1) on the calling thread and those of the pool that are free.
+// Threads for calls to which XLA gives none, as in the bodies of loops.
+class Workers {
+ public:
+  static Workers& Get() {
+    static auto* workers = new Workers;  // never ends, as its threads never do
+    return *workers;
+  }
+  int64_t count() const { return count_; }
+  void Schedule(std::function<void()> task) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      tasks_.push_back(std::move(task));
+    }
+    ready_.notify_one();
+  }
+
+ private:
+  Workers() : count_(std::max<int64_t>(std::thread::hardware_concurrency(), 1) - 1) {
+    for (int64_t t = 0; t < count_; ++t) std::thread([this] { Run(); }).detach();
+  }
+  void Run() {
+    for (;;) {
+      std::function<void()> task;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        ready_.wait(lock, [this] { return !tasks_.empty(); });
+        task = std::move(tasks_.front());
+        tasks_.pop_front();
+      }
+      task();
+    }
+  }
+
+  const int64_t count_;
+  std::mutex mutex_;
+  std::condition_variable ready_;
+  std::deque<std::function<void()>> tasks_;
+};
+
+// Calls f(0) to f(n - 1) on the calling thread and others that are free.
 template <typename F>
 void ParallelFor(ffi::ThreadPool& pool, int64_t n, F f) {
   struct State {
@@ -55,7 +98,11 @@ void ParallelFor(ffi::ThreadPool& pool, int64_t n, F f) {
   };
   // A task that starts late finds nothing left to do and touches the state alone, so nobody waits for it.
   auto state = std::make_shared<State>(n, f);
-  for (int64_t t = std::min(pool.num_threads(), n); t > 1; --t) pool.Schedule([state] { state->Run(); });
+  if (pool.num_threads() > 1) {
+    for (int64_t t = std::min(pool.num_threads(), n); t > 1; --t) pool.Schedule([state] { state->Run(); });
+  } else {
+    for (int64_t t = std::min(Workers::Get().count() + 1, n); t > 1; --t) Workers::Get().Schedule([state] { state->Run(); });
+  }
   state->Run();
   while (state->done.load() < n) std::this_thread::yield();
 }
