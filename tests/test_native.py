@@ -144,6 +144,18 @@ def test_networks_compute_the_same(network, apply):
         np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()) + 1e-5)
 
 
+def test_other_kernels_are_left_to_xla():
+    """Their padding is not the same on both sides, or not along both axes."""
+    for shape in ((2, 2, 3, 4), (3, 5, 3, 4)):
+        x, kernel = arrays((1, 6, 8, 3), shape)
+        gradient = jax.grad(lambda x, kernel: (convolution.same(x, kernel) ** 2).sum(), (0, 1))
+        found = gradient(x, kernel)
+        with native.suspended():
+            expected = gradient(x, kernel)
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_maps_over_kernels():
     x, kernels = arrays((2, 4, 6, 3), (3, 3, 3, 3, 5))
     found = jax.vmap(functools.partial(convolution.same, x))(kernels)

@@ -47,8 +47,9 @@ def _rewrite(form: str | None) -> bool:
 
 
 def same(x: Array, kernel: Array, bias: Array | None = None, slope: float = 1.0) -> Array:
-    """Stride 1, "SAME" padding: `[b, h, w, i]`, `[k, k, i, o]` -> `[b, h, w, o]`, k odd."""
-    if native.ready(x, kernel):
+    """Stride 1, "SAME" padding: `[b, h, w, i]`, `[k, k, i, o]` -> `[b, h, w, o]`."""
+    height, width = kernel.shape[:2]
+    if height == width and height % 2 and native.ready(x, kernel):
         return _native(x, kernel, bias, "same", slope)
     return _finish(lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=_DIMENSIONS), bias, slope)
 
