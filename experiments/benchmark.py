@@ -10,6 +10,7 @@ from absl import flags
 from steel_ad import cli
 
 _ONLY = flags.DEFINE_list("only", [], "Groups and works, comma-separated; none: all.")
+_IMPL = flags.DEFINE_list("impl", [], "Implementations, comma-separated, as steel_ad,torch_eager_nchw; none: all.")
 _OUT = flags.DEFINE_string(
     "out", "runs/benchmark.json", "JSON to write; a roofline picture, FILE.png, goes next to it."
 )
@@ -26,6 +27,7 @@ def main() -> None:
 
     benchmark.run(
         only=_ONLY.value,
+        impl=_IMPL.value,
         out=Path(_OUT.value),
         repeats=_REPEATS.value,
         budget_s=_BUDGET_S.value,

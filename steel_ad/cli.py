@@ -28,7 +28,9 @@ _CACHE = flags.DEFINE_string(
     "Folder in which compiled programs are kept from run to run; empty: none are.",
 )
 _NATIVE = flags.DEFINE_bool(
-    "native", True, "On CPU, convolutions compiled once for this machine where it has a C++ compiler; no: XLA's."
+    "native",
+    True,
+    "Convolutions (on CPU) and SSIM (also on a GPU) compiled once for this machine where it has a compiler; no: XLA's.",
 )
 
 

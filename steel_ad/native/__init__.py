@@ -1,9 +1,9 @@
-"""Convolutions and SSIM compiled for this machine's CPU, called from inside of XLA's programs.
+"""Convolutions and SSIM compiled for this machine's CPU, and SSIM for its NVIDIA GPU, called from inside of XLA's programs.
 
 The sources beside this file are compiled once by the machine's C++ compiler and kept. XLA's own convolutions on CPU copy images into other
 layouts for filter gradients and reach half of the rate of matrix products; these reach nine tenths, and for 3x3 kernels
-more, as they need fewer products. Nothing here is needed to run: without a compiler, with several devices, in other
-precisions and on accelerators `ops.convolution` and `ops.ssim` use XLA.
+more, as they need fewer products. SSIM on a GPU reads each pixel once, where XLA's passes read it ten times. Nothing here is needed to run:
+without a compiler, with several devices, in other precisions and on other accelerators `ops.convolution` and `ops.ssim` use XLA.
 """
 
 import contextlib
@@ -26,12 +26,17 @@ from jax import Array
 from jax.custom_batching import custom_vmap
 
 SOURCES = [Path(__file__).parent / name for name in ("convolution.cc", "ssim.cc")]
+_CUDA_SOURCE = Path(__file__).parent / "ssim.cu"
 _HEADER = Path(__file__).parent / "common.h"
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
 _TARGETS = (
     *("steel_ad_convolve", "steel_ad_double", "steel_ad_filter_gradient"),
     *("steel_ad_ssim_residual", "steel_ad_ssim_residual_gradient"),
 )
+
+_CUDA_TARGETS = ("steel_ad_ssim_residual_cuda", "steel_ad_ssim_residual_gradient_cuda")
+# A lane holds 4 columns, and registers for no more rows than these.
+_CUDA_WINDOWS = range(4, 12)
 
 _folder: Path | None = None
 _suspended = False
@@ -78,13 +83,59 @@ def _load(folder: Path) -> bool:
     try:
         library = ctypes.CDLL(str(build(folder)))
     except (OSError, subprocess.CalledProcessError) as error:
-        output = getattr(error, "stderr", None) or str(error)
-        first = next((line for line in output.splitlines() if "error" in line.lower()), output).strip()
-        print(f"note: convolutions and SSIM run in XLA's slower form: {first}", file=sys.stderr, flush=True)
+        _note("convolutions and SSIM run", error)
         return False
     for target in _TARGETS:
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     return True
+
+
+def cuda_ready(window_size: int, *arrays: Array) -> bool:
+    """Whether SSIM of these images with a uniform window can be given to this module on a GPU: float32, one device, `nvcc` at hand."""
+    return (
+        _folder is not None
+        and not _suspended
+        and window_size in _CUDA_WINDOWS
+        and all(a.dtype == jnp.float32 for a in arrays)
+        and jax.default_backend() == "gpu"
+        and jax.device_count() == 1
+        and _load_cuda(_folder, window_size)
+    )
+
+
+@functools.cache
+def _load_cuda(folder: Path, window_size: int) -> bool:
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    if not capability.replace(".", "").isdigit():
+        return False
+    try:
+        library = ctypes.CDLL(str(build_cuda(folder, window_size, f"sm_{capability.replace('.', '')}")))
+    except (OSError, subprocess.CalledProcessError) as error:
+        _note("SSIM runs", error)
+        return False
+    for target in _CUDA_TARGETS:
+        capsule = jax.ffi.pycapsule(getattr(library, target))
+        jax.ffi.register_ffi_target(f"{target}_{window_size}", capsule, platform="CUDA")
+    return True
+
+
+def build_cuda(folder: Path, window_size: int, architecture: str) -> Path:
+    """As `build`, for GPUs such as "sm_90", with CUDA_HOME's or PATH's `nvcc` or that which `jax[cuda13]` installs."""
+    home = os.environ.get("CUDA_HOME")
+    named = [shutil.which("nvcc", path=str(Path(home) / "bin"))] if home else []
+    packages = (Path(entry) / "nvidia" / "cu13" / "bin" for entry in sys.path)
+    found = [*named, shutil.which("nvcc"), *(shutil.which("nvcc", path=str(path)) for path in packages)]
+    compiler = next(filter(None, found), None)
+    if not compiler:
+        raise FileNotFoundError("there is no nvcc (CUDA_HOME names the folder of another)")
+    flags = (*("-O3", "-std=c++17", "-w", "-shared", "-Xcompiler", "-fPIC,-w"), f"-arch={architecture}")
+    return _build(folder, compiler, (*flags, f"-DSTEEL_AD_WINDOW={window_size}"), [_CUDA_SOURCE], "")
+
+
+def _note(what: str, error: Exception) -> None:
+    output = getattr(error, "stderr", None) or str(error)
+    first = next((line for line in output.splitlines() if "error" in line.lower()), output).strip()
+    print(f"note: {what} in XLA's slower form: {first}", file=sys.stderr, flush=True)
 
 
 def build(folder: Path, flags: tuple[str, ...] = _FLAGS) -> Path:
@@ -97,8 +148,12 @@ def build(folder: Path, flags: tuple[str, ...] = _FLAGS) -> Path:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if not compiler:
         raise FileNotFoundError("there is no C++ compiler (c++, g++ or clang++; CXX names another)")
-    key = hashlib.sha256(b"".join(path.read_bytes() for path in (_HEADER, *SOURCES)))
-    for part in (compiler, *flags, jax.lib.__version__, platform.machine(), _cpu()):
+    return _build(folder, compiler, flags, SOURCES, _cpu())
+
+
+def _build(folder: Path, compiler: str, flags: tuple[str, ...], sources: list[Path], machine: str) -> Path:
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in (_HEADER, *sources)))
+    for part in (compiler, *flags, jax.lib.__version__, platform.machine(), machine):
         key.update(b"\0" + part.encode())
     library = folder / f"native-{key.hexdigest()[:16]}.so"
     if library.exists():
@@ -109,7 +164,7 @@ def build(folder: Path, flags: tuple[str, ...] = _FLAGS) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="native-") as temporary:
         made = Path(temporary) / library.name
-        command = [compiler, *flags, f"-I{jax.ffi.include_dir()}", *map(str, SOURCES), "-o", str(made)]
+        command = [compiler, *flags, f"-I{jax.ffi.include_dir()}", *map(str, sources), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         os.replace(made, library)
     return library
@@ -212,9 +267,11 @@ def ssim_residual(x: Array, y: Array, taps: np.ndarray, *, reflect: bool, c1: fl
     """`ops.ssim.ssim_residual` of float32 images `[h, w]` with exponents of 1 and a window of separable, symmetric `taps` `[k]`."""
     k, (h, w) = len(taps), x.shape
     shape = (h, w) if reflect else (h - k + 1, w - k + 1)
-    call = jax.ffi.ffi_call(
-        "steel_ad_ssim_residual", jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="broadcast_all"
-    )
+    result = jax.ShapeDtypeStruct(shape, jnp.float32)
+    if jax.default_backend() == "gpu":
+        call = jax.ffi.ffi_call(f"{_CUDA_TARGETS[0]}_{k}", result, vmap_method="broadcast_all")
+        return call(x, y, reflect=reflect, c1=np.float32(c1), c2=np.float32(c2))
+    call = jax.ffi.ffi_call("steel_ad_ssim_residual", result, vmap_method="broadcast_all")
     return call(x, y, np.float32(taps), reflect=reflect, c1=np.float32(c1), c2=np.float32(c2))
 
 
@@ -222,7 +279,10 @@ def ssim_residual_gradient(
     x: Array, y: Array, g: Array, taps: np.ndarray, *, reflect: bool, c1: float, c2: float
 ) -> Array:
     """Gradient `[h, w]` of x, given g, that of `ssim_residual`'s result; y's is the same with x and y exchanged."""
-    call = jax.ffi.ffi_call(
-        "steel_ad_ssim_residual_gradient", jax.ShapeDtypeStruct(x.shape, jnp.float32), vmap_method="broadcast_all"
-    )
+    result = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    if jax.default_backend() == "gpu":
+        factors = jax.ShapeDtypeStruct((3, *g.shape), jnp.float32)
+        pair = jax.ffi.ffi_call(f"{_CUDA_TARGETS[1]}_{len(taps)}", (result, factors), vmap_method="broadcast_all")
+        return pair(x, y, g, reflect=reflect, c1=np.float32(c1), c2=np.float32(c2))[0]
+    call = jax.ffi.ffi_call("steel_ad_ssim_residual_gradient", result, vmap_method="broadcast_all")
     return call(x, y, g, np.float32(taps), reflect=reflect, c1=np.float32(c1), c2=np.float32(c2))

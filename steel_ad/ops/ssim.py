@@ -213,7 +213,8 @@ def ssim_residual(
     plain = alpha == beta == gamma == 1
     # Chosen out here, since what jit has traced does not follow when the answer changes.
     if form is None:
-        form = "native" if plain and native.ready(x, y) else "xla"
+        cuda = window == "uniform" and native.cuda_ready(window_size, x, y)
+        form = "native" if plain and (native.ready(x, y) or cuda) else "xla"
     settings = (window_size, None if window == "uniform" else sigma, c1, c2, padding)
     return _residual(x, y, settings, None if plain else (alpha, beta, gamma), form)
 
@@ -255,7 +256,8 @@ def ssim_map(
       c1, c2: stabilising constants, positive; `CONSTANTS` holds the two conventions.
       alpha, beta, gamma: exponents, not negative; 0 leaves a term out. A negative luminance or structure term is clamped
         at 0 under a non-integer exponent.
-      form: "xla", "native" (float32 on a CPU for which `steel_ad.native` is ready, exponents of 1), or None: the faster one.
+      form: "xla", "native" (float32 and exponents of 1 where `steel_ad.native` is ready, on a GPU with a uniform window of 4
+        to 11), or None: the faster one.
       padding: "reflect" (numpy's: the edge pixel is not repeated) keeps the size; "valid" gives `[h - k + 1, w - k + 1]`.
 
     Returns:

@@ -3,6 +3,7 @@
 A new group is a module with `works(*, tiny) -> list[Work]` and a line in `GROUPS`. Nothing here passes or fails on time.
 """
 
+import dataclasses
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -43,13 +44,21 @@ _PACKAGES = (
 
 
 def run(
-    *, only: Sequence[str], out: Path, repeats: int, budget_s: float, tiny: bool, compare: Path | None
+    *,
+    only: Sequence[str],
+    impl: Sequence[str] = (),
+    out: Path,
+    repeats: int,
+    budget_s: float,
+    tiny: bool,
+    compare: Path | None,
 ) -> dict[str, Any]:
     """Times works, prints tables, writes `out` (JSON) after every work and at the end a roofline picture beside it (of works
     that have FLOPs).
 
     Args:
       only: names of groups and of works; none means all.
+      impl: names of implementations; none means all.
       out: a .json file; the picture has the same name with .png.
       repeats: blocks of each implementation.
       budget_s: seconds after which an implementation gets no further block of a work (but three in any case).
@@ -60,7 +69,7 @@ def run(
       What the JSON holds: "device", "versions", "precision", "flags", "ceilings" {"matmul_tflops", "copy_gbs"}, "rows".
 
     Raises:
-      InputError: no such group or work, an `out` that is no .json or not writable, or no earlier run in `compare`.
+      InputError: no such group, work or implementation, an `out` that is no .json or not writable, or no earlier run in `compare`.
     """
     if out.suffix != ".json":
         raise InputError(f"--out={out} must end in .json: the picture next to it gets the same name and .png")
@@ -72,7 +81,13 @@ def run(
     if unknown := [name for name in only if name not in names]:
         raise InputError(f"there is no group or work {unknown[0]!r}: --only takes some of {', '.join(names)}")
     works = [w for group, members in found.items() for w in members if not only or {group, w.name} & set(only)]
-    flags = {"only": list(only), "repeats": repeats, "budget_s": budget_s, "tiny": tiny}
+    known = {name: None for work in works for name in work.makers}
+    if unknown := [name for name in impl if name not in known]:
+        raise InputError(f"there is no implementation {unknown[0]!r} here: --impl takes some of {', '.join(known)}")
+    if impl:
+        chosen = [{name: make for name, make in work.makers.items() if name in impl} for work in works]
+        works = [dataclasses.replace(w, makers=m) for w, m in zip(works, chosen, strict=True) if m]
+    flags = {"only": list(only), "impl": list(impl), "repeats": repeats, "budget_s": budget_s, "tiny": tiny}
     # A program from the cache would be timed as compiled.
     cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)

@@ -54,18 +54,24 @@ def cost(config: configs.Autoencoder, shape: tuple[int, int, int]) -> tuple[floa
 
 
 def works(*, tiny: bool) -> list[Work]:
-    """`inspection_{256,1x256,2048x4096}`: a batch of images, and one image and one frame with their latency."""
+    """`inspection_{256,1x256,2048x4096}`: a batch of images, and one image and one frame with their latency; on accelerators also
+    `inspection_8x2048x4096`, frames of which one is fetched while the next are under way."""
     config = configs.Autoencoder()
     if tiny:
         config = dataclasses.replace(config, patch_size=32, latent=4, stride=16)
     batch = 8 if jax.default_backend() == "cpu" else 128
     shapes = {"256": (batch, 256, 256), "1x256": (1, 256, 256), "2048x4096": (1, 2048, 4096)}
+    if jax.default_backend() != "cpu":
+        shapes["8x2048x4096"] = (8, 2048, 4096)
     found = []
     for name, shape in {"48": (2, 48, 48)}.items() if tiny else shapes.items():
         images = functools.partial(_images, shape)
         ours = functools.partial(_ours, config, images)
+        half = dataclasses.replace(config, dtype="bfloat16")
+        on_gpu = {"steel_ad_bf16": functools.partial(_ours, half, images)} if jax.default_backend() == "gpu" else {}
         makers = {
             **with_xla_alone({"steel_ad": ours}, ours),
+            **on_gpu,
             **peers.inspection(config, images, torch=not tiny),
         }
         # Enough calls for a percentile.
@@ -84,7 +90,7 @@ def _ours(config: configs.Autoencoder, images: peers.Frames) -> Program:
     params = autoencoder.initial_state(config, jax.random.key(0)).params
     frames = images()
     # One call takes what gives the best rate: on CPU a single image.
-    size = 1 if jax.default_backend() == "cpu" else len(frames)
+    size = 1 if jax.default_backend() == "cpu" or frames[0].size > 2**20 else len(frames)
     parts = np.split(frames, len(frames) // size)
     program, compile_s, counted = compiled(
         inspector(AutoencoderDetector(config), radius=config.radius), params, parts[0]
@@ -97,6 +103,8 @@ def _ours(config: configs.Autoencoder, images: peers.Frames) -> Program:
     if len(frames) == 1:
         # A large frame's windows go through in a loop, whose body XLA counts once.
         looped = frames[0].size > 2**16
-        return with_latency(Program(call=call, compile_s=compile_s, counted=None if looped else counted))
+        return with_latency(
+            Program(call=call, compile_s=compile_s, counted=None if looped else counted, precision=config.dtype)
+        )
     counted = {name: len(parts) * value for name, value in counted.items() if name in ("flops", "bytes accessed")}
-    return Program(call=call, compile_s=compile_s, counted=counted)
+    return Program(call=call, compile_s=compile_s, counted=counted, precision=config.dtype)

@@ -9,7 +9,7 @@ import numpy as np
 from steel_ad.ops.convolution import cpu_compiler_options
 from steel_ad.ops.ssim import ssim_map
 from steel_ad.studies.benchmark import peers
-from steel_ad.studies.benchmark.timing import Maker, Program, Work, compiled
+from steel_ad.studies.benchmark.timing import Maker, Program, Work, compiled, with_xla_alone
 
 WINDOW = 11
 
@@ -27,8 +27,9 @@ def works(*, tiny: bool) -> list[Work]:
         images = functools.partial(_images, batch, side)
         pixels = batch * side * side
         for gradient in (False, True):
+            ours = functools.partial(_ours, images, gradient, "uniform")
             makers: dict[str, Maker] = {
-                "steel_ad": functools.partial(_ours, images, gradient, "uniform"),
+                **with_xla_alone({"steel_ad": ours}, ours),
                 "steel_ad_gaussian": functools.partial(_ours, images, gradient, "gaussian"),
                 **peers.ssim(images, gradient=gradient, window_size=WINDOW, torch=not tiny),
             }

@@ -83,7 +83,7 @@ def with_xla_alone(makers: dict[str, Maker], maker: Maker) -> dict[str, Maker]:
         with native.suspended():
             return maker()
 
-    return {**makers, "steel_ad_xla": alone} if native.ready() else makers
+    return {**makers, "steel_ad_xla": alone} if (native.ready() or native.cuda_ready(11)) else makers
 
 
 def seconds(program: Program, calls: int = 1) -> float:

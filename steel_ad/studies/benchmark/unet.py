@@ -1,5 +1,6 @@
 """One training step of the U-Net, from resident uint8 plates with defects inserted to updated parameters."""
 
+import dataclasses
 import functools
 import math
 
@@ -48,7 +49,10 @@ def works(*, tiny: bool) -> list[Work]:
         width=width, batch_size=batch, patch_size=side, loss="bce", optimizer="adam", blend="difference", steps=1000
     )
     ours = functools.partial(_ours, config)
-    makers = {**with_xla_alone({"steel_ad": ours}, ours), **peers.unet(config, torch=not tiny)}
+    makers = with_xla_alone({"steel_ad": ours}, ours)
+    if jax.default_backend() == "gpu":
+        makers["steel_ad_bf16"] = functools.partial(_ours, dataclasses.replace(config, dtype="bfloat16"))
+    makers |= peers.unet(config, torch=not tiny)
     return [Work(f"unet{width}_train_b{batch}", *cost(config), makers)]
 
 
