@@ -35,8 +35,8 @@ _TARGETS = (
 )
 
 _CUDA_TARGETS = ("steel_ad_ssim_residual_cuda", "steel_ad_ssim_residual_gradient_cuda")
-# A lane holds 4 columns, and registers for no more rows than these.
-_CUDA_WINDOWS = range(4, 12)
+# A lane holds 4 columns, and registers for no more rows than these; reflected windows lie around a pixel if they are odd.
+_CUDA_WINDOWS = (5, 7, 9, 11)
 
 _folder: Path | None = None
 _suspended = False

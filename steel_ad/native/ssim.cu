@@ -12,7 +12,6 @@
 #endif
 
 #include <cstdint>
-#include <cstring>
 
 namespace {
 
@@ -65,47 +64,6 @@ __device__ inline void WriteWhole(float* to, const float (&from)[kColumns]) {
     __stcs(reinterpret_cast<float2*>(to), make_float2(from[0], from[1]));
 }
 
-// Rows on their way from memory, of which a lane reads what it has ordered itself.
-constexpr int kAhead = 4;
-
-template <int kCount>
-__device__ inline void Order(float* to, const float* from) {
-#ifdef STEEL_AD_EMULATED
-  std::memcpy(to, from, 4 * kCount);
-#else
-  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  if constexpr (kCount == 4)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(4 * kCount) : "memory");
-#endif
-}
-
-// Ends what is ordered for one row.
-__device__ inline void Ordered() {
-#ifndef STEEL_AD_EMULATED
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-// Waits for the oldest of kAhead rows.
-__device__ inline void Arrived() {
-#ifndef STEEL_AD_EMULATED
-  asm volatile("cp.async.wait_group %0;" ::"n"(kAhead - 1) : "memory");
-#endif
-}
-
-template <int kColumns>
-__device__ inline void Take(const float* from, float (&to)[kColumns]) {
-  if constexpr (kColumns == 4) {
-    const float4 v = *reinterpret_cast<const float4*>(from);
-    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-  } else {
-    const float2 v = *reinterpret_cast<const float2*>(from);
-    to[0] = v.x, to[1] = v.y;
-  }
-}
-
 // What the lanes hold of the columns [-before, kColumns + after) around the lane's own.
 template <int kColumns, int kBefore, int kAfter>
 __device__ inline void Neighbours(const float (&own)[kColumns], float (&all)[kBefore + kColumns + kAfter]) {
@@ -155,31 +113,21 @@ __global__ void __launch_bounds__(kLanes, 12) Windows(Images images) {
   int column[kColumns];
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) column[j] = Clamped(Reflected(left + j, images.width), images.width);
-  __shared__ __align__(16) float ring[kAhead][2][kLanes * kColumns];
-  auto order = [&](int row, int n) {
-    // Rows beyond the last window are ordered too, and not used.
+  auto read = [&](int row, float(&x)[kColumns], float(&y)[kColumns]) {
+    // Rows beyond the last window are read ahead, and not used.
     row = images.reflect ? Reflected(row, images.height) : row;
     const int64_t start = image + int64_t(Clamped(row, images.height)) * images.width;
-    float *x = &ring[n % kAhead][0][lane * kColumns], *y = &ring[n % kAhead][1][lane * kColumns];
     if (whole) {
-      Order<kColumns>(x, images.x + start + left), Order<kColumns>(y, images.y + start + left);
+      ReadWhole(images.x + start + left, x), ReadWhole(images.y + start + left, y);
     } else {
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j)
-        Order<1>(x + j, images.x + start + column[j]), Order<1>(y + j, images.y + start + column[j]);
+      for (int j = 0; j < kColumns; ++j) x[j] = __ldg(images.x + start + column[j]), y[j] = __ldg(images.y + start + column[j]);
     }
-    Ordered();
-  };
-  auto take = [&](int n, float(&x)[kColumns], float(&y)[kColumns]) {
-    Arrived();
-    Take(&ring[n % kAhead][0][lane * kColumns], x), Take(&ring[n % kAhead][1][lane * kColumns], y);
   };
 
   // Variances do not know of an offset, and small numbers keep more digits: the strip's middle row tells what is usual.
-  float x[kColumns], y[kColumns];
-  order((first + end) / 2, 0);
-  for (int n = 1; n < kAhead; ++n) order(top + n - 1, n);
-  take(0, x, y);
+  float x[kColumns], y[kColumns], next_x[kColumns], next_y[kColumns];
+  read((first + end) / 2, x, y);
   float offset_x = 0, offset_y = 0;
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) offset_x += x[j], offset_y += y[j];
@@ -195,23 +143,23 @@ __global__ void __launch_bounds__(kLanes, 12) Windows(Images images) {
   // last multiple of kWindow and over those since, so that no rounding stays longer than that.
   float t[kWindow][kColumns] = {}, d[kWindow][kColumns] = {};
   float old[4][kColumns] = {}, fresh[4][kColumns] = {};
-  order(top + kAhead - 1, kAhead);
+  read(top, next_x, next_y);
   int64_t out = (int64_t(b) * images.rows + first) * images.columns + to;
   for (int done = 0; done < count; done += kWindow) {
 #pragma unroll
     for (int i = 0; i < kWindow; ++i) {
       if (done + i >= count) break;
-      take(done + i + 1, x, y);
-      order(top + done + i + kAhead, done + i + 1 + kAhead);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
         old[0][j] -= t[i][j], old[1][j] -= d[i][j];
         old[2][j] -= t[i][j] * t[i][j], old[3][j] -= d[i][j] * d[i][j];
-        const float small_x = x[j] - offset_x, small_y = y[j] - offset_y;
+        const float small_x = next_x[j] - offset_x, small_y = next_y[j] - offset_y;
         t[i][j] = small_x + small_y, d[i][j] = small_x - small_y;
         fresh[0][j] += t[i][j], fresh[1][j] += d[i][j];
         fresh[2][j] += t[i][j] * t[i][j], fresh[3][j] += d[i][j] * d[i][j];
       }
+      // Only now, since what waits for one load waits for all that are under way.
+      read(top + done + i + 1, next_x, next_y);
       if (done + i < kWindow - 1) continue;
       float sums[4][kColumns], g[kColumns], result[kGradient ? 3 : 1][kColumns];
       if constexpr (kGradient) {
@@ -298,69 +246,53 @@ __global__ void __launch_bounds__(kLanes, 12) Spread(Images images) {
   const bool has_results = lane >= Lanes::kLeft && lane < kLanes - Lanes::kRight && left < w;
   const bool aligned = left >= 0 && left + kColumns <= w && w % kColumns == 0;
   const bool folds = images.reflect && (group * Lanes::kUseful <= kBefore || (group + 1) * Lanes::kUseful + kAfter >= w);
-  __shared__ __align__(16) float ring[kAhead][5][kLanes * kColumns];
-  auto row_of = [&](int n) { return images.reflect ? Reflected(first + n - (kWindow - 1), h) : first + n - (kWindow - 1); };
-  // The factors' n-th row, and of the images the row whose windows it completes.
-  auto order = [&](int n) {
-    const int row = first - kAfter + n - shift;
+  auto read = [&](int row, float(&to)[3][kColumns]) {
+    row -= shift;
     const bool inside = row >= 0 && row < images.rows;
-    float* to = &ring[n % kAhead][0][lane * kColumns];
-    constexpr int kPitch = kLanes * kColumns;
 #pragma unroll
     for (int q = 0; q < 3; ++q) {
       const float* from = images.factors + q * images.count * map + b * map + int64_t(row) * images.columns;
       if (inside && whole) {
-        Order<kColumns>(to + q * kPitch, from + left);
+        ReadWhole(from + left, to[q]);
       } else {
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
           const int column = left + j - shift;
-          if (inside && column >= 0 && column < images.columns)
-            Order<1>(to + q * kPitch + j, from + column);
-          else
-            to[q * kPitch + j] = 0;
+          to[q][j] = inside && column >= 0 && column < images.columns ? __ldg(from + column) : 0.0f;
         }
       }
     }
-    const int64_t start = image + int64_t(Clamped(row_of(n), h)) * w;
-    if (aligned) {
-      Order<kColumns>(to + 3 * kPitch, images.x + start + left), Order<kColumns>(to + 4 * kPitch, images.y + start + left);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        const int column = Clamped(left + j, w);
-        Order<1>(to + 3 * kPitch + j, images.x + start + column), Order<1>(to + 4 * kPitch + j, images.y + start + column);
-      }
-    }
-    Ordered();
   };
 
-  float factor[3][kWindow][kColumns] = {}, old[3][kColumns] = {}, fresh[3][kColumns] = {};
-  for (int n = 0; n < kAhead; ++n) order(n);
+  float factor[3][kWindow][kColumns] = {}, old[3][kColumns] = {}, fresh[3][kColumns] = {}, next[3][kColumns];
+  read(first - kAfter, next);
   for (int done = 0; done < count; done += kWindow) {
 #pragma unroll
     for (int i = 0; i < kWindow; ++i) {
       if (done + i >= count) break;
-      float x[kColumns], y[kColumns];
-      const float* from = &ring[(done + i) % kAhead][0][lane * kColumns];
-      Arrived();
 #pragma unroll
-      for (int q = 0; q < 3; ++q) {
-        float next[kColumns];
-        Take(from + q * kLanes * kColumns, next);
+      for (int q = 0; q < 3; ++q)
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
           old[q][j] -= factor[q][i][j];
-          factor[q][i][j] = next[j];
-          fresh[q][j] += next[j];
+          factor[q][i][j] = next[q][j];
+          fresh[q][j] += next[q][j];
         }
-      }
-      Take(from + 3 * kLanes * kColumns, x), Take(from + 4 * kLanes * kColumns, y);
-      order(done + i + kAhead);
+      read(first - kAfter + done + i + 1, next);
       if (done + i < kWindow - 1) continue;
       const int virtual_row = first + done + i - (kWindow - 1);
-      const int64_t start = image + int64_t(row_of(done + i)) * w + left;
-      float sums[3][kColumns], result[kColumns];
+      const int row = images.reflect ? Reflected(virtual_row, h) : virtual_row;
+      const int64_t start = image + int64_t(row) * w + left;
+      float x[kColumns], y[kColumns], sums[3][kColumns], result[kColumns];
+      if (aligned) {
+        ReadWhole(images.x + start, x), ReadWhole(images.y + start, y);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          const bool inside = left + j >= 0 && left + j < w;
+          x[j] = inside ? __ldg(images.x + start + j) : 0.0f, y[j] = inside ? __ldg(images.y + start + j) : 0.0f;
+        }
+      }
 #pragma unroll
       for (int q = 0; q < 3; ++q) {
         float own[kColumns], all[kColumns + kWindow - 1];
@@ -403,7 +335,8 @@ __global__ void __launch_bounds__(kLanes, 12) Spread(Images images) {
   }
 }
 
-constexpr int kWide = kWindow >= 4 ? 4 : 2;    // columns of a lane
+static_assert(kWindow % 2 == 1, "reflected windows must lie among those around a pixel");
+constexpr int kWide = 4;    // columns of a lane
 constexpr int kNarrow = 2;                     // where more is kept of each
 
 }  // namespace

@@ -256,8 +256,8 @@ def ssim_map(
       c1, c2: stabilising constants, positive; `CONSTANTS` holds the two conventions.
       alpha, beta, gamma: exponents, not negative; 0 leaves a term out. A negative luminance or structure term is clamped
         at 0 under a non-integer exponent.
-      form: "xla", "native" (float32 and exponents of 1 where `steel_ad.native` is ready, on a GPU with a uniform window of 4
-        to 11), or None: the faster one.
+      form: "xla", "native" (float32 and exponents of 1 where `steel_ad.native` is ready, on a GPU with a uniform window of 5,
+        7, 9 or 11), or None: the faster one.
       padding: "reflect" (numpy's: the edge pixel is not repeated) keeps the size; "valid" gives `[h - k + 1, w - k + 1]`.
 
     Returns:
