@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from steel_ad import native
+from steel_ad.ops import ssim
 from steel_ad.ops.ssim import ssim_residual
 
 HERE = Path(__file__).parent
@@ -89,3 +90,25 @@ def test_nvcc_is_given_window_and_architecture(monkeypatch, tmp_path):
 def test_no_gpu_is_not_ready(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "_folder", tmp_path)
     assert not native.cuda_ready(11, jnp.zeros((16, 16)))
+
+
+@pytest.mark.parametrize("side", [24, 1024])
+def test_small_images_keep_the_gradient_of_xla(monkeypatch, side):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    asked = []
+
+    def gradient(x, y, g, *_, **__):
+        asked.append(x.shape)
+        return jnp.zeros_like(x)
+
+    monkeypatch.setattr(native, "ssim_residual", lambda x, *_, **__: jnp.zeros_like(x))
+    monkeypatch.setattr(native, "ssim_residual_gradient", gradient)
+    x, y = jax.random.uniform(jax.random.key(0), (2, side, side))
+    settings = (11, None, 0.01, 0.03, "reflect")
+    found = jax.grad(lambda x: ssim._native_residual(x, y, *settings).mean())(x)
+    if side == 1024:
+        assert set(asked) == {(1024, 1024)}
+    else:
+        assert not asked
+        expected = jax.grad(lambda x: ssim._plain_residual(x, y, *settings).mean())(x)
+        np.testing.assert_array_equal(found, expected)
