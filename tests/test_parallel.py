@@ -1,4 +1,4 @@
-"""1 against 8 simulated devices, 1 against 2 processes, and a process that dies."""
+"""1 against 8 simulated devices, 1 against 2 and 4 processes, and a process that dies."""
 
 import json
 import os
@@ -37,19 +37,19 @@ def start(mode, folder, *arguments, devices=1):
     )
 
 
-def both(mode, folder):
-    """Two processes of one run."""
+def processes(count, mode, folder):
+    """The processes of one run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"--coordinator=127.0.0.1:{free.getsockname()[1]}"
-    return [start(mode, folder, address, "--num_processes=2", f"--process_id={i}") for i in range(2)]
+    return [start(mode, folder, address, f"--num_processes={count}", f"--process_id={i}") for i in range(count)]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """Folder of what the workers have written, and how the two processes ended: process 0 is stopped in mid-training."""
     folder = tmp_path_factory.mktemp("parallel") / "w"
-    many, *two = start("devices", folder, devices=8), *both("process", folder)
+    many, *two = start("devices", folder, devices=8), *processes(2, "process", folder)
     deadline = time.monotonic() + 500
     while all("." in p.name for p in (folder / "mortal" / "checkpoints").glob("step_*")):
         assert time.monotonic() < deadline
@@ -60,8 +60,9 @@ def found(tmp_path_factory):
     killed = time.monotonic()
     said = [p.communicate(timeout=200) for p in two[::-1]][::-1]
     ended = time.monotonic() - killed
-    _, errors = many.communicate(timeout=500)
-    assert many.returncode == 0, errors
+    for worker_ in (many, *processes(4, "process", folder)):
+        _, errors = worker_.communicate(timeout=500)
+        assert worker_.returncode == 0, errors
     return folder, said, ended
 
 
@@ -77,7 +78,7 @@ def close(a, b, tolerance):
         assert np.linalg.norm(a[name] - b[name]) <= tolerance * np.linalg.norm(a[name]), name
 
 
-OTHERS = pytest.mark.parametrize("others", ["8", "processes"])
+OTHERS = pytest.mark.parametrize("others", ["8", "processes_2", "processes_4"])
 
 
 def test_the_stream_of_samples_is_that_of_one_device(found):
@@ -114,7 +115,16 @@ def test_images_are_evaluated_in_their_order(found, others):
     np.testing.assert_allclose(read(found[0], others)["means"], 1 + 10 * np.arange(7) / 255, rtol=1e-5)
 
 
-@pytest.mark.parametrize("read_by", ["1", "8", "processes"])
+@OTHERS
+def test_metrics_and_thresholds_stay_together(found, others):
+    one, many = (read(found[0], n, "metrics") for n in ("1", others))
+    assert one.keys() == many.keys()
+    assert 0.6 < one["metrics/pixel_auroc"] < 1
+    for name, value in one.items():
+        np.testing.assert_allclose(many[name], value, rtol=0, atol=1e-3, err_msg=name)
+
+
+@pytest.mark.parametrize("read_by", ["1", "8", "processes_2", "processes_4"])
 def test_parts_that_processes_read_are_one_batch(found, read_by):
     np.testing.assert_array_equal(read(found[0], read_by)["parts"], worker.parts())
 
@@ -129,7 +139,8 @@ def test_a_step_communicates_once(found):
     [
         ("saved_by_8", "restored_on_1"),
         ("saved_by_8", "restored_on_2"),
-        ("saved_by_processes", "restored_by_processes"),
+        ("saved_by_processes_2", "restored_by_processes_2"),
+        ("saved_by_processes_4", "restored_by_processes_4"),
     ],
 )
 def test_a_checkpoint_is_the_same_on_other_devices(found, saved, restored):
@@ -140,11 +151,11 @@ def test_a_checkpoint_is_the_same_on_other_devices(found, saved, restored):
         np.testing.assert_array_equal(a[name], b[name])
 
 
-def test_two_processes_checkpoint_is_read_by_one(found):
-    state = worker.restored(found[0] / "c2", parallel.mesh())
-    jax.tree.map(
-        np.testing.assert_array_equal, list(read(found[0], "saved_by_processes").values()), jax.tree.leaves(state)
-    )
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_checkpoint_is_read_by_one(found, count):
+    state = worker.restored(found[0] / f"c_processes_{count}", parallel.mesh())
+    saved = read(found[0], f"saved_by_processes_{count}")
+    jax.tree.map(np.testing.assert_array_equal, list(saved.values()), jax.tree.leaves(state))
 
 
 def test_process_0_alone_writes_and_speaks(found):
