@@ -548,3 +548,17 @@ def test_procedural_refuses_what_it_cannot_draw():
     for num, size in ((0, 64), (1, 32)):
         with pytest.raises(ValueError, match="need num >= 1 and size >= 64"):
             defects.procedural(key(0), num, size=size)
+
+
+def test_defects_of_kept_sources_are_left_out_and_the_others_are_as_they_were():
+    library = make([np.pad(np.full((4, 4), 10 * i, np.uint8), 6) for i in (1, 2, 3)])
+    left = defects.without(library, {"1.png"})
+    assert np.asarray(left.source).size == 2
+    for name in ("difference", "cutout", "mask", "size"):
+        np.testing.assert_array_equal(getattr(left, name), np.asarray(getattr(library, name))[[0, 2]])
+    with pytest.raises(InputError, match="every defect"):
+        defects.without(library, {"0.png", "1.png", "2.png"})
+
+
+def test_one_drawn_defect_is_enough():
+    assert np.asarray(defects.procedural(key(0), 1, size=64).mask).shape == (1, 64, 64)

@@ -202,3 +202,8 @@ def test_a_defect_has_the_length_and_the_contrast_that_are_asked_for(line):
             assert change.shape[0] >= sides[0]
             assert change.shape[1] >= sides[1]
             assert np.abs(change[0]).max() < 0.1
+
+
+def test_every_contrast_is_a_share():
+    with pytest.raises(InputError, match="contrasts"):
+        Detectability(contrasts=(0.1, 2.0))

@@ -144,6 +144,16 @@ def test_rows_are_sorted_and_numbered():
     ]
 
 
+def test_cameras_of_different_scales_are_sorted_by_millimetres():
+    px = {"side": "top", "image": "", "across_px": 0.0, "across_mm": 0.0}
+    rows = [
+        {**px, "camera": "coarse", "along_px": 50.0, "along_mm": 50.0},
+        {**px, "camera": "fine", "along_px": 100.0, "along_mm": 10.0},
+    ]
+    found = ledger.ordered(rows)
+    assert [r["camera"] for r in found] == ["fine", "coarse"]
+
+
 def test_a_camera_that_cannot_be_is_refused():
     with pytest.raises(InputError, match="side"):
         Camera("a", "left")

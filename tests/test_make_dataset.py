@@ -534,3 +534,28 @@ def test_a_damaged_set_is_named_and_not_followed(plate, tmp_path, name, old, new
             patch.unlink()
     message, _ = one_sentence(dataset.from_video, plate[0], out, size=32)
     assert name in message
+
+
+def test_a_folder_named_like_drawn_plates_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("procedural/diamond").mkdir(parents=True)
+    for i in range(3):
+        folders.write_image(tmp_path / "procedural" / "diamond" / f"{i}.png", np.full((40, 40), 50 * i, np.uint8))
+    assert [int(image[0, 0]) for image in datasets.load("procedural/diamond").train] == [0, 50, 100]
+    with pytest.raises(InputError, match="procedural"):
+        datasets.load("procedural")
+
+
+def test_one_image_at_least_is_held_out_and_one_is_left():
+    for count, held_out in ((2, 1), (4, 1), (30, 3)):
+        train, validation = datasets.split(count, 0.1, 0)
+        assert len(validation) == held_out
+        assert sorted([*train, *validation]) == list(range(count))
+
+
+def test_a_frame_without_contrast_has_no_sharpness():
+    assert video.measure(np.full((20, 20), 9, np.uint8)) == (0.0, 0.0)
+
+
+def test_a_video_cut_short_is_no_mistake_in_the_command():
+    assert video.CutShort("").status == 1

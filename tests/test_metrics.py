@@ -367,6 +367,9 @@ def test_wrong_shapes_and_types_are_refused():
         metrics.evaluate(raw, opened[:3], masks, threshold=0.3, image_threshold=0.3)
     with pytest.raises(ValueError, match="differ"):
         metrics.confusion(np.ones(1, bool), np.ones(3, bool))
+    for measure in (metrics.false_regions, metrics.defects_found):
+        with pytest.raises(ValueError, match="differ"):
+            measure(masks, np.zeros((*masks.shape[:2], masks.shape[2] + 1), bool))
     with pytest.raises(ValueError, match="bool"):
         metrics.rank(raw, masks.astype(np.uint8))
     with pytest.raises(ValueError, match="bool"):

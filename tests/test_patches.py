@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from steel_ad.data import patches
+from steel_ad.errors import InputError
 
 
 @pytest.fixture
@@ -51,3 +52,15 @@ def test_stack_refuses():
         patches.stack([np.zeros((4, 4), np.float32)])
     with pytest.raises(ValueError, match="at least one"):
         patches.stack([])
+    large = np.broadcast_to(np.uint8(0), (2**16, 2**15))  # as an array it would take 2 GiB
+    with pytest.raises(InputError, match=r"2\.1 gigapixels"):
+        patches.stack([large])
+
+
+def test_the_middles_of_images_have_the_smallest_ones_size():
+    sizes = [(6, 9), (8, 5), (10, 7)]
+    images = [np.arange(h * w, dtype=np.uint8).reshape(h, w) for h, w in sizes]
+    found = [np.round(255 * np.asarray(m)).astype(int) for m in patches.common_size(patches.stack(images), 9)]
+    expected = [images[0][:, 2:7], images[1][1:7], images[2][2:8, 1:6]]
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)

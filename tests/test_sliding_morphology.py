@@ -129,3 +129,8 @@ def test_gradients_pass():
     tiles = sliding.windows(image, size=8, stride=4)
     gradient = jax.grad(lambda t: sliding.average(t, shape=(20, 20), stride=4).sum())(tiles)
     assert float(gradient.sum()) == pytest.approx(400, rel=1e-5)
+
+
+def test_a_disk_of_one_pixel_opens_nothing():
+    mask = jnp.zeros((5, 5), bool).at[2, 2].set(True)
+    np.testing.assert_array_equal(morphology.binary_opening(mask, radius=0), mask)

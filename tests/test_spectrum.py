@@ -159,9 +159,11 @@ def test_whitening_of_flat_plates_is_finite():
 
 
 def test_a_basis_is_reduced_to_its_lattices_shortest():
-    short = np.array([[1.0, 30.0], [20.0, 4.0]])
-    for mix in ([[1, 3], [0, 1]], [[2, 1], [1, 1]], [[-1, 0], [5, 1]]):
-        np.testing.assert_allclose(spectrum.reduced(np.array(mix) @ short), short, atol=1e-9)
+    for across in (4.0, -4.0):
+        short = np.array([[1.0, 30.0], [20.0, across]])
+        for mix in ([[1, 3], [0, 1]], [[2, 1], [1, 1]], [[-1, 0], [5, 1]]):
+            for scale in (1, 0.01):
+                np.testing.assert_allclose(spectrum.reduced(scale * np.array(mix) @ short), scale * short, atol=1e-9)
 
 
 def test_what_does_not_repeat_has_no_lattice():
@@ -365,3 +367,13 @@ def test_wrong_input_ends_in_one_sentence(data, tmp_path):
     assert "loss_option" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "w").exists()
+
+
+def test_the_mean_spectrum_of_equal_images_is_that_of_one():
+    image = np.random.default_rng(3).integers(0, 255, (48, 48), np.uint8)
+    one, three = (WhiteningDetector(48).fit(patches.stack([image] * n)) for n in (1, 3))
+    np.testing.assert_allclose(one, three, rtol=1e-5)
+    centred = image / 255 - np.mean(image / 255)
+    expected = np.abs(np.fft.rfft2(centred * np.outer(*[np.sin(np.pi * (np.arange(48) + 0.5) / 48) ** 2] * 2)))
+    assert np.corrcoef(np.ravel(one), expected.ravel())[0, 1] > 0.99
+    assert np.mean(one) == pytest.approx(expected.mean(), rel=0.05)

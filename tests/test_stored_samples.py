@@ -12,7 +12,7 @@ import pytest
 
 from configs.segmentation import PRESETS
 from steel_ad import parallel
-from steel_ad.config import Segmentation
+from steel_ad.config import Autoencoder, Segmentation
 from steel_ad.data import datasets, defects, stored
 from steel_ad.detectors import segmentation
 from steel_ad.detectors.segmentation import Samples
@@ -247,7 +247,11 @@ def test_settings(tmp_path):
         dataclasses.replace(TINY, data_path="disk")
     with pytest.raises(InputError, match="at least 0"):
         dataclasses.replace(TINY, resident_mb=-1)
-    assert dataclasses.replace(TINY, resident_mb=2).resident_bytes == 2e6
+    for config in (TINY, Autoencoder()):
+        assert dataclasses.replace(config, resident_mb=2).resident_bytes == 2e6
+        assert dataclasses.replace(config, resident_mb=4000).resident_bytes == 2147483647  # what int32 can number
+    with pytest.raises(InputError, match="adadelta, adam"):
+        dataclasses.replace(TINY, optimizer="sgd")
     assert dataclasses.replace(TINY, data_path="device").resident_bytes == float("inf")
     grain = dataclasses.replace(TINY, data_path="grain")
     with pytest.raises(InputError, match="drawn, not read from files"):

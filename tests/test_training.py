@@ -11,13 +11,14 @@ import numpy as np
 import optax
 import pytest
 
+from steel_ad import config as configs
 from steel_ad import parallel
 from steel_ad.cli import without_closed_loops
 from steel_ad.config import Autoencoder
 from steel_ad.data import patches
 from steel_ad.detectors import autoencoder
 from steel_ad.errors import InputError
-from steel_ad.train import loop, state, step
+from steel_ad.train import loop, optimizers, state, step
 from steel_ad.train.checkpoint import Checkpoints
 
 TINY = Autoencoder(
@@ -185,6 +186,7 @@ def test_a_dead_run_is_noticed(plates):
         watch(s, 0.001)
     with pytest.raises(InputError, match="since step 301"):
         watch(601, 0.001)
+    assert autoencoder.DeadRun(dataclasses.replace(TINY, steps=3000)).patience == 600  # a fifth
     short = autoencoder.DeadRun(dataclasses.replace(TINY, steps=60))
     for s in range(1, 60):
         short(s, 0.0)
@@ -271,3 +273,26 @@ def test_a_flipped_bit_in_a_checkpoint_is_no_other_number(tmp_path):
     with Checkpoints(tmp_path / "c") as kept, pytest.raises(InputError, match="holds other numbers") as error:
         kept.restore(start)
     assert error.value.status == 1
+
+
+def test_steps_of_one_dispatch_divide_every_cadence(monkeypatch):
+    assert step.steps_per_call(40, 100) == 1
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert [step.steps_per_call(*c) for c in ((100, 250), (40,), (21,), (7, 3), (8, 12))] == [10, 20, 7, 1, 4]
+
+
+def test_a_cosine_of_one_step_ends_at_its_end():
+    config = dataclasses.replace(TINY, schedule="cosine", warmup_steps=0, learning_rate=0.5)
+    assert float(optimizers.schedule(config, 1)(1)) == pytest.approx(0, abs=1e-7)
+
+
+def test_the_absolute_difference_is_a_map():
+    detector = autoencoder.AutoencoderDetector(TINY, "l2")
+    np.testing.assert_allclose(
+        detector.compare(jnp.array([[0.2, 0.9]]), jnp.array([[0.5, 0.8]])), [[0.3, 0.1]], atol=1e-6
+    )
+
+
+def test_the_setting_that_one_side_lacks_is_named():
+    assert configs.difference({"a": 1, "b": 2}, {"b": 2}) == "a (1 here, None there)"
+    assert configs.difference({"b": 2}, {"b": 2, "c": 3}) == "c (None here, 3 there)"
