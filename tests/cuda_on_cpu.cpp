@@ -1,6 +1,7 @@
 // The kernels of steel_ad/native/ssim.cu on 32 threads of a CPU, a warp at a time: KERNELS names the file.
 //
-// a.out COUNT HEIGHT WIDTH REFLECT STRIPS IN OUT reads float32 x, y and the gradient of the residual, writes the residual and the gradient of x.
+// a.out COUNT HEIGHT WIDTH REFLECT STRIPS IN OUT
+// reads float32 x, y and the gradient of the residual, writes the residual and the gradient of x.
 
 #include <barrier>
 #include <cmath>

@@ -36,6 +36,15 @@ def test_rewritten_convolutions(ours, plain, h, w, i, o, form):
         np.testing.assert_allclose(a, b, atol=1e-3)
 
 
+@pytest.mark.parametrize(("backend", "rewritten"), [("gpu", True), ("tpu", False)])
+@pytest.mark.parametrize("ours", [convolution.halve, convolution.double])
+def test_accelerators_get_their_own_form(monkeypatch, ours, backend, rewritten):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    # A function of its own, since what has been traced is kept.
+    program = str(jax.make_jaxpr(lambda x, kernel: ours(x, kernel))(jnp.zeros((1, 8, 8, 2)), jnp.zeros((4, 4, 2, 2))))
+    assert ("window_strides=(2, 2)" in program or "lhs_dilation=(2, 2)" in program) is not rewritten
+
+
 def test_convolutions_refuse():
     with pytest.raises(ValueError, match="even"):
         convolution.halve(jnp.zeros((1, 5, 4, 1)), jnp.zeros((4, 4, 1, 1)))

@@ -156,9 +156,22 @@ def test_an_unknown_group_ends_with_one_sentence_and_status_2():
         assert name in done.stderr
 
 
+def test_only_the_named_implementations_are_timed(tmp_path):
+    """Of works that have none of them there is no row."""
+    named = {"only": ["ssim_forward_2x32", "crops_32", "render_64"], "impl": ["numpy", "steel_ad_gaussian"]}
+    result = benchmark.run(**named, out=tmp_path / "a.json", repeats=3, budget_s=1.0, tiny=True, compare=None)
+    assert [(row["work"], row["impl"]) for row in result["rows"]] == [
+        ("ssim_forward_2x32", "steel_ad_gaussian"),
+        ("crops_32", "numpy"),
+    ]
+    assert result["flags"]["impl"] == named["impl"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"impl": ["dm_pix", "torsch"]}, "no implementation 'torsch' here: --impl takes some of steel_ad, "),
+        ({"only": ["ssim"], "impl": ["linen_naive"]}, "no implementation 'linen_naive' here"),
         ({"out": "x.png"}, "must end in .json"),
         ({"repeats": 2}, "at least 3"),
         ({"budget_s": 0.0}, "positive"),

@@ -296,3 +296,12 @@ def test_the_absolute_difference_is_a_map():
 def test_the_setting_that_one_side_lacks_is_named():
     assert configs.difference({"a": 1, "b": 2}, {"b": 2}) == "a (1 here, None there)"
     assert configs.difference({"b": 2}, {"b": 2, "c": 3}) == "c (None here, 3 there)"
+
+
+def test_a_detector_learns_from_good_images(plates):
+    detector = autoencoder.AutoencoderDetector(TINY)
+    learnt = detector.fit(plates)
+    untrained = autoencoder.initial_state(TINY, jax.random.key(TINY.seed)).params
+    assert jax.tree.structure(learnt) == jax.tree.structure(untrained)
+    for before, after in zip(jax.tree.leaves(untrained), jax.tree.leaves(learnt), strict=True):
+        assert not np.array_equal(before, after)

@@ -1,9 +1,9 @@
 // 1 - SSIM of pairs of images, and its gradient, on NVIDIA GPUs (ops/ssim.py says what the numbers mean).
 //
-// A warp goes down a strip of kLanes * kColumns columns. A lane keeps the window's rows of its columns in registers and sums of them;
-// sums across columns come from its neighbours by shuffles, so that the outer lanes have no results. Each pixel is read from memory once, but for
-// the strips' edges, and no warp waits for another. The gradient takes two passes: three factors of every window, and
-// their sums over the windows that a pixel is in.
+// A warp goes down a strip of kLanes * kColumns columns. A lane keeps the window's rows of its columns in registers and
+// sums of them; sums across columns come from its neighbours by shuffles, so that the outer lanes have no results. Each
+// pixel is read from memory once, but for the strips' edges, and no warp waits for another. The gradient takes two
+// passes: three factors of every window, and their sums over the windows that a pixel is in.
 
 #ifndef STEEL_AD_EMULATED
 #include <cuda_runtime_api.h>
@@ -139,8 +139,8 @@ __global__ void __launch_bounds__(kLanes, 12) Windows(Images images) {
   offset_x /= kLanes * kColumns, offset_y /= kLanes * kColumns;
   const float offset_t = offset_x + offset_y, offset_d = offset_x - offset_y;
 
-  // Of the sum t = x + y and the difference d: the last kWindow rows, and of t, d, t^2, d^2 the sums over those of them that came before the
-  // last multiple of kWindow and over those since, so that no rounding stays longer than that.
+  // Of the sum t = x + y and the difference d: the last kWindow rows, and of t, d, t^2, d^2 the sums over those of them
+  // that came before the last multiple of kWindow and over those since, so that no rounding stays longer than that.
   float t[kWindow][kColumns] = {}, d[kWindow][kColumns] = {};
   float old[4][kColumns] = {}, fresh[4][kColumns] = {};
   read(top, next_x, next_y);

@@ -18,7 +18,7 @@ from steel_ad.detectors.autoencoder import AutoencoderDetector
 from steel_ad.detectors.inspector import inspector
 from steel_ad.ops import sliding
 from steel_ad.studies.benchmark import peers, ssim
-from steel_ad.studies.benchmark.timing import Maker, Program, Work, compiled, with_latency, with_xla_alone
+from steel_ad.studies.benchmark.timing import Program, Work, compiled, with_latency, with_xla_alone
 
 
 def network_flops(config: configs.Autoencoder) -> float:
@@ -67,13 +67,10 @@ def works(*, tiny: bool) -> list[Work]:
     for name, shape in {"48": (2, 48, 48)}.items() if tiny else shapes.items():
         images = functools.partial(_images, shape)
         ours = functools.partial(_ours, config, images)
-        half = dataclasses.replace(config, dtype="bfloat16")
-        on_gpu = {"steel_ad_bf16": functools.partial(_ours, half, images)} if jax.default_backend() == "gpu" else {}
-        makers: dict[str, Maker] = {
-            **with_xla_alone({"steel_ad": ours}, ours),
-            **on_gpu,
-            **peers.inspection(config, images, torch=not tiny),
-        }
+        makers = with_xla_alone({"steel_ad": ours}, ours, config.window_size)
+        if jax.default_backend() == "gpu":
+            makers["steel_ad_bf16"] = functools.partial(_ours, dataclasses.replace(config, dtype="bfloat16"), images)
+        makers |= peers.inspection(config, images, torch=not tiny)
         # Enough calls for a percentile.
         block_s = 1.0 if shape[0] == 1 else 0.05
         found.append(

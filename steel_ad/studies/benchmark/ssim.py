@@ -29,7 +29,7 @@ def works(*, tiny: bool) -> list[Work]:
         for gradient in (False, True):
             ours = functools.partial(_ours, images, gradient, "uniform")
             makers: dict[str, Maker] = {
-                **with_xla_alone({"steel_ad": ours}, ours),
+                **with_xla_alone({"steel_ad": ours}, ours, WINDOW),
                 "steel_ad_gaussian": functools.partial(_ours, images, gradient, "gaussian"),
                 **peers.ssim(images, gradient=gradient, window_size=WINDOW, torch=not tiny),
             }

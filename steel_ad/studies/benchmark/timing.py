@@ -76,14 +76,19 @@ def compiled(function: Any, *args: Any) -> tuple[Any, float, dict[str, float]]:
     return program, seconds, {} if "steel_ad_" in lowered.as_text() else dict(program.cost_analysis() or {})
 
 
-def with_xla_alone(makers: dict[str, Maker], maker: Maker) -> dict[str, Maker]:
-    """`makers`, and where the project's own convolutions are in use "steel_ad_xla", the same without them."""
+def with_xla_alone(makers: dict[str, Maker], maker: Maker, ssim_window: int | None = None) -> dict[str, Maker]:
+    """`makers`, and where `native` takes part in `maker` "steel_ad_xla", the same without it.
+
+    Args:
+      ssim_window: window in pixels of the SSIM map that the work has, which a GPU has natively; None without one.
+    """
+    takes_part = native.ready() or (ssim_window is not None and native.cuda_ready(ssim_window))
 
     def alone():
         with native.suspended():
             return maker()
 
-    return {**makers, "steel_ad_xla": alone} if (native.ready() or native.cuda_ready(11)) else makers
+    return {**makers, "steel_ad_xla": alone} if takes_part else makers
 
 
 def seconds(program: Program, calls: int = 1) -> float:
