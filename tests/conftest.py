@@ -1,6 +1,7 @@
 """Strictness for the whole suite: no silent dtype or rank promotion anywhere; equal programs compile once."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -14,6 +15,9 @@ if metadata.version("jaxlib").startswith("0.10.") and "fusion_emitters" not in o
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 
 import jax
+
+# Traces are many small objects that live long: collecting them as often as Python does by default takes a twentieth of the time.
+gc.set_threshold(100_000, 20, 100)
 
 # The suite's workers and the binaries that tests start share one cache of compiled programs.
 if "STEEL_AD_TEST_CACHE" not in os.environ:

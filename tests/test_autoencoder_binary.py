@@ -241,9 +241,9 @@ def test_killed_runs_end_where_undisturbed_ones_do(data, tmp_path, monkeypatch):
     """SIGKILL in mid-run, while processes read images, and an exception later on; the final parameters and the training record
     are, to the bit, those of an undisturbed run."""
     monkeypatch.setattr(stored, "_workers", lambda: 0)  # processes take seconds to start
-    config = tiny(steps=40, checkpoint_every=4, data_path="grain")
+    config = tiny(steps=24, checkpoint_every=4, data_path="grain")
     study.run(config, data=str(data), workdir=tmp_path / "a")
-    settings = ("--config.steps=40", "--config.checkpoint_every=4", "--config.data_path=grain", "--nonative")
+    settings = ("--config.steps=24", "--config.checkpoint_every=4", "--config.data_path=grain", "--nonative")
     process = subprocess.Popen(
         command(*settings, f"--data={data}", f"--workdir={tmp_path / 'b'}"),
         cwd=ROOT,
@@ -258,13 +258,13 @@ def test_killed_runs_end_where_undisturbed_ones_do(data, tmp_path, monkeypatch):
     process.communicate(timeout=60)  # the pipe stays open while a process that reads images is left
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "b" / "metrics.json").exists()
-    run_until(36, config, data, tmp_path / "b")
+    run_until(20, config, data, tmp_path / "b")
     assert not (tmp_path / "b" / "metrics.json").exists()
     study.run(config, data=str(data), workdir=tmp_path / "b")
     ends = []
     for name in ("a", "b"):
         with Checkpoints(tmp_path / name / "checkpoints") as kept:
-            assert kept.latest() == 40
+            assert kept.latest() == 24
             ends.append(kept.restore(autoencoder.initial_state(tiny(), jax.random.key(0)))[0])
     jax.tree.map(np.testing.assert_array_equal, *ends)
     assert (tmp_path / "a" / "train.csv").read_text() == (tmp_path / "b" / "train.csv").read_text()

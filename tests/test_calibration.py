@@ -116,7 +116,7 @@ def test_p_values_of_good_tiles_are_uniform():
 
 def test_the_tail_model_is_scipys_and_covers_the_truth():
     rng = np.random.default_rng(3)
-    rate, runs = 1e-4, 20
+    rate, runs = 1e-4, 12
     covered = np.zeros(2)
     for run in range(runs):
         scores = rng.exponential(2.0, size=600) + 5

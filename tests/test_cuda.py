@@ -38,10 +38,10 @@ def programs(tmp_path_factory):
 @pytest.mark.parametrize(
     ("k", "count", "height", "width", "padding", "strips"),
     [
-        (11, 2, 24, 130, "reflect", 2),  # two groups of columns, rows shared
-        (11, 1, 20, 116, "reflect", 1),  # read as vectors of 4
-        (11, 1, 11, 11, "reflect", 1),
-        (11, 1, 30, 132, "valid", 2),
+        (11, 1, 14, 122, "reflect", 2),  # two groups of columns, rows shared
+        (11, 1, 12, 116, "reflect", 1),  # read as vectors of 4
+        (11, 2, 11, 11, "reflect", 1),
+        (11, 1, 16, 132, "valid", 2),
         (7, 1, 16, 61, "reflect", 1),
         (5, 1, 20, 61, "valid", 1),
     ],

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,8 @@ from steel_ad.ops import convolution, ssim
 COMPILER = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
 pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
 LIBRARY = Path(os.environ["STEEL_AD_TEST_CACHE"])
+CPU = Path("/proc/cpuinfo")
+HAS_AVX512 = CPU.exists() and " avx512f" in CPU.read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -220,7 +221,7 @@ def test_same_bits_on_any_number_of_threads():
     assert len(one) == 65
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="of x86 processors")
+@pytest.mark.skipif(not HAS_AVX512, reason="the tests above have had vectors of 8 numbers already")
 def test_narrower_vectors(tmp_path):
     """The same tests with vectors of 8 numbers, as processors without AVX-512 have."""
     script = (

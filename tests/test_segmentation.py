@@ -167,12 +167,12 @@ def test_the_new_line_is_mixed_in_as_good(good, library):
 
 
 def test_a_detector_learns_from_good_images_and_a_library(good, library):
-    config = tiny(steps=2)
+    config = tiny()
     with pytest.raises(ValueError, match="needs a library"):
         segmentation.SegmentationDetector(config).fit(patches.stack(good))
     detector = segmentation.SegmentationDetector(config, library)
     learnt = detector.fit(patches.stack(good))
-    untrained = segmentation.variables(segmentation.initial_segmentation(config, 2))
+    untrained = segmentation.variables(segmentation.initial_segmentation(config, 4))
     assert jax.tree.structure(learnt) == jax.tree.structure(untrained)
     moved = [bool((a != b).any()) for a, b in zip(jax.tree.leaves(learnt), jax.tree.leaves(untrained), strict=True)]
     assert sum(moved) > len(moved) / 2
