@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import sys
 import time
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -273,6 +274,25 @@ def test_a_flipped_bit_in_a_checkpoint_is_no_other_number(tmp_path):
     with Checkpoints(tmp_path / "c") as kept, pytest.raises(InputError, match="holds other numbers") as error:
         kept.restore(start)
     assert error.value.status == 1
+
+
+def test_runs_side_by_side_write_whole_checkpoints(tmp_path):
+    """Each its own numbers, also where all write at once."""
+    like = {f"{i}": jnp.zeros((50, 50)) for i in range(20)}
+
+    def write(run):
+        with parallel.alone(jax.local_devices()[0]), Checkpoints(tmp_path / f"{run}") as kept:
+            for s in range(1, 4):
+                kept.save(s, {name: np.full((50, 50), 10 * run + s, np.float32) for name in like}, {"run": run})
+
+    with futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    for run in range(4):
+        with Checkpoints(tmp_path / f"{run}") as kept:
+            assert kept.latest() == 3
+            found, record = kept.restore(like)
+        assert record == {"run": run}
+        same(found, {name: np.full((50, 50), 10 * run + 3, np.float32) for name in like})
 
 
 def test_steps_of_one_dispatch_divide_every_cadence(monkeypatch):

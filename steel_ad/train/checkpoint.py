@@ -1,6 +1,7 @@
 """Checkpoints of a training state, written in the background and renamed into place when whole. The only importer of orbax."""
 
 import contextlib
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from steel_ad import parallel
 from steel_ad.errors import InputError
 
 _SUM = "crc32"  # of the state; a flipped bit in a checkpoint's data would else be read as another number
+# orbax numbers its writes for the whole process, and one that begins during another takes its signals for its own.
+_ONE_WRITE = threading.Lock()
 
 
 def _checksum(state: Any) -> int:
@@ -79,16 +82,20 @@ class Checkpoints:
         return restored.state, record
 
     def save(self, step: int, state: Any, record: dict) -> None:
-        """Begins to write; arrays are copied before it returns, so the state may be donated.
+        """Begins to write; arrays are copied before it returns, so the state may be donated. Inside of `parallel.alone` it
+        returns when all is on disk, since runs side by side write one after the other.
 
         Raises:
           InputError: the disk is full or not writable, now or at the write before.
         """
         record = {**record, _SUM: _checksum(state)}
         try:
-            self._manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
-            )
+            with _ONE_WRITE:
+                self._manager.save(
+                    step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
+                )
+                if parallel.is_alone():
+                    self._manager.wait_until_finished()
         except Exception as error:  # orbax passes on whatever its writers raised
             raise self._failed(error) from None
 
