@@ -72,6 +72,8 @@ def start(coordinator: str, num_processes: int | None, process_id: int | None) -
         raise InputError(
             "--coordinator=auto finds no cluster here: give --coordinator=host:port, --num_processes=N and --process_id=I"
         ) from None
+    # Gloo connects at the first collective and waits 30 s there; one process may have to compile what another one has cached.
+    barrier("start")
 
 
 def lost(error: Exception) -> InputError | None:

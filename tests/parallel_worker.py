@@ -1,8 +1,9 @@
-"""What test_parallel.py starts in processes of its own: python -m tests.parallel_worker devices|process FOLDER [FLAGS]."""
+"""What test_parallel.py starts in processes of its own: python -m tests.parallel_worker devices|process|late FOLDER [FLAGS]."""
 
 import dataclasses
 import re
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -214,6 +215,16 @@ def process(folder: Path) -> None:
         mortal(folder / "mortal")
 
 
+def late(folder: Path) -> None:
+    """A sum over both processes, to which one comes later than Gloo waits for a connection."""
+    mesh = parallel.mesh()
+    total = jax.jit(jnp.sum, out_shardings=parallel.replicated(mesh))
+    ones = parallel.put(np.ones(2, np.float32), parallel.spread(mesh))
+    if not parallel.is_main():
+        time.sleep(35)
+    files.write_text(folder / "late", str(float(total(ones))))
+
+
 def mortal(folder: Path, steps: int = 10**6) -> None:
     """Trains until somebody stops it."""
     runs.fit(
@@ -226,7 +237,7 @@ def mortal(folder: Path, steps: int = 10**6) -> None:
 
 
 if __name__ == "__main__":
-    mode = {"devices": devices, "process": process}[sys.argv.pop(1)]
+    mode = {"devices": devices, "process": process, "late": late}[sys.argv.pop(1)]
     target = Path(sys.argv.pop(1))
     cli.define_config("configs/autoencoder.py:tiny")
     cli.define_processes()

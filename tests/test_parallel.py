@@ -50,6 +50,7 @@ def found(tmp_path_factory):
     """Folder of what the workers have written, and how the two processes ended: process 0 is stopped in mid-training."""
     folder = tmp_path_factory.mktemp("parallel") / "w"
     many, *two = start("devices", folder, devices=8), *processes(2, "process", folder)
+    late = processes(2, "late", folder)
     deadline = time.monotonic() + 500
     while all("." in p.name for p in (folder / "mortal" / "checkpoints").glob("step_*")):
         assert time.monotonic() < deadline
@@ -60,7 +61,7 @@ def found(tmp_path_factory):
     killed = time.monotonic()
     said = [p.communicate(timeout=200) for p in two[::-1]][::-1]
     ended = time.monotonic() - killed
-    for worker_ in (many, *processes(4, "process", folder)):
+    for worker_ in (many, *late, *processes(4, "process", folder)):
         _, errors = worker_.communicate(timeout=500)
         assert worker_.returncode == 0, errors
     return folder, said, ended
@@ -86,6 +87,10 @@ def test_the_stream_of_samples_is_that_of_one_device(found):
     assert 0 < one["batch/label"].mean() < 1
     for name in one:
         np.testing.assert_array_equal(one[name], many[name])
+
+
+def test_a_process_may_come_late(found):
+    assert (found[0] / "late").read_text() == "2.0"
 
 
 @OTHERS
