@@ -21,10 +21,11 @@ def plain_double(x, w):
     return lax.conv_transpose(x, w, (2, 2), "SAME", dimension_numbers=DIMENSIONS)
 
 
-@pytest.mark.parametrize("form", ["plain", "rewritten", None])
+@pytest.mark.parametrize(("backend", "form"), [("cpu", "plain"), ("cpu", "rewritten"), ("cpu", None), ("gpu", None)])
 @pytest.mark.parametrize(("ours", "plain"), [(convolution.halve, plain_halve), (convolution.double, plain_double)])
 @pytest.mark.parametrize(("h", "w", "i", "o"), [(8, 12, 3, 5), (2, 2, 1, 4), (16, 6, 4, 1)])
-def test_rewritten_convolutions(ours, plain, h, w, i, o, form):
+def test_rewritten_convolutions(monkeypatch, ours, plain, h, w, i, o, backend, form):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, h, w, i)).astype(np.float32)
     kernel = rng.standard_normal((4, 4, i, o)).astype(np.float32)

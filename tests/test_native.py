@@ -342,6 +342,15 @@ def test_ssim_of_batches_and_channels_is_that_of_each_image():
     np.testing.assert_array_equal(np.moveaxis(channels, 2, 0), alone)
 
 
+def test_ssim_map_is_one_less_the_residual_to_the_bit():
+    x, y, g = np.random.default_rng(1).random((3, 20, 24)).astype(np.float32)
+    residual, of_residual = jax.vjp(ssim.ssim_residual, x, y)
+    maps, of_map = jax.vjp(ssim.ssim_map, x, y)
+    np.testing.assert_array_equal(maps, 1 - residual)
+    for a, b in zip(of_map(g), of_residual(-g), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_ssim_of_an_image_with_itself_is_one_and_has_no_gradient():
     x = np.random.default_rng(2).random((30, 40)).astype(np.float32)
     np.testing.assert_array_equal(ssim.ssim_residual(x, x), np.zeros_like(x))

@@ -174,7 +174,9 @@ Sizes SizesOf(const Buffer& x, int64_t k, bool reflect) {
 
 constexpr int64_t kBand = 64;  // output rows of a piece of work
 
-ffi::Error Residual(ffi::ThreadPool pool, Buffer x, Buffer y, Buffer taps, bool reflect, float c1, float c2, Result to) {
+// What is written is base + sign * residual.
+ffi::Error Residual(ffi::ThreadPool pool, Buffer x, Buffer y, Buffer taps, bool reflect, float c1, float c2, float base,
+                    float sign, Result to) {
   const Sizes s = SizesOf(x, taps.dimensions().back(), reflect);
   const Window window{s.k, taps.typed_data(), c1, c2};
   const auto offsets = Offsets(pool, x.typed_data(), y.typed_data(), s.images, s.height, s.width);
@@ -194,7 +196,7 @@ ffi::Error Residual(ffi::ThreadPool pool, Buffer x, Buffer y, Buffer taps, bool 
       float* out = to->typed_data() + (b * s.rows + r) * s.columns;
       for (int64_t i = 0; i < s.columns; i += kLanes) {
         Terms t = TermsOf(window, means + i, pitch, offsets[b]);
-        Vec value = t.luminance + t.structure - t.luminance * t.structure;
+        Vec value = base + sign * (t.luminance + t.structure - t.luminance * t.structure);
         if (i + kLanes <= s.columns)
           Store(out + i, value);
         else
@@ -291,6 +293,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(steel_ad_ssim_residual, Residual,
                                   .Attr<bool>("reflect")
                                   .Attr<float>("c1")
                                   .Attr<float>("c2")
+                                  .Attr<float>("base")
+                                  .Attr<float>("sign")
                                   .Ret<Buffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(steel_ad_ssim_residual_gradient, ResidualGradient,
                               ffi::Ffi::Bind()

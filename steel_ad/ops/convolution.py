@@ -158,7 +158,16 @@ def _double_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]
 def _double_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     # The gradient of the input is a strided convolution, which is fast as it is; that of the kernel is not.
     x, kernel = saved
-    (of_x,) = jax.vjp(lambda x: _plain_double(x, kernel), x)[1](g)
+    one_channel, on_gpu = kernel.shape[3] == 1, jax.default_backend() == "gpu"
+    adjoint = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
+    if on_gpu and one_channel:
+        of_x = halve(g, adjoint, form="rewritten")
+    else:
+        (of_x,) = jax.vjp(lambda x: _plain_double(x, kernel), x)[1](g)
+    if on_gpu and not one_channel:
+        # cuDNN knows the filter gradient of the strided convolution; XLA asks it for this one's as of any other convolution.
+        (of_adjoint,) = jax.vjp(lambda adjoint: halve(g, adjoint, form="rewritten"), adjoint)[1](x)
+        return of_x, of_adjoint[::-1, ::-1].transpose(0, 1, 3, 2)
     (of_kernel,) = jax.vjp(lambda kernel: _linear_form(kernel)(x, kernel), kernel)[1](g)
     return of_x, of_kernel
 

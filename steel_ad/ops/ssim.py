@@ -134,23 +134,27 @@ def _plain_backward(k, sigma, c1, c2, padding, saved, g):
 _plain_residual.defvjp(_plain_forward, _plain_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
-def _native_residual(x, y, k, sigma, c1, c2, padding):
-    return native.ssim_residual(x, y, _taps(k, sigma), reflect=padding == "reflect", c1=c1, c2=c2)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6, 7))
+def _native(x, y, similarity, k, sigma, c1, c2, padding):
+    """The residual, or with `similarity` the map: taken from 1 by XLA it would cost another pass over memory."""
+    settings = {"reflect": padding == "reflect", "c1": c1, "c2": c2}
+    return native.ssim_residual(x, y, _taps(k, sigma), **settings, similarity=similarity)
 
 
 # Pixels of an image from which the gradient is native on a GPU: twice as slow as XLA's at 128x128, faster at 2048x2048.
 _GPU_GRADIENT_PX = 2**20
 
 
-def _native_forward(x, y, k, sigma, c1, c2, padding):
+def _native_forward(x, y, similarity, k, sigma, c1, c2, padding):
     if jax.default_backend() == "gpu" and x.size < _GPU_GRADIENT_PX:
-        return _plain_forward(x, y, k, sigma, c1, c2, padding)
-    return _native_residual(x, y, k, sigma, c1, c2, padding), (x, y)
+        residual, saved = _plain_forward(x, y, k, sigma, c1, c2, padding)
+        return 1 - residual if similarity else residual, saved
+    return _native(x, y, similarity, k, sigma, c1, c2, padding), (x, y)
 
 
-def _native_backward(k, sigma, c1, c2, padding, saved, g):
+def _native_backward(similarity, k, sigma, c1, c2, padding, saved, g):
     """Two calls, of which the compiler drops the one that nobody asks for: SSIM does not know which image is which."""
+    g = -g if similarity else g
     if len(saved) == 4:
         return _plain_backward(k, sigma, c1, c2, padding, saved, g)
     x, y = saved
@@ -158,7 +162,7 @@ def _native_backward(k, sigma, c1, c2, padding, saved, g):
     return tuple(native.ssim_residual_gradient(*pair, g, _taps(k, sigma), **settings) for pair in ((x, y), (y, x)))
 
 
-_native_residual.defvjp(_native_forward, _native_backward)
+_native.defvjp(_native_forward, _native_backward)
 
 
 def _taps(k: int, sigma: float | None) -> np.ndarray:
@@ -200,6 +204,12 @@ def ssim_residual(
     form: str | None = None,
 ) -> Array:
     """`1 - ssim_map(x, y)`, computed without the cancellation near 0; arguments, shapes and errors as `ssim_map`'s."""
+    given = (window_size, window, sigma, c1, c2, (alpha, beta, gamma), padding, form)
+    return _compared(x, y, False, *given)
+
+
+def _compared(x, y, similarity, window_size, window, sigma, c1, c2, exponents, padding, form):
+    """`ssim_map` if `similarity`, else `ssim_residual`."""
     if x.shape != y.shape or x.ndim not in (2, 3):
         raise ValueError(f"ssim takes two images [h, w] or [h, w, c] of one shape, not {x.shape} and {y.shape}")
     if window not in ("uniform", "gaussian") or padding not in ("reflect", "valid"):
@@ -212,27 +222,28 @@ def ssim_residual(
         raise ValueError(
             f"an image of {x.shape[0]}x{x.shape[1]} holds no window of {window_size}x{window_size}: use a smaller window_size"
         )
-    if not (c1 > 0 and c2 > 0 and sigma > 0 and min(alpha, beta, gamma) >= 0):
+    if not (c1 > 0 and c2 > 0 and sigma > 0 and min(exponents) >= 0):
         raise ValueError(
-            f"c1, c2 and sigma must be positive and exponents not negative, not {c1}, {c2}, {sigma}, {alpha}, {beta}, {gamma}"
+            f"c1, c2 and sigma must be positive and exponents not negative, not {c1}, {c2}, {sigma}, {exponents}"
         )
     if not (jnp.issubdtype(x.dtype, jnp.floating) and jnp.issubdtype(y.dtype, jnp.floating)):
         raise ValueError(f"images must be floating, in [0, 1], not {x.dtype} and {y.dtype}: divide uint8 by 255")
-    plain = alpha == beta == gamma == 1
+    plain = exponents == (1, 1, 1)
     # Chosen out here, since what jit has traced does not follow when the answer changes.
     if form is None:
         cuda = window == "uniform" and native.cuda_ready(window_size, x, y)
         form = "native" if plain and (native.ready(x, y) or cuda) else "xla"
     settings = (window_size, None if window == "uniform" else sigma, c1, c2, padding)
-    return _residual(x, y, settings, None if plain else (alpha, beta, gamma), form)
+    return _traced(x, y, similarity, settings, None if plain else exponents, form)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _residual(x, y, settings, exponents, form):
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _traced(x, y, similarity, settings, exponents, form):
     def one(x, y):
-        if exponents:
-            return _general_residual(x, y, *settings, *exponents)
-        return (_native_residual if form == "native" else _plain_residual)(x, y, *settings)
+        if form == "native" and not exponents:
+            return _native(x, y, similarity, *settings)
+        residual = _general_residual(x, y, *settings, *exponents) if exponents else _plain_residual(x, y, *settings)
+        return 1 - residual if similarity else residual
 
     return one(x, y) if x.ndim == 2 else jax.vmap(one, in_axes=-1, out_axes=-1)(x, y)
 
@@ -275,17 +286,5 @@ def ssim_map(
     Raises:
       ValueError: shapes differ, the image is smaller than the window, or an option is none of the above.
     """
-    return 1 - ssim_residual(
-        x,
-        y,
-        window_size=window_size,
-        window=window,
-        sigma=sigma,
-        c1=c1,
-        c2=c2,
-        alpha=alpha,
-        beta=beta,
-        gamma=gamma,
-        padding=padding,
-        form=form,
-    )
+    given = (window_size, window, sigma, c1, c2, (alpha, beta, gamma), padding, form)
+    return _compared(x, y, True, *given)

@@ -58,7 +58,7 @@ def train(config: configs.Autoencoder, *, torch: bool) -> dict[str, Maker]:
     makers: dict[str, Maker] = {"linen_naive": functools.partial(_linen_naive, config)}
     if torch and torch_installed():
         for precision in ("float32", "bfloat16") if jax.default_backend() == "gpu" else ("float32",):
-            for how in ("eager", "compile"):
+            for how in ("eager", "compile", "graphs") if jax.default_backend() == "gpu" else ("eager", "compile"):
                 for layout in ("nchw", "channels_last"):
                     name = f"torch_{how}_{layout}" + ("" if precision == "float32" else "_bf16")
                     makers[name] = functools.partial(_torch_train, config, how, layout, precision)
@@ -104,7 +104,7 @@ def unet(config: configs.Segmentation, *, torch: bool) -> dict[str, Maker]:
     makers: dict[str, Maker] = {}
     if torch and torch_installed():
         for precision in ("float32", "bfloat16") if jax.default_backend() == "gpu" else ("float32",):
-            for how in ("eager", "compile"):
+            for how in ("eager", "compile", "graphs") if jax.default_backend() == "gpu" else ("eager", "compile"):
                 for layout in ("nchw", "channels_last"):
                     name = f"torch_{how}_{layout}" + ("" if precision == "float32" else "_bf16")
                     makers[name] = functools.partial(_torch_unet, config, how, layout, precision)
@@ -352,8 +352,8 @@ def _torch_train(config: configs.Autoencoder, how: str, layout: str, precision: 
 
 
 def _torch_step(torch: Any, how: str, wait: Any, optimizer: Any, loss: Any, precision: str) -> Program:
-    """One training step on the loss, compiled with its backward pass on request."""
-    value_of = torch.compile(loss) if how == "compile" else loss
+    """One training step on the loss, its value and gradient as they are ("eager"), compiled, or as CUDA graphs of what is compiled."""
+    value_of = loss if how == "eager" else torch.compile(loss, mode="reduce-overhead" if how == "graphs" else None)
 
     def call():
         optimizer.zero_grad(set_to_none=True)
@@ -362,7 +362,7 @@ def _torch_step(torch: Any, how: str, wait: Any, optimizer: Any, loss: Any, prec
         optimizer.step()
         return value
 
-    compile_s = _torch_compile(call, wait) if how == "compile" else None
+    compile_s = None if how == "eager" else _torch_compile(call, wait)
     return Program(call=call, wait=wait, compile_s=compile_s, precision=precision)
 
 
