@@ -92,23 +92,21 @@ def test_no_gpu_is_not_ready(monkeypatch, tmp_path):
     assert not native.cuda_ready(11, jnp.zeros((16, 16)))
 
 
-@pytest.mark.parametrize("side", [24, 1024])
-def test_small_images_keep_the_gradient_of_xla(monkeypatch, side):
+def test_calls_name_window_and_result(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    asked = []
+    x, y = jnp.zeros((2, 16, 16))
 
-    def gradient(x, y, g, *_, **__):
-        asked.append(x.shape)
-        return jnp.zeros_like(x)
+    def text(function):
+        return str(jax.make_jaxpr(function)(x, y))
 
-    monkeypatch.setattr(native, "ssim_residual", lambda x, *_, **__: jnp.zeros_like(x))
-    monkeypatch.setattr(native, "ssim_residual_gradient", gradient)
-    x, y = jax.random.uniform(jax.random.key(0), (2, side, side))
-    settings = (11, None, 0.01, 0.03, "reflect")
-    found = jax.grad(lambda x: ssim._native(x, y, False, *settings).mean())(x)
-    if side == 1024:
-        assert set(asked) == {(1024, 1024)}
-    else:
-        assert not asked
-        expected = jax.grad(lambda x: ssim._plain_residual(x, y, *settings).mean())(x)
-        np.testing.assert_array_equal(found, expected)
+    settings = (7, None, 0.01, 0.03, "reflect")
+    for similarity, base, sign in ((False, 0.0, 1.0), (True, 1.0, -1.0)):
+        found = text(lambda x, y, similarity=similarity: ssim._native(x, y, similarity, *settings))
+        for part in (
+            "target_name=steel_ad_ssim_residual_cuda_7",
+            f"('base', np.float32({base}))",
+            f"('sign', np.float32({sign}))",
+        ):
+            assert part in found
+    gradient = text(jax.grad(lambda x, y: ssim._native(x, y, True, *settings).mean()))
+    assert "target_name=steel_ad_ssim_residual_gradient_cuda_7" in gradient

@@ -35,7 +35,7 @@ _TARGETS = (
 )
 
 _CUDA_TARGETS = ("steel_ad_ssim_residual_cuda", "steel_ad_ssim_residual_gradient_cuda")
-# A lane holds 4 columns, and registers for no more rows than these; reflected windows lie around a pixel if they are odd.
+# Wide enough for the columns of a lane, and narrow enough that most lanes have results; odd, so that they have a middle.
 _CUDA_WINDOWS = (5, 7, 9, 11)
 
 _folder: Path | None = None

@@ -1,9 +1,10 @@
 // 1 - SSIM of pairs of images, and its gradient, on NVIDIA GPUs (ops/ssim.py says what the numbers mean).
 //
-// A warp goes down a strip of kLanes * kColumns columns and waits for no other. Rows of the images come into shared memory
-// ahead of their use; there the window's rows stay, each lane with columns of its own, to be taken off the sums again. Sums
-// across columns come from the neighbours by shuffles, so that the outer lanes have no results. The gradient does the same a
-// second time, with three factors of every window. Each pixel is read from memory once, but for the strips' edges.
+// A warp goes down a strip of kLanes * kColumns columns and waits for no other. Rows of the images come into shared
+// memory ahead of their use; there the window's rows stay, each lane with columns of its own, to be taken off the sums
+// again. Sums across columns come from the neighbours by shuffles, so that the outer lanes have no results. The
+// gradient does the same a second time, with three factors of every window. Each pixel is read from memory once, but
+// for the strips' edges.
 
 #ifndef STEEL_AD_EMULATED
 #include <cuda_runtime_api.h>
@@ -21,25 +22,26 @@ constexpr unsigned kAll = 0xffffffffu;
 static_assert(kWindow >= 4 && kWindow % 2 == 1, "windows must be as wide as a lane, and have a middle");
 
 struct Images {
-  const float *x, *y, *g;       // g: the gradient of the results
+  const float *x, *y, *g;  // g: the gradient of the results
   float* out;
-  int count, height, width;     // of the images
-  int rows, columns;            // of the results
-  int strips;                   // so many warps share an image's rows
-  bool reflect;                 // else windows stay within the image
+  int count, height, width;  // of the images
+  int rows, columns;         // of the results
+  int strips;                // so many warps share an image's rows
+  bool reflect;              // else windows stay within the image
   float c1, c2;
-  float base, sign;             // what is written is base + sign * residual
+  float base, sign;  // what is written is base + sign * residual
 };
 
 template <bool kGradient>
 struct Shape {
-  static constexpr int kColumns = kGradient ? 4 : 4;  // of a lane
+  static constexpr int kColumns = kGradient ? 2 : 4;  // of a lane
   // Rows and columns around a result that it depends on, and lanes that hold them.
   static constexpr int kReachBefore = kGradient ? kWindow - 1 : kBefore, kReachAfter = kGradient ? kWindow - 1 : kAfter;
-  static constexpr int kLeft = (kReachBefore + kColumns - 1) / kColumns, kRight = (kReachAfter + kColumns - 1) / kColumns;
+  static constexpr int kLeft = (kReachBefore + kColumns - 1) / kColumns,
+                       kRight = (kReachAfter + kColumns - 1) / kColumns;
   static constexpr int kUseful = (kLanes - kLeft - kRight) * kColumns;
   // Rows on their way, and warps of a multiprocessor: its shared memory allows no more.
-  static constexpr int kAhead = kGradient ? 3 : 2, kWarps = kGradient ? 7 : 16;
+  static constexpr int kAhead = 2, kWarps = kGradient ? 14 : 16;
 };
 
 // Warps side by side: results are named after their window's middle column, gradients after the pixel.
@@ -112,7 +114,8 @@ __device__ inline void Across(const float (&own)[kColumns], float (&sums)[kColum
   last[kColumns - 1] = first[kColumns - 1];
 #pragma unroll
   for (int j = 0; j < kColumns; ++j)
-    sums[j] = j <= kBefore ? first[j + kAfter < kColumns ? j + kAfter : kColumns - 1] : last[kColumns - 1 - (j - kBefore)];
+    sums[j] =
+        j <= kBefore ? first[j + kAfter < kColumns ? j + kAfter : kColumns - 1] : last[kColumns - 1 - (j - kBefore)];
   // Columns of the lanes around that are in the window; whole lanes first, since several windows have them.
 #pragma unroll
   for (int n = kColumns; n > 0; --n)
@@ -123,7 +126,8 @@ __device__ inline void Across(const float (&own)[kColumns], float (&sums)[kColum
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
         const int before = kBefore - j - (lanes - 1) * kColumns, after = kAfter + j + 1 - lanes * kColumns;
-        has_left |= (before < kColumns ? before : kColumns) == n, has_right |= (after < kColumns ? after : kColumns) == n;
+        has_left |= (before < kColumns ? before : kColumns) == n,
+            has_right |= (after < kColumns ? after : kColumns) == n;
       }
       if (has_left) left = __shfl_up_sync(kAll, last[n - 1], lanes);
       if (has_right) right = __shfl_down_sync(kAll, first[n - 1], lanes);
@@ -144,9 +148,10 @@ __device__ inline void Fold(int base, int left, int width, float (&result)[kColu
   for (int j = 0; j < kColumns; ++j) {
     const int c = left + j, from_end = width - 1 - c, before = -c - base, after = 2 * (width - 1) - c - base;
     // All lanes ask for the same one of another lane's columns, since lanes begin at multiples of kColumns.
-    const float of_before = result[(kColumns - j) % kColumns], of_after = width % 2 ? of_before : result[(kColumns + 2 - j) % kColumns];
-    const float left_one = __shfl_sync(kAll, of_before, before / kColumns & (kLanes - 1));
-    const float right_one = __shfl_sync(kAll, of_after, after / kColumns & (kLanes - 1));
+    static_assert(2 % kColumns == 0, "the columns on the right depend on the width");
+    const float source = result[(kColumns - j) % kColumns];
+    const float left_one = __shfl_sync(kAll, source, before / kColumns & (kLanes - 1));
+    const float right_one = __shfl_sync(kAll, source, after / kColumns & (kLanes - 1));
     total[j] = result[j];
     if (c >= 1 && c <= kBefore) total[j] += left_one;
     if (from_end >= 1 && from_end <= kAfter) total[j] += right_one;
@@ -163,7 +168,8 @@ __global__ void __launch_bounds__(kLanes, Shape<kGradient>::kWarps) Strip(Images
   using Vec = Vector<kColumns>;
   __shared__ Vec shared[kRows][2][kLanes], shared_factors[kGradient ? kWindow : 1][3][kLanes];
   const int lane = threadIdx.x, across = Groups<kGradient>(images);
-  const int group = blockIdx.x % across, strip = blockIdx.x / across % images.strips, b = blockIdx.x / across / images.strips;
+  const int group = blockIdx.x % across, strip = blockIdx.x / across % images.strips,
+            b = blockIdx.x / across / images.strips;
   const int height = images.height, width = images.width;
   const int64_t image = int64_t(b) * height * width;
   // Where the middle pixels of windows are.
@@ -181,7 +187,8 @@ __global__ void __launch_bounds__(kLanes, Shape<kGradient>::kWarps) Strip(Images
   const int left = group * S::kUseful + (lane - S::kLeft) * kColumns;
   const bool whole = left >= 0 && left + kColumns <= width && width % kColumns == 0;
   const bool inner = lane >= S::kLeft && lane < kLanes - S::kRight;
-  const bool folds = kGradient && images.reflect && (group * S::kUseful <= kBefore || (group + 1) * S::kUseful + kAfter >= width);
+  const bool folds =
+      kGradient && images.reflect && (group * S::kUseful <= kBefore || (group + 1) * S::kUseful + kAfter >= width);
   int column[kColumns];
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) column[j] = Clamped(Reflected(left + j, width), width);
@@ -194,7 +201,8 @@ __global__ void __launch_bounds__(kLanes, Shape<kGradient>::kWarps) Strip(Images
   float offset_x = 0, offset_y = 0;
   const int64_t middle = start_of((first + end) / 2);
 #pragma unroll
-  for (int j = 0; j < kColumns; ++j) offset_x += __ldg(images.x + middle + column[j]), offset_y += __ldg(images.y + middle + column[j]);
+  for (int j = 0; j < kColumns; ++j)
+    offset_x += __ldg(images.x + middle + column[j]), offset_y += __ldg(images.y + middle + column[j]);
 #pragma unroll
   for (int distance = kLanes / 2; distance; distance /= 2) {
     offset_x += __shfl_xor_sync(kAll, offset_x, distance);
@@ -222,8 +230,8 @@ __global__ void __launch_bounds__(kLanes, Shape<kGradient>::kWarps) Strip(Images
 #pragma unroll
   for (int i = 0; i < S::kAhead; ++i) copy(i, i);
 
-  // Of the sum t = x + y and the difference d and their squares: sums over those of the last kWindow rows that came before
-  // the last multiple of kWindow and over those since, so that no rounding stays longer than that.
+  // Of the sum t = x + y and the difference d and their squares: sums over those of the last kWindow rows that came
+  // before the last multiple of kWindow and over those since, so that no rounding stays longer than that.
   float old[4][kColumns] = {}, fresh[4][kColumns] = {};
   float old_factors[3][kColumns] = {}, fresh_factors[3][kColumns] = {};
   constexpr float kCount = kWindow * kWindow;
@@ -237,7 +245,8 @@ __global__ void __launch_bounds__(kLanes, Shape<kGradient>::kWarps) Strip(Images
       if (row_inside) Read(__ldg(reinterpret_cast<const Vec*>(from)), of_next);
     } else {
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) of_next[j] = row_inside && left + j >= window_left && left + j < window_right ? __ldg(from + j) : 0.0f;
+      for (int j = 0; j < kColumns; ++j)
+        of_next[j] = row_inside && left + j >= window_left && left + j < window_right ? __ldg(from + j) : 0.0f;
     }
     if (!row_inside)
 #pragma unroll
@@ -248,131 +257,132 @@ __global__ void __launch_bounds__(kLanes, Shape<kGradient>::kWarps) Strip(Images
   if constexpr (kGradient) read_gradient(top + kBefore);
   for (int done = 0; done < count; done += kWindow) {
 #pragma unroll 1
-  for (int i = done; i < done + kWindow && i < count; ++i) {
-    WaitForRow<S::kAhead - 1>();
-    if (i >= kWindow) {
-      float t[kColumns], d[kColumns];
-      Read(shared[leaving][0][lane], t), Read(shared[leaving][1][lane], d);
+    for (int i = done; i < done + kWindow && i < count; ++i) {
+      WaitForRow<S::kAhead - 1>();
+      if (i >= kWindow) {
+        float t[kColumns], d[kColumns];
+        Read(shared[leaving][0][lane], t), Read(shared[leaving][1][lane], d);
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        old[0][j] -= t[j], old[1][j] -= d[j];
-        old[2][j] -= t[j] * t[j], old[3][j] -= d[j] * d[j];
+        for (int j = 0; j < kColumns; ++j) {
+          old[0][j] -= t[j], old[1][j] -= d[j];
+          old[2][j] -= t[j] * t[j], old[3][j] -= d[j] * d[j];
+        }
       }
-    }
-    {
-      float x[kColumns], y[kColumns], t[kColumns], d[kColumns];
-      Read(shared[slot][0][lane], x), Read(shared[slot][1][lane], y);
+      {
+        float x[kColumns], y[kColumns], t[kColumns], d[kColumns];
+        Read(shared[slot][0][lane], x), Read(shared[slot][1][lane], y);
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        const float small_x = x[j] - offset_x, small_y = y[j] - offset_y;
-        t[j] = small_x + small_y, d[j] = small_x - small_y;
-        fresh[0][j] += t[j], fresh[1][j] += d[j];
-        fresh[2][j] += t[j] * t[j], fresh[3][j] += d[j] * d[j];
+        for (int j = 0; j < kColumns; ++j) {
+          const float small_x = x[j] - offset_x, small_y = y[j] - offset_y;
+          t[j] = small_x + small_y, d[j] = small_x - small_y;
+          fresh[0][j] += t[j], fresh[1][j] += d[j];
+          fresh[2][j] += t[j] * t[j], fresh[3][j] += d[j] * d[j];
+        }
+        shared[slot][0][lane] = Whole(t), shared[slot][1][lane] = Whole(d);
       }
-      shared[slot][0][lane] = Whole(t), shared[slot][1][lane] = Whole(d);
-    }
-    copy(i + S::kAhead, leaving);
+      copy(i + S::kAhead, leaving);
 
-    if (i >= kWindow - 1) {
-      float sums[4][kColumns];
+      if (i >= kWindow - 1) {
+        float sums[4][kColumns];
 #pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        float own[kColumns];
+        for (int q = 0; q < 4; ++q) {
+          float own[kColumns];
 #pragma unroll
-        for (int j = 0; j < kColumns; ++j) own[j] = old[q][j] + fresh[q][j];
-        Across<kBefore, kAfter>(own, sums[q]);
-      }
-      const int window_row = top + i - kAfter;
-      float result[kColumns], factors[3][kColumns], of_result[kColumns];
-      if constexpr (kGradient) {
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) of_result[j] = of_next[j];
-        read_gradient(window_row + 1);
-      }
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        // All in units of kCount or its square.
-        const float mean_t = sums[0][j] + kCount * offset_t, mean_d = sums[1][j] + kCount * offset_d;
-        const float raw_t = kCount * sums[2][j] - sums[0][j] * sums[0][j], raw_d = kCount * sums[3][j] - sums[1][j] * sums[1][j];
-        const float var_t = fmaxf(raw_t, 0.0f) + c2, var_d = fmaxf(raw_d, 0.0f);
-        const float square_t = mean_t * mean_t + c1, square_d = mean_d * mean_d;
-        const float of_luminance = square_t + square_d, of_structure = var_t + var_d;
+          for (int j = 0; j < kColumns; ++j) own[j] = old[q][j] + fresh[q][j];
+          Across<kBefore, kAfter>(own, sums[q]);
+        }
+        const int window_row = top + i - kAfter;
+        float result[kColumns], factors[3][kColumns], of_result[kColumns];
         if constexpr (kGradient) {
-          const float luminance_scale = Inverse(of_luminance), structure_scale = Inverse(of_structure);
-          const float both = 2 * kCount * of_result[j] * luminance_scale * structure_scale;
-          const float of_means = both * (2 / kCount) * luminance_scale * (var_t - var_d);
-          const float of_variances = 2 * both * structure_scale * (square_t - square_d);
-          // A variance that rounding made negative has no gradient, and one of exactly zero half of it.
-          factors[1][j] = -of_variances * var_d * (raw_t > 0 ? 1.0f : raw_t == 0 ? 0.5f : 0.0f);
-          factors[2][j] = of_variances * var_t * (raw_d > 0 ? 1.0f : raw_d == 0 ? 0.5f : 0.0f);
-          factors[0][j] = of_means * mean_d * (square_t - mean_d * mean_t) -
-                          (factors[1][j] * sums[0][j] + factors[2][j] * sums[1][j]) * (1 / kCount);
-        } else {
-          // luminance + structure - luminance * structure in one fraction
-          const float top = 2 * (square_d * (var_t - var_d) + var_d * of_luminance);
-          result[j] = images.base + images.sign * (top * Inverse(of_luminance * of_structure));
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j) of_result[j] = of_next[j];
+          read_gradient(window_row + 1);
         }
-      }
-      if constexpr (kGradient) {
-        const int at = i - done;
 #pragma unroll
-        for (int q = 0; q < 3; ++q) {
-          if (i >= 2 * kWindow - 1) {
-            float gone[kColumns];
-            Read(shared_factors[at][q][lane], gone);
-#pragma unroll
-            for (int j = 0; j < kColumns; ++j) old_factors[q][j] -= gone[j];
+        for (int j = 0; j < kColumns; ++j) {
+          // All in units of kCount or its square.
+          const float mean_t = sums[0][j] + kCount * offset_t, mean_d = sums[1][j] + kCount * offset_d;
+          const float raw_t = kCount * sums[2][j] - sums[0][j] * sums[0][j],
+                      raw_d = kCount * sums[3][j] - sums[1][j] * sums[1][j];
+          const float var_t = fmaxf(raw_t, 0.0f) + c2, var_d = fmaxf(raw_d, 0.0f);
+          const float square_t = mean_t * mean_t + c1, square_d = mean_d * mean_d;
+          const float of_luminance = square_t + square_d, of_structure = var_t + var_d;
+          if constexpr (kGradient) {
+            const float luminance_scale = Inverse(of_luminance), structure_scale = Inverse(of_structure);
+            const float both = 2 * kCount * of_result[j] * luminance_scale * structure_scale;
+            const float of_means = both * (2 / kCount) * luminance_scale * (var_t - var_d);
+            const float of_variances = 2 * both * structure_scale * (square_t - square_d);
+            // A variance that rounding made negative has no gradient, and one of exactly zero half of it.
+            factors[1][j] = -of_variances * var_d * (raw_t > 0 ? 1.0f : raw_t == 0 ? 0.5f : 0.0f);
+            factors[2][j] = of_variances * var_t * (raw_d > 0 ? 1.0f : raw_d == 0 ? 0.5f : 0.0f);
+            factors[0][j] = of_means * mean_d * (square_t - mean_d * mean_t) -
+                            (factors[1][j] * sums[0][j] + factors[2][j] * sums[1][j]) * (1 / kCount);
+          } else {
+            // luminance + structure - luminance * structure in one fraction
+            const float top = 2 * (square_d * (var_t - var_d) + var_d * of_luminance);
+            result[j] = images.base + images.sign * (top * Inverse(of_luminance * of_structure));
           }
-          shared_factors[at][q][lane] = Whole(factors[q]);
-#pragma unroll
-          for (int j = 0; j < kColumns; ++j) fresh_factors[q][j] += factors[q][j];
         }
-        if (i >= 2 * kWindow - 2) {
-          float over[3][kColumns];
+        if constexpr (kGradient) {
+          const int at = i - done;
 #pragma unroll
           for (int q = 0; q < 3; ++q) {
-            float own[kColumns];
+            if (i >= 2 * kWindow - 1) {
+              float gone[kColumns];
+              Read(shared_factors[at][q][lane], gone);
 #pragma unroll
-            for (int j = 0; j < kColumns; ++j) own[j] = old_factors[q][j] + fresh_factors[q][j];
-            Across<kAfter, kBefore>(own, over[q]);
+              for (int j = 0; j < kColumns; ++j) old_factors[q][j] -= gone[j];
+            }
+            shared_factors[at][q][lane] = Whole(factors[q]);
+#pragma unroll
+            for (int j = 0; j < kColumns; ++j) fresh_factors[q][j] += factors[q][j];
           }
-          float t[kColumns], d[kColumns];
-          // The oldest row of the window, which is kWindow - 1 back.
-          const int oldest = leaving + 1 < kRows ? leaving + 1 : 0;
-          Read(shared[oldest][0][lane], t), Read(shared[oldest][1][lane], d);
+          if (i >= 2 * kWindow - 2) {
+            float over[3][kColumns];
 #pragma unroll
-          for (int j = 0; j < kColumns; ++j) result[j] = over[0][j] + (t[j] * over[1][j] + d[j] * over[2][j]);
-          if (folds) Fold(left - lane * kColumns, left, width, result);
-        }
-      }
-      if (inner && (!kGradient || i >= 2 * kWindow - 2)) {
-        const int row = first + i - (S::kReachBefore + S::kReachAfter);
-        if constexpr (kGradient) {
-          const int64_t start = image + int64_t(images.reflect ? Reflected(row, height) : row) * width + left;
-          // The same lane has come by this row before.
-          const bool again = images.reflect && (row >= height || (row >= 1 && row <= kBefore));
-          if (whole && !again) {
-            __stcs(reinterpret_cast<Vec*>(images.out + start), Whole(result));
-          } else {
+            for (int q = 0; q < 3; ++q) {
+              float own[kColumns];
 #pragma unroll
-            for (int j = 0; j < kColumns; ++j)
-              if (left + j < width) images.out[start + j] = result[j] + (again ? images.out[start + j] : 0.0f);
-          }
-        } else {
-          float* const to = images.out + (int64_t(b) * images.rows + row) * images.columns + (left - window_left);
-          if (whole && images.reflect) {
-            __stcs(reinterpret_cast<Vec*>(to), Whole(result));
-          } else {
+              for (int j = 0; j < kColumns; ++j) own[j] = old_factors[q][j] + fresh_factors[q][j];
+              Across<kAfter, kBefore>(own, over[q]);
+            }
+            float t[kColumns], d[kColumns];
+            // The oldest row of the window, which is kWindow - 1 back.
+            const int oldest = leaving + 1 < kRows ? leaving + 1 : 0;
+            Read(shared[oldest][0][lane], t), Read(shared[oldest][1][lane], d);
 #pragma unroll
-            for (int j = 0; j < kColumns; ++j)
-              if (left + j >= window_left && left + j < window_right) to[j] = result[j];
+            for (int j = 0; j < kColumns; ++j) result[j] = over[0][j] + (t[j] * over[1][j] + d[j] * over[2][j]);
+            if (folds) Fold(left - lane * kColumns, left, width, result);
           }
         }
+        if (inner && (!kGradient || i >= 2 * kWindow - 2)) {
+          const int row = first + i - (S::kReachBefore + S::kReachAfter);
+          if constexpr (kGradient) {
+            const int64_t start = image + int64_t(images.reflect ? Reflected(row, height) : row) * width + left;
+            // The same lane has come by this row before.
+            const bool again = images.reflect && (row >= height || (row >= 1 && row <= kBefore));
+            if (whole && !again) {
+              __stcs(reinterpret_cast<Vec*>(images.out + start), Whole(result));
+            } else {
+#pragma unroll
+              for (int j = 0; j < kColumns; ++j)
+                if (left + j < width) images.out[start + j] = result[j] + (again ? images.out[start + j] : 0.0f);
+            }
+          } else {
+            float* const to = images.out + (int64_t(b) * images.rows + row) * images.columns + (left - window_left);
+            if (whole && images.reflect) {
+              __stcs(reinterpret_cast<Vec*>(to), Whole(result));
+            } else {
+#pragma unroll
+              for (int j = 0; j < kColumns; ++j)
+                if (left + j >= window_left && left + j < window_right) to[j] = result[j];
+            }
+          }
+        }
       }
-    }
 
-    slot = slot + 1 < kRows ? slot + 1 : 0, leaving = leaving + 1 < kRows ? leaving + 1 : 0;
-  }
+      slot = slot + 1 < kRows ? slot + 1 : 0, leaving = leaving + 1 < kRows ? leaving + 1 : 0;
+    }
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
 #pragma unroll
@@ -417,7 +427,8 @@ Images ImagesOf(const Buffer& x, const Buffer& y, const bool reflect, float c1, 
   images.count = 1;
   for (size_t i = 0; i + 2 < n; ++i) images.count *= shape[i];
   images.height = shape[n - 2], images.width = shape[n - 1];
-  images.rows = images.height - (reflect ? 0 : kWindow - 1), images.columns = images.width - (reflect ? 0 : kWindow - 1);
+  images.rows = images.height - (reflect ? 0 : kWindow - 1),
+  images.columns = images.width - (reflect ? 0 : kWindow - 1);
   images.reflect = reflect, images.c1 = c1, images.c2 = c2;
   return images;
 }
