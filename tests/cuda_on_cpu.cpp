@@ -1,16 +1,16 @@
-// The kernels of steel_ad/native/ssim.cu on 32 threads of a CPU, a warp at a time: KERNELS names the file.
+// The kernels of steel_ad/native/ssim.cu on a CPU, lane after lane of a warp: KERNELS names the file.
 //
 // a.out COUNT HEIGHT WIDTH REFLECT STRIPS IN OUT
 // reads float32 x, y and the gradient of the residual, writes the map, 1 less the residual, and the gradient of x.
 
-#include <barrier>
+#include <ucontext.h>
+
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <fstream>
 #include <functional>
-#include <thread>
 #include <vector>
 
 #define STEEL_AD_EMULATED
@@ -23,18 +23,31 @@
 struct Index {
   int x;
 };
-thread_local Index threadIdx, blockIdx;
+Index threadIdx, blockIdx;
 
-std::barrier<> warp(32);
-float shuffled[32];
+// The lanes take turns: who shuffles lets all others come as far. Two sets of values, since the next shuffle begins before all
+// have read theirs.
+struct Lane {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(1 << 18);
+  int shuffles = 0, block = 0;
+};
+Lane lanes[32];
+ucontext_t outside;
+float shuffled[2][32];
+
+void Next() {
+  const int lane = threadIdx.x, next = (lane + 1) % 32;
+  threadIdx.x = next, blockIdx.x = lanes[next].block;
+  swapcontext(&lanes[lane].context, &lanes[next].context);
+}
 
 // Out of range a lane keeps its own value.
 float Shuffle(float value, int from) {
-  shuffled[threadIdx.x] = value;
-  warp.arrive_and_wait();
-  const float found = from >= 0 && from < 32 ? shuffled[from] : value;
-  warp.arrive_and_wait();
-  return found;
+  const int lane = threadIdx.x, set = lanes[lane].shuffles++ % 2;
+  shuffled[set][lane] = value;
+  Next();
+  return from >= 0 && from < 32 ? shuffled[set][from] : value;
 }
 float __shfl_up_sync(unsigned, float value, int n) { return Shuffle(value, threadIdx.x - n); }
 float __shfl_down_sync(unsigned, float value, int n) { return Shuffle(value, threadIdx.x + n); }
@@ -60,37 +73,52 @@ void __stcs(T* to, T value) {
 float Inverse(float x) { return 1 / x; }
 
 // What is copied ahead is not there before somebody has waited for it.
-thread_local std::vector<std::function<void()>> row;
-thread_local std::deque<std::vector<std::function<void()>>> under_way;
+std::vector<std::function<void()>> row;  // of the lane whose turn it is
+std::deque<std::vector<std::function<void()>>> under_way[32];
 template <int kBytes>
 void CopyAhead(void* to, const void* from) {
   if (reinterpret_cast<std::uintptr_t>(to) % kBytes || reinterpret_cast<std::uintptr_t>(from) % kBytes) std::abort();
   row.push_back([=] { std::memcpy(to, from, kBytes); });
 }
 void EndOfRow() {
-  under_way.push_back(std::move(row));
+  under_way[threadIdx.x].push_back(std::move(row));
   row.clear();
 }
 template <int kRows>
 void WaitForRow() {
-  for (; under_way.size() > kRows; under_way.pop_front())
-    for (auto& copy : under_way.front()) copy();
+  for (auto& rows = under_way[threadIdx.x]; rows.size() > kRows; rows.pop_front())
+    for (auto& copy : rows.front()) copy();
 }
 
 #include KERNELS
 
+std::function<void()> task;
+
+void Work() {
+  task();
+  // The last lane is the last to end.
+  if (threadIdx.x == 31) setcontext(&outside);
+  Next();
+}
+
 template <class Kernel>
 void Run(Kernel kernel, Images images, int blocks) {
-  std::vector<std::thread> lanes;
-  for (int lane = 0; lane < 32; ++lane)
-    lanes.emplace_back([=] {
-      for (int block = 0; block < blocks; ++block) {
-        threadIdx.x = lane, blockIdx.x = block;
-        kernel(images);
-        warp.arrive_and_wait();
-      }
-    });
-  for (auto& lane : lanes) lane.join();
+  task = [=] {
+    const int lane = threadIdx.x;
+    for (int block = 0; block < blocks; ++block) {
+      lanes[lane].block = blockIdx.x = block;
+      kernel(images);
+    }
+  };
+  for (Lane& lane : lanes) {
+    getcontext(&lane.context);
+    lane.context.uc_stack.ss_sp = lane.stack.data(), lane.context.uc_stack.ss_size = lane.stack.size();
+    makecontext(&lane.context, Work, 0);
+    lane.shuffles = 0, lane.block = 0;
+  }
+  for (auto& rows : under_way) rows.clear();
+  threadIdx.x = blockIdx.x = 0;
+  swapcontext(&outside, &lanes[0].context);
 }
 
 int main(int, char** given) {
