@@ -3,6 +3,7 @@
 import functools
 import shutil
 import subprocess
+import types
 from pathlib import Path
 
 import jax
@@ -88,6 +89,28 @@ def test_nvcc_is_given_window_and_architecture(monkeypatch, tmp_path):
     assert "-DSTEEL_AD_WINDOW=7" in said
     assert "-arch=sm_90" in said
     assert native.build_cuda(tmp_path / "cache", 9, "sm_90") != library
+
+
+def test_what_has_been_loaded_is_recorded(monkeypatch):
+    monkeypatch.setattr(native, "_folder", None)
+    assert native.used() == {"convolutions": "xla", "ssim": "xla"}
+
+    class Gpu:
+        compute_capability = "9.0"
+
+    monkeypatch.setattr(jax, "devices", lambda: [Gpu()])
+    monkeypatch.setattr(native, "build_cuda", lambda folder, window_size, architecture: Path("missing.so"))
+    assert not native._load_cuda(Path("a"), 11)
+    assert native.used()["ssim"] == "xla"
+    library = types.SimpleNamespace(**{name: name for name in native._CUDA_TARGETS})
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda _: library)
+    monkeypatch.setattr(jax.ffi, "pycapsule", lambda name: name)
+    registered = []
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda name, *_, platform: registered.append((name, platform)))
+    monkeypatch.setattr(native, "_cuda_loaded", False)
+    assert native._load_cuda(Path("b"), 7)
+    assert registered == [(f"{name}_7", "CUDA") for name in native._CUDA_TARGETS]
+    assert native.used() == {"convolutions": "xla", "ssim": "native"}
 
 
 def test_no_gpu_is_not_ready(monkeypatch, tmp_path):

@@ -226,7 +226,7 @@ def test_narrower_vectors(tmp_path):
     """The same tests with vectors of 8 numbers, as processors without AVX-512 have."""
     script = (
         "import sys; from steel_ad import native;"
-        "native.build.__defaults__ = ((*native._FLAGS, '-march=x86-64-v3'),);"
+        "native.build.__defaults__ = ((*native._FLAGS, '-march=x86-64-v3', '-O1'),);"
         "import pytest; sys.exit(pytest.main(['tests/test_native.py', '-q', '-n0', '-p', 'no:cacheprovider',"
         " '-k', 'scipy or plain_form and 0.2']))"
     )

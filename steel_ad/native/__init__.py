@@ -40,6 +40,7 @@ _CUDA_WINDOWS = (5, 7, 9, 11)
 
 _folder: Path | None = None
 _suspended = False
+_cuda_loaded = False
 
 
 def enable(folder: str | Path) -> None:
@@ -103,8 +104,17 @@ def cuda_ready(window_size: int, *arrays: Array) -> bool:
     )
 
 
+def used() -> dict[str, str]:
+    """Whether "convolutions" and "ssim" are "native" or "xla" in this process's programs, on a GPU in those that it has traced."""
+    return {
+        "convolutions": "native" if ready() else "xla",
+        "ssim": "native" if ready() or _cuda_loaded else "xla",
+    }
+
+
 @functools.cache
 def _load_cuda(folder: Path, window_size: int) -> bool:
+    global _cuda_loaded
     capability = getattr(jax.devices()[0], "compute_capability", "")
     if not capability.replace(".", "").isdigit():
         return False
@@ -116,6 +126,7 @@ def _load_cuda(folder: Path, window_size: int) -> bool:
     for target in _CUDA_TARGETS:
         capsule = jax.ffi.pycapsule(getattr(library, target))
         jax.ffi.register_ffi_target(f"{target}_{window_size}", capsule, platform="CUDA")
+    _cuda_loaded = True
     return True
 
 

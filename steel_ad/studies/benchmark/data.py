@@ -1,5 +1,6 @@
-"""What feeds training: files read, patches cut, defects inserted, plates drawn."""
+"""What feeds training: files read, patches cut, defects inserted, plates drawn; and training fed from files."""
 
+import dataclasses
 import functools
 import itertools
 import tempfile
@@ -9,16 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from steel_ad.data import defects, folders, patches, plates
+from steel_ad import config as configs
+from steel_ad import parallel
+from steel_ad.data import defects, folders, patches, plates, stored
+from steel_ad.detectors import autoencoder
 from steel_ad.ops.convolution import cpu_compiler_options
-from steel_ad.studies.benchmark import peers
+from steel_ad.studies.benchmark import peers, train
 from steel_ad.studies.benchmark.timing import Maker, Program, Work, compiled
+from steel_ad.train.step import make_step, steps_per_call
 
 LINE = "teardrop1"
 
 
 def works(*, tiny: bool) -> list[Work]:
-    """`read_png_SIDE`, `crops_SIDE` (with flips), `insert_SIDE` and `render_SIDE`; FLOPs say nothing about their time."""
+    """`read_png_SIDE`, `crops_SIDE` (with flips), `insert_SIDE`, `render_SIDE` and `train_from_files_bBATCH`; FLOPs say nothing
+    about their time."""
     files, page = (2, 64) if tiny else (16, 1024)
     images = functools.partial(_plates, files, page)
     pngs: dict[str, Maker] = {"steel_ad": functools.partial(_read, images), **peers.read_png(images)}
@@ -52,6 +58,17 @@ def works(*, tiny: bool) -> list[Work]:
             {"images_s": num},
         )
     )
+
+    config = configs.Autoencoder(crops="fresh", flips=True, batch_size=16, steps=10**6, checkpoint_every=1000)
+    if tiny:
+        config = dataclasses.replace(config, batch_size=4, patch_size=16, latent=4, stride=16)
+    files, side = (4, 32) if tiny else (2048, 256)
+    fed: dict[str, Maker] = {
+        "steel_ad": functools.partial(_from_files, config, files, side),
+        "steel_ad_in_memory": functools.partial(_in_memory, config, files, side),
+    }
+    # Long enough that what had been read ahead before a block does not matter.
+    found.append(Work(f"train_from_files_b{config.batch_size}", None, None, fed, {"patches_s": config.batch_size}, 5.0))
     return found
 
 
@@ -79,6 +96,40 @@ def write_pngs(folder: Path, images: np.ndarray) -> list[Path]:
     for path, image in zip(paths, images, strict=True):
         folders.write_image(path, image)
     return paths
+
+
+def _from_files(config: configs.Autoencoder, files: int, side: int) -> Program:
+    folder = tempfile.TemporaryDirectory()
+    paths = write_pngs(Path(folder.name), _repeated(files, side))
+    images = stored.read(paths, min_size=config.patch_size, resident=-1)
+    assert isinstance(images, stored.Stored)
+    mesh, root = parallel.mesh(1), jax.random.key(0)
+    state = autoencoder.initial_state(config, root)
+    per_call = steps_per_call(config.total_steps, config.checkpoint_every)
+    rule = autoencoder.optimizer(config)
+    step = make_step(autoencoder.objective(config), rule, steps_per_call=per_call, mesh=mesh, streamed=True)
+    batches = autoencoder.streamed(config, images, root, first=0, per_call=per_call, mesh=mesh)
+    program, compile_s, _ = compiled(step, state, next(batches), root)
+
+    def call():
+        nonlocal state
+        assert folder  # it lives as long as the program
+        state, metrics = program(state, next(batches), root)
+        return metrics
+
+    return Program(call=call, works=per_call, compile_s=compile_s)
+
+
+def _in_memory(config: configs.Autoencoder, files: int, side: int) -> Program:
+    plates = patches.stack(list(_repeated(files, side)))
+    state = autoencoder.initial_state(config, jax.random.key(0))
+    return train.stepping(autoencoder.objective(config), autoencoder.optimizer(config), state, plates, config)
+
+
+def _repeated(num: int, side: int) -> np.ndarray:
+    """Of 64 plates, or of fewer, so many."""
+    distinct = _plates(min(num, 64), side)
+    return distinct[np.arange(num) % len(distinct)]
 
 
 def _crops(images: peers.Frames, num: int, side: int) -> Program:
