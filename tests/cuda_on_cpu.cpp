@@ -72,12 +72,13 @@ void __stcs(T* to, T value) {
 }
 float Inverse(float x) { return 1 / x; }
 
-// What is copied ahead is not there before somebody has waited for it.
+// What is copied ahead is not there before somebody has waited for it, and what was there is lost at once.
 std::vector<std::function<void()>> row;  // of the lane whose turn it is
 std::deque<std::vector<std::function<void()>>> under_way[32];
 template <int kBytes>
 void CopyAhead(void* to, const void* from) {
   if (reinterpret_cast<std::uintptr_t>(to) % kBytes || reinterpret_cast<std::uintptr_t>(from) % kBytes) std::abort();
+  for (int n = 0; n < kBytes / 4; ++n) static_cast<float*>(to)[n] = NAN;
   row.push_back([=] { std::memcpy(to, from, kBytes); });
 }
 void EndOfRow() {

@@ -37,6 +37,19 @@ def test_rewritten_convolutions(monkeypatch, ours, plain, h, w, i, o, backend, f
         np.testing.assert_allclose(a, b, atol=1e-3)
 
 
+@pytest.mark.parametrize("o", [1, 4])
+def test_gradients_in_bfloat16_keep_their_type(monkeypatch, o):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((2, 4, 6, 3), (4, 4, 3, o)))
+    found, back = jax.vjp(lambda a, b: convolution.double(a, b), x, kernel)
+    exact, exact_back = jax.vjp(plain_double, x.astype(jnp.float32), kernel.astype(jnp.float32))
+    g = jnp.ones(found.shape, jnp.bfloat16)
+    for a, b in zip((found, *back(g)), (exact, *exact_back(g.astype(jnp.float32))), strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.02 * np.abs(b).max())
+
+
 @pytest.mark.parametrize(("backend", "rewritten"), [("gpu", True), ("tpu", False)])
 @pytest.mark.parametrize("ours", [convolution.halve, convolution.double])
 def test_accelerators_get_their_own_form(monkeypatch, ours, backend, rewritten):

@@ -65,6 +65,7 @@ def test_the_binary_writes_every_work_and_implementation(tiny):
     assert done >= {("metrics_4x32", "steel_ad"), ("metrics_4x32", "sklearn_numpy")}
     assert done >= set(itertools.product(["crops_32", "insert_64"], ("steel_ad", "numpy")))
     assert done >= {("read_png_64", "steel_ad"), ("read_png_64", "cv2"), ("render_64", "steel_ad")}
+    assert done >= set(itertools.product(["train_from_files_b4"], ("steel_ad", "steel_ad_in_memory")))
     assert len(done) == len(result["rows"])
 
 

@@ -370,3 +370,7 @@ def test_ssim_takes_the_form_that_is_ready():
         assert "steel_ad_ssim" not in text()
     with pytest.raises(ValueError, match="form"):
         ssim.ssim_map(x, x, form="fast")
+    with pytest.raises(ValueError, match="not to be had"):
+        ssim.ssim_map(x, x, form="native", gamma=2.0)
+    with native.suspended(), pytest.raises(ValueError, match="not to be had"):
+        ssim.ssim_map(x, x, form="native")

@@ -2,7 +2,7 @@
 
 Every rewritten operation is exact up to rounding, and parameters keep the layout of a plain kernel, `[kh, kw, in, out]`. XLA's CPU
 backend is slow on dilated convolutions and on the gradient of window maxima and has no fast form of large kernels;
-accelerators have kernels for the plain forms.
+accelerators have kernels for the plain forms, but for the filter gradient of upsampling.
 """
 
 import flax.linen as nn

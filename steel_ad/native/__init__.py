@@ -92,7 +92,8 @@ def _load(folder: Path) -> bool:
 
 
 def cuda_ready(window_size: int, *arrays: Array) -> bool:
-    """Whether SSIM of these images with a uniform window can be given to this module on a GPU: float32, one device, `nvcc` at hand."""
+    """Whether SSIM of these images with a uniform window can be given to this module on a GPU: float32, one device of compute
+    capability 8.0 or more, `nvcc` at hand."""
     return (
         _folder is not None
         and not _suspended
@@ -105,7 +106,7 @@ def cuda_ready(window_size: int, *arrays: Array) -> bool:
 
 
 def used() -> dict[str, str]:
-    """Whether "convolutions" and "ssim" are "native" or "xla" in this process's programs, on a GPU in those that it has traced."""
+    """Whether "convolutions" and "ssim" of this module are at hand ("native", on a GPU if asked for before) or not ("xla")."""
     return {
         "convolutions": "native" if ready() else "xla",
         "ssim": "native" if ready() or _cuda_loaded else "xla",
@@ -116,7 +117,8 @@ def used() -> dict[str, str]:
 def _load_cuda(folder: Path, window_size: int) -> bool:
     global _cuda_loaded
     capability = getattr(jax.devices()[0], "compute_capability", "")
-    if not capability.replace(".", "").isdigit():
+    # Rows are copied to shared memory by instructions that came with 8.0.
+    if not capability.replace(".", "").isdigit() or float(capability) < 8:
         return False
     try:
         library = ctypes.CDLL(str(build_cuda(folder, window_size, f"sm_{capability.replace('.', '')}")))

@@ -3,8 +3,8 @@
 // A warp goes down a strip of kLanes * kColumns columns and waits for no other. Rows of the images come into shared
 // memory ahead of their use; there the window's rows stay, each lane with columns of its own, to be taken off the sums
 // again. Sums across columns come from the neighbours by shuffles, so that the outer lanes have no results. The
-// gradient does the same a second time, with three factors of every window. Each pixel is read from memory once, but
-// for the strips' edges.
+// gradient does the same a second time, with three factors of every window. Each pixel is read once, but for the
+// strips' edges (of the gradient a third of the columns, which the second cache has).
 
 #ifndef STEEL_AD_EMULATED
 #include <cuda_runtime_api.h>
@@ -19,7 +19,7 @@ namespace {
 constexpr int kWindow = STEEL_AD_WINDOW, kLanes = 32;
 constexpr int kBefore = (kWindow - 1) / 2, kAfter = kWindow / 2;
 constexpr unsigned kAll = 0xffffffffu;
-static_assert(kWindow >= 4 && kWindow % 2 == 1, "windows must be as wide as a lane, and have a middle");
+static_assert(kWindow >= 4 && kWindow % 2 == 1, "windows must be as wide as a lane's columns, and have a middle");
 
 struct Images {
   const float *x, *y, *g;  // g: the gradient of the results
@@ -40,7 +40,7 @@ struct Shape {
   static constexpr int kLeft = (kReachBefore + kColumns - 1) / kColumns,
                        kRight = (kReachAfter + kColumns - 1) / kColumns;
   static constexpr int kUseful = (kLanes - kLeft - kRight) * kColumns;
-  // Rows on their way, and warps of a multiprocessor: its shared memory allows no more.
+  // Rows on their way, and warps of a multiprocessor: with a window of 11 its shared memory allows no more.
   static constexpr int kAhead = 2, kWarps = kGradient ? 14 : 16;
 };
 

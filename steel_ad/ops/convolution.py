@@ -156,7 +156,8 @@ def _double_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]
 
 
 def _double_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    # The gradient of the input is a strided convolution, which is fast as it is; that of the kernel is not.
+    # The gradient of the input is a strided convolution, which is fast as it is (on a GPU not with one channel); that of the
+    # kernel is not.
     x, kernel = saved
     one_channel, on_gpu = kernel.shape[3] == 1, jax.default_backend() == "gpu"
     adjoint = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
@@ -165,7 +166,8 @@ def _double_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array
     else:
         (of_x,) = jax.vjp(lambda x: _plain_double(x, kernel), x)[1](g)
     if on_gpu and not one_channel:
-        # cuDNN knows the filter gradient of the strided convolution; XLA asks it for this one's as of any other convolution.
+        # XLA knows the filter gradient of the strided convolution's 2x2 form as one, and asks cuDNN for this one's as for a
+        # convolution with a kernel as large as the image.
         (of_adjoint,) = jax.vjp(lambda adjoint: halve(g, adjoint, form="rewritten"), adjoint)[1](x)
         return of_x, of_adjoint[::-1, ::-1].transpose(0, 1, 3, 2)
     (of_kernel,) = jax.vjp(lambda kernel: _linear_form(kernel)(x, kernel), kernel)[1](g)

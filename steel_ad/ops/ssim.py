@@ -222,16 +222,25 @@ def _compared(x, y, similarity, window_size, window, sigma, c1, c2, exponents, p
     plain = exponents == (1, 1, 1)
     # Chosen out here, since what jit has traced does not follow when the answer changes.
     if form is None:
-        cuda = window == "uniform" and native.cuda_ready(window_size, x, y)
-        form = "native" if plain and (native.ready(x, y) or cuda) else "xla"
+        form = "native" if _native_is_ready(x, y, plain, window, window_size) else "xla"
+    elif form == "native" and not _native_is_ready(x, y, plain, window, window_size):
+        raise ValueError(
+            "form='native' is not to be had here: it takes float32 images, exponents of 1 and steel_ad.native, and on a GPU a "
+            "uniform window of 5, 7, 9 or 11 pixels; leave form out"
+        )
     settings = (window_size, None if window == "uniform" else sigma, c1, c2, padding)
     return _traced(x, y, similarity, settings, None if plain else exponents, form)
+
+
+def _native_is_ready(x, y, plain, window, window_size) -> bool:
+    cuda = plain and window == "uniform" and native.cuda_ready(window_size, x, y)
+    return cuda or (plain and native.ready(x, y))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _traced(x, y, similarity, settings, exponents, form):
     def one(x, y):
-        if form == "native" and not exponents:
+        if form == "native":
             return _native(x, y, similarity, *settings)
         residual = _general_residual(x, y, *settings, *exponents) if exponents else _plain_residual(x, y, *settings)
         return 1 - residual if similarity else residual

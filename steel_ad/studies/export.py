@@ -87,6 +87,7 @@ def run(
     program = _program(detector, classifier, threshold)
     with native.suspended():  # the file is for other machines
         data = _to_onnx(program, shape) if onnx else _to_stablehlo(program, shape, platforms)
+        versions = runs.versions()
     call = _from_onnx(data) if onnx else jax.jit(jax.export.deserialize(bytearray(data)).call)
     difference = check(call, detector, classifier, threshold, shape)
     record = {
@@ -105,7 +106,7 @@ def run(
         "model_sha256": detector.sha256,
         "file_sha256": hashlib.sha256(data).hexdigest(),
         "largest_difference": difference,
-        "versions": runs.versions(),
+        "versions": versions,
         "settings": detector.settings,
     }
     files.write_bytes(out, data)

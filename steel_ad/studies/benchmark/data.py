@@ -67,8 +67,10 @@ def works(*, tiny: bool) -> list[Work]:
         "steel_ad": functools.partial(_from_files, config, files, side),
         "steel_ad_in_memory": functools.partial(_in_memory, config, files, side),
     }
-    # Long enough that what had been read ahead before a block does not matter.
-    found.append(Work(f"train_from_files_b{config.batch_size}", None, None, fed, {"patches_s": config.batch_size}, 5.0))
+    # Long enough that what had been read ahead before a block does not matter: 8 calls a worker, of up to 20 steps.
+    block_s = 5.0 if jax.default_backend() == "cpu" else 30.0
+    work = f"train_from_files_b{config.batch_size}"
+    found.append(Work(work, None, None, fed, {"patches_s": config.batch_size}, block_s))
     return found
 
 
@@ -83,11 +85,7 @@ def _read(images: peers.Frames) -> Program:
     folder = tempfile.TemporaryDirectory()
     paths = write_pngs(Path(folder.name), images())
 
-    def call():
-        assert folder  # it lives as long as the program
-        return folders.read_images(paths)
-
-    return Program(call=call)
+    return Program(call=lambda: folders.read_images(paths), close=folder.cleanup)
 
 
 def write_pngs(folder: Path, images: np.ndarray) -> list[Path]:
@@ -113,11 +111,14 @@ def _from_files(config: configs.Autoencoder, files: int, side: int) -> Program:
 
     def call():
         nonlocal state
-        assert folder  # it lives as long as the program
         state, metrics = program(state, next(batches), root)
         return metrics
 
-    return Program(call=call, works=per_call, compile_s=compile_s)
+    def close():
+        batches.close()
+        folder.cleanup()
+
+    return Program(call=call, works=per_call, compile_s=compile_s, close=close)
 
 
 def _in_memory(config: configs.Autoencoder, files: int, side: int) -> Program:

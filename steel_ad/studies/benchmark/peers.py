@@ -226,6 +226,8 @@ def _torch() -> tuple[Any, str, Callable[[Any], None]]:
     os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
     import torch
 
+    # One piece of code is compiled for every work, layout and precision; beyond the limit it would run eagerly.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
     torch.set_num_threads(os.cpu_count() or 1)
     if jax.default_backend() != "gpu":
         return torch, "cpu", lambda _: None
@@ -274,7 +276,7 @@ def _torch_ssim(name: str, images: Images, gradient: bool, k: int) -> Program:
         kernels = [(k, 1), (1, k)] if name == "avg_pool_separable" else [(k, k)]
         maps = functools.partial(_torch_map, torch, kernels=kernels)
     if name == "avg_pool_compiled":
-        maps = torch.compile(maps)
+        maps = torch.compile(maps, dynamic=False)
 
     def call():
         if not gradient:
@@ -353,7 +355,8 @@ def _torch_train(config: configs.Autoencoder, how: str, layout: str, precision: 
 
 def _torch_step(torch: Any, how: str, wait: Any, optimizer: Any, loss: Any, precision: str) -> Program:
     """One training step on the loss, its value and gradient as they are ("eager"), compiled, or as CUDA graphs of what is compiled."""
-    value_of = loss if how == "eager" else torch.compile(loss, mode="reduce-overhead" if how == "graphs" else None)
+    mode = "reduce-overhead" if how == "graphs" else None
+    value_of = loss if how == "eager" else torch.compile(loss, mode=mode, dynamic=False)
 
     def call():
         optimizer.zero_grad(set_to_none=True)
@@ -520,11 +523,7 @@ def _cv2_read(images: Frames) -> Program:
     for name, frame in zip(names, frames, strict=True):
         cv2.imwrite(name, frame)
 
-    def call():
-        assert folder  # it lives as long as the program
-        return [cv2.imread(name, cv2.IMREAD_GRAYSCALE) for name in names]
-
-    return Program(call=call)
+    return Program(call=lambda: [cv2.imread(name, cv2.IMREAD_GRAYSCALE) for name in names], close=folder.cleanup)
 
 
 def _numpy_crops(images: Frames, num: int, side: int) -> Program:

@@ -1,5 +1,6 @@
 """Timing of several implementations of one work, interleaved, so that ratios hold on a shared and noisy machine."""
 
+import contextlib
 import dataclasses
 import math
 import statistics
@@ -32,6 +33,7 @@ class Program:
       precision: of the arithmetic.
       warm: whether a call that is not timed goes before each block, since caches are another implementation's.
       extras: further keys of the row, asked for when all blocks are done.
+      close: ends what the program holds: processes, folders.
     """
 
     call: Callable[[], Any]
@@ -42,6 +44,7 @@ class Program:
     precision: str = "float32"
     warm: bool = True
     extras: Callable[[], Mapping[str, Any]] = dict
+    close: Callable[[], Any] = lambda: None
 
 
 # Returns the Program, or raises Unavailable or ImportError.
@@ -168,12 +171,15 @@ def measure(
       One row an implementation, times in ms; and of those that cannot run, why.
     """
     programs, left_out = {}, {}
-    for name, make in work.makers.items():
-        try:
-            programs[name] = make()
-        except (Unavailable, ImportError) as error:
-            left_out[name] = " ".join(str(error).split())
-    first, found = blocks(programs, repeats=repeats, budget_s=budget_s, block_s=block_s)
+    with contextlib.ExitStack() as ending:
+        for name, make in work.makers.items():
+            try:
+                programs[name] = make()
+            except (Unavailable, ImportError) as error:
+                left_out[name] = " ".join(str(error).split())
+            else:
+                ending.callback(programs[name].close)
+        first, found = blocks(programs, repeats=repeats, budget_s=budget_s, block_s=block_s)
     rows = []
     for name, program in programs.items():
         times = found[name]
