@@ -28,6 +28,7 @@ _AT_ONCE = 1000
 _PLACES = 2**20
 # Batches that each worker keeps ready.
 _READY = 4
+_QUIET = "ignore:resource_tracker:UserWarning"
 
 
 class Stored(Sequence[np.ndarray]):
@@ -168,6 +169,9 @@ def batches(
 
     if not flags.FLAGS.is_parsed():  # grain has flags of its own and reads them also where no binary has parsed any
         flags.FLAGS.mark_as_parsed()
+    # Where a run ends at once, Python's tracker of semaphores clears them away; it is started with these options, and is to do so silently.
+    if _QUIET not in sys.warnoptions:
+        sys.warnoptions.append(_QUIET)
     cutter = _Cutter(images, patch_size)
     # Batches come through pipes: shared memory is scarce in containers, and stays behind where a run is killed.
     options = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
