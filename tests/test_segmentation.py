@@ -395,7 +395,6 @@ def test_interrupted_transfer_ends_as_an_undisturbed_one_and_adapts_to_the_targe
     for i, image in enumerate(good):
         assert cv2.imwrite(str(tmp_path / "target" / "train" / "good" / f"{i}.png"), image.T // 2)
     given = {"source": str(data / "line"), "target": str(tmp_path / "target"), "defects_from": "procedural"}
-    config = tiny(model="compact_cnn")  # it compiles in half the time
     mixed = {}
     with pytest.MonkeyPatch.context() as patch:
         train = segmentation.train
@@ -405,7 +404,7 @@ def test_interrupted_transfer_ends_as_an_undisturbed_one_and_adapts_to_the_targe
             return train(objective, rule, samples, *arguments, stage=stage, **rest)
 
         patch.setattr(segmentation, "train", seen)
-        whole = study.transfer(config, **given, workdir=tmp_path / "a")
+        whole = study.transfer(tiny(), **given, workdir=tmp_path / "a")
     assert mixed["pretrain"] is None
     assert mixed["classifier_before"] is None
     for stage in ("adapt", "classifier_after"):
@@ -415,13 +414,13 @@ def test_interrupted_transfer_ends_as_an_undisturbed_one_and_adapts_to_the_targe
         with pytest.MonkeyPatch.context() as patch:
             stopped_after(patch, folder, 2)
             with pytest.raises(Stopped):
-                study.transfer(config, **given, workdir=tmp_path / "b")
-    again = study.transfer(config, **given, workdir=tmp_path / "b")
+                study.transfer(tiny(), **given, workdir=tmp_path / "b")
+    again = study.transfer(tiny(), **given, workdir=tmp_path / "b")
     for when in ("before", "after"):
         assert again[when]["source"]["maps"] == whole[when]["source"]["maps"]
         assert again[when]["target"]["maps"] == {}
     for stage in ("pretrain", "adapt"):
-        like = segmentation.initial_segmentation(config, 4)
+        like = segmentation.initial_segmentation(tiny(), 4)
         ends = [last(tmp_path / run / f"checkpoints_{stage}", like) for run in ("a", "b")]
         jax.tree.map(np.testing.assert_array_equal, *ends)
 
@@ -433,7 +432,6 @@ def test_transfer_binary(data, tmp_path):
         f"--target={data / 'line'}",
         f"--defects={data / 'defects'}",
         f"--workdir={tmp_path / 'w'}",
-        "--config.model=compact_cnn",  # it compiles in half the time
     )
     assert result.returncode == 0, result.stderr
     record = json.loads((tmp_path / "w" / "metrics.json").read_text())

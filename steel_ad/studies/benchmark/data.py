@@ -23,8 +23,8 @@ LINE = "teardrop1"
 
 
 def works(*, tiny: bool) -> list[Work]:
-    """`read_png_SIDE`, `crops_SIDE` (with flips), `insert_SIDE`, `render_SIDE` and `train_from_files_bBATCH`; FLOPs say nothing
-    about their time."""
+    """`read_png_SIDE`, `crops_SIDE` (with flips), `insert_SIDE`, `render_SIDE` and `train_from_files_bBATCH`; of all but the last
+    FLOPs say nothing."""
     files, page = (2, 64) if tiny else (16, 1024)
     images = functools.partial(_plates, files, page)
     pngs: dict[str, Maker] = {"steel_ad": functools.partial(_read, images), **peers.read_png(images)}
@@ -70,7 +70,7 @@ def works(*, tiny: bool) -> list[Work]:
     # Long enough that what had been read ahead before a block does not matter: 8 calls a worker, of up to 20 steps.
     block_s = 5.0 if jax.default_backend() == "cpu" else 30.0
     work = f"train_from_files_b{config.batch_size}"
-    found.append(Work(work, None, None, fed, {"patches_s": config.batch_size}, block_s))
+    found.append(Work(work, *train.cost(config), fed, {"patches_s": config.batch_size}, block_s))
     return found
 
 
