@@ -111,6 +111,8 @@ def test_what_has_been_loaded_is_recorded(monkeypatch):
     assert native._load_cuda(Path("b"), 7)
     assert registered == [(f"{name}_7", "CUDA") for name in native._CUDA_TARGETS]
     assert native.used() == {"convolutions": "xla", "ssim": "native"}
+    with native.suspended():
+        assert native.used()["ssim"] == "xla"
 
 
 def test_no_gpu_is_not_ready(monkeypatch, tmp_path):

@@ -109,7 +109,7 @@ def used() -> dict[str, str]:
     """Whether "convolutions" and "ssim" of this module are at hand ("native", on a GPU if asked for before) or not ("xla")."""
     return {
         "convolutions": "native" if ready() else "xla",
-        "ssim": "native" if ready() or _cuda_loaded else "xla",
+        "ssim": "native" if ready() or (_cuda_loaded and not _suspended) else "xla",
     }
 
 
