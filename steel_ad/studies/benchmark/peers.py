@@ -3,6 +3,7 @@
 Training peers get their batch ready cut: ours draws, cuts and flips its own within the measured time.
 """
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -227,7 +228,8 @@ def _torch() -> tuple[Any, str, Callable[[Any], None]]:
     import torch
 
     # One piece of code is compiled for every work, layout and precision; beyond the limit it would run eagerly.
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
+    with contextlib.suppress(AttributeError):  # named otherwise before 2.6
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
     torch.set_num_threads(os.cpu_count() or 1)
     if jax.default_backend() != "gpu":
         return torch, "cpu", lambda _: None
