@@ -93,7 +93,7 @@ def test_nvcc_is_given_window_and_architecture(monkeypatch, tmp_path):
 
 def test_what_has_been_loaded_is_recorded(monkeypatch):
     monkeypatch.setattr(native, "_folder", None)
-    assert native.used() == {"convolutions": "xla", "ssim": "xla"}
+    assert native.forms() == {"convolutions": "xla", "ssim": "xla"}
 
     class Gpu:
         compute_capability = "9.0"
@@ -101,7 +101,7 @@ def test_what_has_been_loaded_is_recorded(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [Gpu()])
     monkeypatch.setattr(native, "build_cuda", lambda folder, window_size, architecture: Path("missing.so"))
     assert not native._load_cuda(Path("a"), 11)
-    assert native.used()["ssim"] == "xla"
+    assert native.forms()["ssim"] == "xla"
     library = types.SimpleNamespace(**{name: name for name in native._CUDA_TARGETS})
     monkeypatch.setattr(native.ctypes, "CDLL", lambda _: library)
     monkeypatch.setattr(jax.ffi, "pycapsule", lambda name: name)
@@ -110,9 +110,9 @@ def test_what_has_been_loaded_is_recorded(monkeypatch):
     monkeypatch.setattr(native, "_cuda_loaded", False)
     assert native._load_cuda(Path("b"), 7)
     assert registered == [(f"{name}_7", "CUDA") for name in native._CUDA_TARGETS]
-    assert native.used() == {"convolutions": "xla", "ssim": "native"}
+    assert native.forms() == {"convolutions": "xla", "ssim": "native"}
     with native.suspended():
-        assert native.used()["ssim"] == "xla"
+        assert native.forms()["ssim"] == "xla"
 
 
 def test_no_gpu_is_not_ready(monkeypatch, tmp_path):

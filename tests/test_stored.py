@@ -103,6 +103,23 @@ def test_a_worker_that_is_killed_ends_in_a_sentence(files):
     assert not multiprocessing.active_children()
 
 
+def test_a_run_that_ends_at_once_says_nothing_of_semaphores(files):
+    script = f"""
+import os
+from pathlib import Path
+import numpy as np
+from steel_ad.data import stored
+images = stored.read([Path(p) for p in {[str(p) for p in files.paths]}], min_size=32, resident=-1)
+places = lambda first, count: np.zeros((count, 1, 3), np.int32)
+batches = stored.batches(images, places, first=0, total=50, size=1, patch_size=32)
+next(batches)
+os._exit(3)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 3, done.stderr
+    assert "resource_tracker" not in done.stderr
+
+
 @pytest.mark.usefixtures("here")
 def test_the_stream_depends_on_the_step_alone(files, images, monkeypatch):
     """Fixed crops over several epochs, in several portions, and begun in mid-epoch."""

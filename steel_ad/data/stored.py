@@ -28,6 +28,7 @@ _AT_ONCE = 1000
 _PLACES = 2**20
 # Batches that each worker keeps ready.
 _READY = 4
+# Python's tracker of semaphores is started with these options: what a run leaves that ends at once, it clears away silently.
 _QUIET = "ignore:resource_tracker:UserWarning"
 
 
@@ -169,7 +170,6 @@ def batches(
 
     if not flags.FLAGS.is_parsed():  # grain has flags of its own and reads them also where no binary has parsed any
         flags.FLAGS.mark_as_parsed()
-    # Where a run ends at once, Python's tracker of semaphores clears them away; it is started with these options, and is to do so silently.
     if _QUIET not in sys.warnoptions:
         sys.warnoptions.append(_QUIET)
     cutter = _Cutter(images, patch_size)

@@ -105,8 +105,9 @@ def cuda_ready(window_size: int, *arrays: Array) -> bool:
     )
 
 
-def used() -> dict[str, str]:
-    """Whether "convolutions" and "ssim" of this module are at hand ("native", on a GPU if asked for before) or not ("xla")."""
+def forms() -> dict[str, str]:
+    """Whether "convolutions" and "ssim" are at hand in this module's form ("native"; on a GPU once a program has asked for it)
+    or in XLA's alone ("xla")."""
     return {
         "convolutions": "native" if ready() else "xla",
         "ssim": "native" if ready() or (_cuda_loaded and not _suspended) else "xla",

@@ -233,8 +233,7 @@ def _compared(x, y, similarity, window_size, window, sigma, c1, c2, exponents, p
 
 
 def _native_is_ready(x, y, plain, window, window_size) -> bool:
-    cuda = plain and window == "uniform" and native.cuda_ready(window_size, x, y)
-    return cuda or (plain and native.ready(x, y))
+    return plain and (native.ready(x, y) or (window == "uniform" and native.cuda_ready(window_size, x, y)))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
@@ -284,7 +283,8 @@ def ssim_map(
       reverse-mode gradient only.
 
     Raises:
-      ValueError: shapes differ, the image is smaller than the window, or an option is none of the above.
+      ValueError: shapes differ, the image is smaller than the window, an option is none of the above, or "native" is not to be
+        had.
     """
     given = (window_size, window, sigma, c1, c2, (alpha, beta, gamma), padding, form)
     return _compared(x, y, True, *given)

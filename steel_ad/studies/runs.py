@@ -99,7 +99,7 @@ def versions() -> dict[str, str]:
         "device": jax.devices()[0].device_kind,
         "devices": str(jax.device_count()),
         "processes": str(jax.process_count()),
-        **native.used(),
+        **native.forms(),
         **packages,
     }
 
