@@ -123,6 +123,9 @@ def pooled(x):
 OPERATIONS = [
     pytest.param(blocks.large, convolution.same, [(2, 25, 50, 3), (7, 7, 3, 5)], id="large7"),
     pytest.param(blocks.large, convolution.same, [(1, 44, 6, 3), (11, 11, 3, 2)], id="large11"),
+    pytest.param(blocks.narrow, convolution.same, [(2, 5, 8, 3), (3, 3, 3, 4)], id="narrow"),
+    pytest.param(blocks.narrow, convolution.same, [(2, 5, 16, 1), (3, 3, 1, 4)], id="narrow-of-images"),
+    pytest.param(blocks.narrow, convolution.same, [(2, 5, 7, 3), (3, 3, 3, 4)], id="narrow-odd"),
     pytest.param(blocks.double, transposed, [(2, 6, 8, 3), (2, 2, 3, 5)], id="double"),
     pytest.param(blocks.max_pool, pooled, [(2, 6, 8, 3)], id="max_pool"),
 ]

@@ -1,8 +1,8 @@
 """Layers of the supervised networks: convolutions in the form that the backend runs fast, batch norm, 2x2 pooling and upsampling.
 
 Every rewritten operation is exact up to rounding, and parameters keep the layout of a plain kernel, `[kh, kw, in, out]`. XLA's CPU
-backend is slow on dilated convolutions and on the gradient of window maxima and has no fast form of large kernels;
-accelerators have kernels for the plain forms, but for the filter gradient of upsampling.
+backend is slow on dilated convolutions and on the gradient of window maxima and has no fast form of large kernels; cuDNN is slow
+on few channels, and XLA asks it for upsampling's filter gradient in a slow way. Other accelerators get the plain forms.
 """
 
 import flax.linen as nn
@@ -61,6 +61,30 @@ def large(x: Array, kernel: Array) -> Array:
     return y.reshape(b, tall * _VALID_PX, wide * _VALID_PX, o)[:, :h, :w].astype(x.dtype)
 
 
+# Pixels of a row that become channels together on a GPU, whose convolutions of 1 or 16 channels take three times as long as
+# of the same work at 32 channels.
+_ABREAST, _ABREAST_OF_IMAGES = 2, 8
+
+
+def narrow(x: Array, kernel: Array) -> Array:
+    """`convolution.same` of a 3x3 kernel to 16 channels or fewer: `[b, h, w, i]`, `[3, 3, i, o]` -> `[b, h, w, o]`."""
+    abreast = _ABREAST_OF_IMAGES if x.shape[3] == 1 else _ABREAST
+    if jax.default_backend() != "gpu" or x.shape[2] % abreast:
+        return convolution.same(x, kernel)
+    return _abreast(x, kernel, abreast)
+
+
+def _abreast(x: Array, kernel: Array, n: int) -> Array:
+    """`narrow` with n pixels of a row as one: of blocks that begin a pixel earlier, two hold all that n results depend on."""
+    b, h, w, i = x.shape
+    o = kernel.shape[3]
+    x = jnp.pad(x, ((0, 0), (0, 0), (1, n - 1), (0, 0))).reshape(b, h, w // n + 1, n * i)
+    shifted = [jnp.pad(kernel, ((0, 0), (q, 2 * n - 3 - q), (0, 0), (0, 0))) for q in range(n)]
+    kernel = jnp.stack(shifted, 3).reshape(3, 2, n * i, n * o)
+    y = lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (0, 0)), dimension_numbers=_DIMENSIONS)
+    return y.reshape(b, h, w, o)
+
+
 def _fourier(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Two-dimensional transform of real tiles of an even size, in real numbers.
 
@@ -114,9 +138,10 @@ _double_by_products.defvjp(_double_forward, _double_backward)
 def max_pool(x: Array) -> Array:
     """Maximum of each 2x2 block: `[b, h, w, c]` -> `[b, h / 2, w / 2, c]`, h and w even.
 
-    On CPU equal maxima share the gradient, elsewhere one of them takes it; after a ReLU ties are zeros, which pass none on.
+    On CPU and GPU equal maxima share the gradient, elsewhere one of them takes it; after a ReLU most ties are zeros, which pass
+    none on.
     """
-    if not _on_cpu():
+    if jax.default_backend() not in ("cpu", "gpu"):
         return nn.max_pool(x, (2, 2), (2, 2))
     rows = jnp.maximum(x[:, ::2], x[:, 1::2])
     return jnp.maximum(rows[:, :, ::2], rows[:, :, 1::2])
@@ -208,6 +233,8 @@ class ConvNormRelu(nn.Module):
             x = x @ kernel[0, 0]
         elif self.size >= 7 and self.stride == 1:
             x = large(x, kernel)
+        elif self.size == 3 and self.stride == 1 and self.features <= 16:
+            x = narrow(x, kernel)
         elif self.stride == 1:
             x = convolution.same(x, kernel)
         else:
