@@ -374,6 +374,24 @@ def test_names_in_the_roofline_do_not_overlap():
     assert all(box.x0 > panel.x1 and box.y1 < figure.bbox.y1 for box in boxes)
 
 
+def test_a_work_that_only_a_form_of_ours_did_is_named():
+    times = [
+        ("both", "steel_ad_bf16"),
+        ("both", "steel_ad"),
+        ("half", "torch"),
+        ("half", "steel_ad_bf16"),
+        ("none", "torch"),
+    ]
+    rows = [
+        {"work": work, "impl": impl, "flops": 1e9, "bytes": 1e8, "median_ms": ms}
+        for ms, (work, impl) in enumerate(times, 1)
+    ]
+    ceilings = {"matmul_tflops": 1.0, "copy_gbs": 30.0}
+    axes = roofline._roofline(rows, ceilings, title="Roofline", ours="steel_ad").axes[0]
+    names = [text.get_text().split("\n") for text in axes.texts if "\n" in text.get_text()]
+    assert sorted((name, rate.split(", ")[1]) for name, rate in names) == [("both", "2 ms"), ("half", "4 ms")]
+
+
 def test_a_start_that_fails_is_left_out_before_the_first_block(monkeypatch):
     def fails(command):
         raise timing.Unavailable("no step")

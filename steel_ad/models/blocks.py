@@ -63,7 +63,7 @@ def large(x: Array, kernel: Array) -> Array:
 
 # Pixels of a row that become channels together on a GPU, whose convolutions of 1 or 16 channels take three times as long as
 # of the same work at 32 channels.
-_ABREAST, _ABREAST_OF_IMAGES = 2, 8
+_ABREAST, _ABREAST_OF_IMAGES = 4, 8
 
 
 def narrow(x: Array, kernel: Array) -> Array:
