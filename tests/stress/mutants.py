@@ -730,6 +730,9 @@ def draw(found: list[Mutation], count: int, seed: int) -> list[Mutation]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--per_function", type=int, default=2)
+    parser.add_argument(
+        "--until_killed", action="store_true", help="Of a function no further mutant once one is killed."
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="Files or folders, steel_ad/ops,steel_ad/losses.py; all by default.")
     parser.add_argument("--functions", default="", help="Names of functions, or Class.method.")
@@ -793,11 +796,16 @@ def _report(chosen: list[Mutation], covering: Covering | None, runner: Runner, f
     done: dict[str, Counter[str]] = defaultdict(Counter)
     kinds: dict[str, Counter[str]] = defaultdict(Counter)
     bad = []
+    fell: set[tuple[str, str]] = set()
     log = (runner.work / "mutants.jsonl").open("a")
-    for number, m in enumerate(chosen):
+    number = 0
+    for number, m in enumerate(chosen, 1):
         if time.monotonic() - start > 60 * flags.minutes:
+            number -= 1
             print(f"{len(chosen) - number} mutants were not tried")
             break
+        if flags.until_killed and (m.file, m.function) in fell:
+            continue
         if not covering:
             tests, costs = flags.tests.split(","), [30.0] * len(flags.tests.split(","))
         else:
@@ -813,24 +821,28 @@ def _report(chosen: list[Mutation], covering: Covering | None, runner: Runner, f
         log.flush()
         done["/".join(Path(m.file).parts[:2])][verdict] += 1
         kinds[m.kind][verdict] += 1
-        if verdict != "killed":
+        if verdict == "killed":
+            fell.add((m.file, m.function))
+        else:
             bad.append(f"{place}: {verdict}" + (f" {len(tests)} tests" if verdict == "survived" else f" {by}"))
             print(bad[-1], flush=True)
-        if (number + 1) % 20 == 0:
-            print(f"{number + 1}/{len(chosen)} {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+        if number % 20 == 0:
+            print(f"{number}/{len(chosen)} {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     columns = ("killed", "survived", "no test", "broken")
     for table in (done, kinds):
         print("\n" + f"{'':>24}" + "".join(f"{c:>12}" for c in columns))
         for name, of in table.items():
             print(f"{name:>24}" + "".join(f"{of[c]:>12}" for c in columns))
     total = sum((of for of in done.values()), Counter[str]())
-    tried = len({(m.file, m.function) for m in chosen[: total.total()]})
+    tried = {(m.file, m.function): None for m in chosen[:number]}
+    without = [f"{file} {function}" for file, function in tried if (file, function) not in fell]
+    print(f"Functions of which none was killed: {len(without)}", *without, sep="\n  ")
     print(
-        f"{total.total()} mutants of {tried} functions in {time.monotonic() - start:.0f} s; {len(bad)} were not killed"
+        f"{total.total()} mutants of {len(tried)} functions in {time.monotonic() - start:.0f} s; {len(bad)} were not killed"
     )
     for text in bad:
         print(f"- {text}")
-    return int(bool(bad))
+    return int(bool(without if flags.until_killed else bad))
 
 
 def _spans(file: str) -> Iterator[tuple[tuple[str, str], tuple[int, int]]]:
