@@ -29,3 +29,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", os.environ["STEEL_AD_TEST_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+# Modules that take longest go first, so that the workers end together.
+_LONGEST = ("segmentation", "autoencoder_binary", "sweep", "benchmark", "native", "stored_samples", "parallel")
+_LONGEST += ("inspection", "supervised_models", "training", "stored", "autoencoder_model", "export")
+
+
+def pytest_collection_modifyitems(items):
+    ranks = {f"test_{name}": rank for rank, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))

@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax import lax
 
-from steel_ad.models import blocks, compact_cnn, unet
+from steel_ad.models import blocks, compact_cnn, initial, unet
 from steel_ad.ops import convolution
 
 KEY = jax.random.key(0)
@@ -188,6 +188,12 @@ def test_block_is_convolution_batch_norm_relu(size, stride):
     jax.tree.map(close, grads["BatchNorm_0"], expected["BatchNorm_0"])
     close(grads["kernel"], expected["Conv_0"]["kernel"])
     np.testing.assert_array_equal(grads["bias"], 0.0)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 5, 7), (8, 8, 3, 2), (2, 2, 1, 1)])
+def test_initial_numbers_are_those_of_jax(shape):
+    want = jax.nn.initializers.normal(0.3)(KEY, shape, jnp.float32)
+    np.testing.assert_array_equal(initial.normal(0.3)(KEY, shape, jnp.float32), want)
 
 
 def test_kernels_begin_with_the_variance_of_he():

@@ -13,6 +13,7 @@ from jax import Array, lax
 from jax.nn import initializers
 
 from steel_ad import native
+from steel_ad.models import initial
 from steel_ad.ops import convolution
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -257,6 +258,6 @@ def parameters(
 ) -> tuple[Array, Array]:
     """Kernel `shape`, normal with variance gain / fan-in (He et al. 2015 for gain 2), and bias `[1, 1, 1, o]`, as `dtype`."""
     fan_in = shape[0] * shape[1] * shape[2]
-    kernel = module.param("kernel", initializers.normal((gain / fan_in) ** 0.5), shape, jnp.float32)
+    kernel = module.param("kernel", initial.normal((gain / fan_in) ** 0.5), shape, jnp.float32)
     bias = module.param("bias", initializers.zeros, (shape[-1],), jnp.float32)
     return kernel.astype(dtype), bias.astype(dtype).reshape(1, 1, 1, -1)

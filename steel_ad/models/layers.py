@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.nn import initializers
 
+from steel_ad.models import initial
 from steel_ad.ops import convolution
 
 
@@ -84,6 +85,6 @@ class Expand(nn.Module):
 
 def _parameters(module: nn.Module, shape: tuple[int, ...], fan_in: int, gain: float = 2.0) -> tuple[Array, Array]:
     """Kernel `shape`, normal with variance gain / fan_in (He et al. 2015 for gain 2), and bias `[1, 1, 1, o]`, in the module's dtype."""
-    kernel = module.param("kernel", initializers.normal((gain / fan_in) ** 0.5), shape, jnp.float32)
+    kernel = module.param("kernel", initial.normal((gain / fan_in) ** 0.5), shape, jnp.float32)
     bias = module.param("bias", initializers.zeros, (shape[-1],), jnp.float32)
     return kernel.astype(module.dtype), bias.astype(module.dtype).reshape(1, 1, 1, -1)
