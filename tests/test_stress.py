@@ -128,3 +128,9 @@ def test_a_weak_test_lets_a_mutant_live(tmp_path):
     assert "2 mutants of 1 functions" in result.stdout
     assert result.stdout.splitlines()[-2].endswith("1 were not killed")
     assert result.stdout.endswith("default: status=2 -> 3: survived 1 tests\n")
+    assert "Functions of which none was killed: 0\n" in result.stdout
+    # One that is killed is enough for a function.
+    weak = f"--tests={tmp_path / 'test_weak.py'}::test"
+    result = start("mutants", "--only=steel_ad/errors.py", weak, "--until_killed", work=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "1 mutants of 1 functions" in result.stdout
