@@ -19,6 +19,21 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+class _Rate:
+    """Units a second since the first report: what comes before it includes compiling."""
+
+    def __init__(self, done: int) -> None:
+        self.since, self.before, self.reports = time.monotonic(), done, 0
+
+    def __call__(self, now: int) -> float:
+        clock = time.monotonic()
+        rate = (now - self.before) / max(clock - self.since, 1e-9)
+        self.reports += 1
+        if self.reports == 1:
+            self.since, self.before = clock, now
+        return rate
+
+
 @contextlib.contextmanager
 def progress(label: str, total: int, unit: str, *, done: int = 0, every_s: float = 10.0) -> Iterator[Update]:
     """Shows how far `label` has come; yields `update(done, note="")`, `done` counted in `unit`s from 0 to `total`."""
@@ -36,25 +51,24 @@ def progress(label: str, total: int, unit: str, *, done: int = 0, every_s: float
             bars.TextColumn("{task.fields[rate]} {task.fields[note]}"),
             bars.TimeRemainingColumn(),
         )
-        start = time.monotonic()
+        rate_of = _Rate(done)
         with bars.Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(label, total=total, completed=done, rate="", note="")
 
             def draw(now: int, note: str = "") -> None:
-                rate = (now - done) / max(time.monotonic() - start, 1e-9)
-                bar.update(task, completed=now, rate=f"{rate:.1f} {unit}/s", note=note)
+                bar.update(task, completed=now, rate=f"{rate_of(now):.1f} {unit}/s", note=note)
 
             yield draw
         return
-    start = last = time.monotonic()
+    last, rate_of = time.monotonic(), _Rate(done)
 
     def write(now: int, note: str = "") -> None:
         nonlocal last
-        clock = time.monotonic()
+        clock, rate = time.monotonic(), rate_of(now)
         if clock - last >= every_s or now >= total:
             last = clock
-            rate = (now - done) / max(clock - start, 1e-9)
-            left = _clock((total - now) / rate) if rate > 0 else "?"
+            known = now >= total or (rate > 0 and rate_of.reports > 1)
+            left = _clock((total - now) / max(rate, 1e-9)) if known else "?"
             print(
                 f"{label}: {now}/{total} {unit}, {rate:.1f} {unit}/s, {left} left {note}".rstrip(),
                 file=sys.stderr,
