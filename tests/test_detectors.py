@@ -1,0 +1,187 @@
+"""Objectives, first states and maps of the trained detectors, against what they are made of."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from steel_ad import config as configs
+from steel_ad.data import patches
+from steel_ad.detectors import autoencoder, segmentation
+from steel_ad.errors import InputError
+from steel_ad.models import compact_cnn, unet
+from steel_ad.ops.ssim import CONSTANTS, ssim_map
+from steel_ad.train.state import stream
+
+ROOT = jax.random.key(3)
+STEP = jnp.int32(5)
+
+
+@pytest.fixture(scope="module")
+def plates():
+    rng = np.random.default_rng(0)
+    return jax.tree.map(jnp.asarray, patches.stack(list(rng.integers(0, 256, (3, 40, 48), np.uint8))))
+
+
+def autoencoder_settings(**settings):
+    from configs.autoencoder import PRESETS
+
+    return configs.Autoencoder(**{**PRESETS["tiny"], **settings})
+
+
+def segmentation_settings(**settings):
+    from configs.segmentation import PRESETS
+
+    return configs.Segmentation(**{**PRESETS["tiny"], **settings})
+
+
+def test_the_autoencoders_objective_is_the_mean_loss_of_its_patches(plates):
+    config = autoencoder_settings(constants="thesis")
+    state = autoencoder.initial_state(config, ROOT)
+    loss, (extra, metrics) = jax.jit(autoencoder.objective(config))(state.params, {"kept": 1}, plates, STEP, ROOT)
+    crops = patches.random_crops(stream(ROOT, "crops", STEP), plates.sizes, num=4, patch_size=32)
+    x = patches.random_flips(stream(ROOT, "flips", STEP), patches.cut(plates, crops, patch_size=32))
+    y = jax.jit(autoencoder.model(config).apply)(state.params, x)
+    c1, c2 = CONSTANTS["thesis"]
+    of_each = [1 - np.mean(ssim_map(a[..., 0], b[..., 0], c1=c1, c2=c2)) for a, b in zip(y, x, strict=True)]
+    np.testing.assert_allclose(loss, np.mean(of_each), rtol=1e-4)
+    contrast = np.std(y, axis=(1, 2, 3)).mean() / np.std(x, axis=(1, 2, 3)).mean()
+    np.testing.assert_allclose(metrics["contrast"], contrast, rtol=1e-3)
+    assert extra == {"kept": 1}
+
+
+def test_the_autoencoders_first_state_is_that_of_its_network_and_seed():
+    config = autoencoder_settings(latent=7, dtype="bfloat16")
+    network = autoencoder.model(config)
+    assert (network.latent, network.dtype) == (7, jnp.bfloat16)
+    state = autoencoder.initial_state(config, ROOT)
+    want = jax.jit(network.init)(stream(ROOT, "init"), jnp.zeros((1, 32, 32, 1)))
+    jax.tree.map(np.testing.assert_array_equal, state.params, want)
+    assert int(state.step) == 0
+    assert state.params["params"]["Collapse_0"]["kernel"].shape == (2, 2, 32, 7)
+
+
+def test_constants_of_the_loss_follow_the_settings_unless_they_are_given():
+    x, y = jax.random.uniform(ROOT, (2, 1, 16, 16, 1))
+    for settings, c1, c2 in (
+        ({"constants": "wang"}, *CONSTANTS["wang"]),
+        ({"constants": "thesis"}, *CONSTANTS["thesis"]),
+        ({"constants": "wang", "loss_options": {"c2": 0.5}}, CONSTANTS["wang"][0], 0.5),
+    ):
+        found = autoencoder.loss_function(autoencoder_settings(**settings))(x, y)
+        want = 1 - np.mean(ssim_map(x[0, ..., 0], y[0, ..., 0], c1=c1, c2=c2))
+        np.testing.assert_allclose(found, [want], rtol=1e-5)
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused():
+    class Mesh:
+        size = 3
+
+    with pytest.raises(InputError, match="4"):
+        autoencoder.check_batch(autoencoder_settings(), Mesh())
+
+
+@pytest.mark.parametrize(("name", "kind"), [("unet", unet.UNet), ("compact_cnn", compact_cnn.Segmenter)])
+def test_the_settings_name_the_network(name, kind):
+    network = segmentation.network(segmentation_settings(model=name, dtype="bfloat16"))
+    assert type(network) is kind
+    assert network.dtype == jnp.bfloat16
+
+
+@pytest.fixture(scope="module")
+def supervised(plates):
+    """Settings, samples of a batch, and both stages before their first step."""
+    config = segmentation_settings(loss="bce", ratio="1:1", classifier_ratio="3:1", batch_size=6)
+    marks = np.tile(np.array([[[20, 20]]], np.int32), (3, 4, 1))
+    masks = patches.stack([np.eye(40, 48, dtype=np.uint8)] * 3)
+    samples = segmentation.Samples(plates, None, plates, jax.tree.map(jnp.asarray, masks), jnp.asarray(marks))
+    first = segmentation.initial_segmentation(config, 4)
+    second = segmentation.initial_classifier(config, segmentation.variables(first))
+    return config, samples, first, second
+
+
+def test_first_states_of_both_stages_are_those_of_their_networks_and_seed(supervised):
+    config, _, first, second = supervised
+    network, root = segmentation.network(config), jax.random.key(config.seed)
+    x = jnp.zeros((1, config.patch_size, config.patch_size, 1))
+    want = jax.jit(network.init)(stream(root, "init segmentation"), x)
+    frozen = segmentation.variables(first)
+    assert set(frozen) == {"params", "batch_stats"}
+    jax.tree.map(np.testing.assert_array_equal, frozen, dict(want))
+
+    @jax.jit
+    def init(key, frozen):
+        return compact_cnn.Classifier().init(key, *network.apply(frozen, x))
+
+    want = init(stream(root, "init classifier"), frozen)
+    jax.tree.map(np.testing.assert_array_equal, segmentation.variables(second), dict(want))
+    assert int(first.step) == int(second.step) == 0
+
+
+def test_objectives_of_both_stages_are_the_means_over_their_samples(supervised):
+    config, samples, first, second = supervised
+    network, frozen = segmentation.network(config), segmentation.variables(first)
+
+    @jax.jit
+    def expected(frozen, params, extra):
+        found = []
+        for share in (0.5, 0.75):
+            batch = segmentation.draw(config, share, samples, STEP, ROOT)
+            found.append((batch, network.apply(frozen, batch.image, train=True, mutable=["batch_stats"])[0][1]))
+        features, logits = network.apply(frozen, found[1][0].image)
+        variables = {"params": params, **extra}
+        logit = compact_cnn.Classifier().apply(
+            variables, features, jax.nn.sigmoid(logits), train=True, mutable=["batch_stats"]
+        )[0]
+        return found[0], found[1][0].label, logit
+
+    (batch, logits), label, logit = jax.device_get(expected(frozen, second.params, second.extra))
+
+    def cross_entropy(logit, truth):
+        logit = np.asarray(logit, np.float64)
+        return np.mean(np.logaddexp(0, logit) - truth * logit)
+
+    objective = jax.jit(segmentation.segmentation_objective(config))
+    loss, (extra, _) = objective(first.params, first.extra, samples, STEP, ROOT)
+    np.testing.assert_allclose(loss, cross_entropy(logits, batch.mask), rtol=1e-5)
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (extra, first.extra)), strict=True))
+    objective = jax.jit(segmentation.classifier_objective(config))
+    loss, (_, metrics) = objective(second.params, second.extra, (samples, frozen), STEP, ROOT)
+    np.testing.assert_allclose(loss, cross_entropy(logit, label), rtol=1e-5)
+    np.testing.assert_allclose(metrics["accuracy"], np.mean((logit > 0) == (label > 0.5)))
+    assert 0 < label.mean() < 1
+
+
+def test_maps_and_probabilities_of_images_whose_sides_are_no_multiples(supervised):
+    config, _, first, second = supervised
+    frozen, classifier = segmentation.variables(first), segmentation.variables(second)
+    image = jax.random.uniform(ROOT, (37, 50))
+    padded = jnp.asarray(np.pad(image, ((0, 11), (0, 14)), mode="reflect"))[None, :, :, None]
+    network = segmentation.network(config)
+    features, logits = jax.jit(network.apply)(frozen, padded)
+    found = jax.jit(segmentation.SegmentationDetector(config).residual)(frozen, image)
+    assert found.shape == (37, 50)
+    np.testing.assert_allclose(found, jax.nn.sigmoid(logits)[0, :37, :50, 0], atol=1e-6)
+    logit = jax.jit(compact_cnn.Classifier().apply)(classifier, features, jax.nn.sigmoid(logits))
+    probability = jax.jit(lambda *stages: segmentation.classify(config, stages, image))(frozen, classifier)
+    np.testing.assert_allclose(probability, jax.nn.sigmoid(logit)[0], atol=1e-6)
+
+
+def test_a_map_of_a_quarter_of_the_size_is_enlarged():
+    config = segmentation_settings(model="compact_cnn", loss="bce")
+    frozen = segmentation.variables(segmentation.initial_segmentation(config, 4))
+    image = jax.random.uniform(ROOT, (32, 48))
+    _, logits = jax.jit(segmentation.network(config).apply)(frozen, image[None, :, :, None])
+    found = jax.jit(segmentation.SegmentationDetector(config).residual)(frozen, image)
+    want = jax.image.resize(jax.nn.sigmoid(logits)[0, :, :, 0], (32, 48), "bilinear")
+    np.testing.assert_allclose(found, want, atol=1e-6)
+
+
+def test_steps_follow_the_epochs_unless_they_are_given():
+    config = segmentation_settings(samples=30, batch_size=4, steps=0, classifier_steps=0, adapt_steps=0)
+    config = dataclasses.replace(config, epochs=2, classifier_epochs=3, adapt_epochs=5)
+    assert (config.total_steps, config.total_classifier_steps, config.total_adapt_steps) == (14, 21, 35)
+    config = dataclasses.replace(config, steps=9, classifier_steps=8, adapt_steps=6)
+    assert (config.total_steps, config.total_classifier_steps, config.total_adapt_steps) == (9, 8, 6)
