@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 from steel_ad import config as configs
-from steel_ad.data import patches
-from steel_ad.detectors import autoencoder, segmentation
+from steel_ad import metrics
+from steel_ad.data import datasets, patches
+from steel_ad.data import plates as drawn
+from steel_ad.detectors import autoencoder, phase_only, segmentation
 from steel_ad.errors import InputError
 from steel_ad.models import compact_cnn, unet
 from steel_ad.ops.ssim import CONSTANTS, ssim_map
+from steel_ad.studies import evaluation, false_alarms, page
 from steel_ad.train.state import stream
 
 ROOT = jax.random.key(3)
@@ -177,6 +180,77 @@ def test_a_map_of_a_quarter_of_the_size_is_enlarged():
     found = jax.jit(segmentation.SegmentationDetector(config).residual)(frozen, image)
     want = jax.image.resize(jax.nn.sigmoid(logits)[0, :, :, 0], (32, 48), "bilinear")
     np.testing.assert_allclose(found, want, atol=1e-6)
+
+
+def test_reconstructions_are_those_of_windows_averaged_and_compared():
+    config = autoencoder_settings()
+    params = autoencoder.initial_state(config, ROOT).params
+    image = jax.random.uniform(ROOT, (40, 48))
+    apply = jax.jit(autoencoder.model(config).apply)
+    total, count = np.zeros((40, 48)), np.zeros((40, 48))
+    for top in (0, 8):
+        for left in (0, 16):
+            window = image[None, top : top + 32, left : left + 32, None]
+            total[top : top + 32, left : left + 32] += apply(params, window)[0, :, :, 0]
+            count[top : top + 32, left : left + 32] += 1
+    found = jax.jit(lambda image: autoencoder.reconstruct(config, params, image))(image)
+    np.testing.assert_allclose(found, total / count, atol=1e-6)
+    for name in ("l2", "ssim"):
+        detector = autoencoder.AutoencoderDetector(config, name)
+        want = detector.compare(found, image)
+        np.testing.assert_allclose(jax.jit(detector.residual)(params, image), want, atol=1e-5)
+        assert want.shape == image.shape
+    np.testing.assert_allclose(
+        autoencoder.AutoencoderDetector(config, "l2").compare(found, image), np.abs(found - image)
+    )
+
+
+def test_fitting_trains_with_the_settings_seed(plates):
+    config = autoencoder_settings(steps=2, checkpoint_every=2)
+    found = autoencoder.AutoencoderDetector(config).fit(jax.device_get(plates))
+    jax.tree.map(np.testing.assert_array_equal, found, autoencoder.train(config, jax.device_get(plates)).params)
+    before = autoencoder.initial_state(config, jax.random.key(config.seed)).params
+    assert all(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (found, before)), strict=True))
+
+
+def test_phase_only_has_nothing_to_fit(plates):
+    assert phase_only.PhaseOnlyDetector().fit(plates) == ()
+
+
+def test_rows_of_scores_tell_what_each_image_is_and_what_each_map_says_of_it():
+    low, high = np.zeros((2, 2), np.float32), np.array([[0, 0], [0, 0.5]], np.float32)
+    maps = {"a": evaluation.Maps([low, high], [low, high]), "b": evaluation.Maps([low, low], [high, low])}
+    marked = np.array([[False, False], [False, True]])
+    test = [
+        datasets.TestImage("x", "good", low.astype(np.uint8), ~marked & marked),
+        datasets.TestImage("y", "dent", low.astype(np.uint8), marked),
+    ]
+    limits = {"a": evaluation.Thresholds(0.5, 0.4), "b": evaluation.Thresholds(0.4, 0.6)}
+    assert evaluation.score_rows(maps, test, limits, {"p": np.array([0.25, 0.75])}) == [
+        {"image": "x", "kind": "good", "defective": 0}
+        | {"score_a": 0.0, "defect_a": 0, "score_b": 0.5, "defect_b": 1, "score_p": 0.25},
+        {"image": "y", "kind": "dent", "defective": 1}
+        | {"score_a": 0.5, "defect_a": 0, "score_b": 0.0, "defect_b": 0, "score_p": 0.75},
+    ]
+    found = evaluation.measure(maps["a"], test, limits["a"])
+    want = metrics.evaluate(maps["a"].raw, maps["a"].opened, [t.mask for t in test], threshold=0.5, image_threshold=0.4)
+    np.testing.assert_equal(found, want)
+    assert found["pixel_auroc"] == 1.0
+
+
+def test_lines_vary_about_their_pattern():
+    for number, pattern in enumerate(("teardrop1", "teardrop2", "diamond", "teardrop1")):
+        base, own = false_alarms.line(np.random.default_rng(number), number, 128)
+        assert base.pitch_px == pytest.approx(128 / 4.2)
+        assert own["pitch_px"] / base.pitch_px == pytest.approx(1, abs=0.025)
+        assert abs(own["angle_deg"] - base.angle_deg) <= 1
+        ratio = own["lug_length_px"] / own["pitch_px"]
+        assert ratio == pytest.approx(drawn.LINES[pattern].lug_length_px / drawn.LINES[pattern].pitch_px)
+        assert 0.03 <= own["grain"] <= 0.06
+
+
+def test_a_command_without_its_seed():
+    assert page.seedless("a --config.seed=12 --config.seeds=3 b") == "a --config.seeds=3 b"
 
 
 def test_steps_follow_the_epochs_unless_they_are_given():

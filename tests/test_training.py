@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import sys
 import time
+import zlib
 from concurrent import futures
 
 import jax
@@ -53,6 +54,8 @@ def test_streams_are_named_and_numbered():
     draw = [jax.random.bits(state.stream(root, name, s)).item() for name in ("crops", "flips") for s in (0, 1)]
     assert len(set(draw)) == 4
     assert draw[0] == jax.random.bits(state.stream(root, "crops", jnp.int32(0))).item()
+    by_hand = jax.random.fold_in(jax.random.fold_in(root, np.uint32(zlib.crc32(b"crops"))), 0)
+    assert state.stream(root, "crops") == by_hand
 
 
 @pytest.mark.parametrize("crops", ["fresh", "fixed"])
