@@ -15,7 +15,7 @@ from steel_ad.detectors import autoencoder, phase_only, segmentation
 from steel_ad.errors import InputError
 from steel_ad.models import compact_cnn, unet
 from steel_ad.ops.ssim import CONSTANTS, ssim_map
-from steel_ad.studies import evaluation, false_alarms, page
+from steel_ad.studies import evaluation, false_alarms, page, results, runs
 from steel_ad.train.state import stream
 
 ROOT = jax.random.key(3)
@@ -247,6 +247,12 @@ def test_lines_vary_about_their_pattern():
         ratio = own["lug_length_px"] / own["pitch_px"]
         assert ratio == pytest.approx(drawn.LINES[pattern].lug_length_px / drawn.LINES[pattern].pitch_px)
         assert 0.03 <= own["grain"] <= 0.06
+
+
+def test_settings_as_text_and_uses_of_images():
+    assert results.settings_text({"b": 1, "a": [0.5]}) == '{"a": [0.5], "b": 1}'
+    found = runs.uses([{"file": name} for name in "abc"], np.array([2]), np.array([0]))
+    assert found == [{"file": n, "use": use} for n, use in zip("abc", ("validation", "none", "train"), strict=True)]
 
 
 def test_a_command_without_its_seed():

@@ -1,3 +1,4 @@
+import inspect
 import itertools
 import resource
 import subprocess
@@ -7,9 +8,25 @@ import matplotlib.image
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
 
 from steel_ad.errors import InputError
-from steel_ad.report import figures
+from steel_ad.report import figures, roofline
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(figures, n) for n in ("examples", "curves", "predictions", "dataset_overview", "insertion", "detectability")]
+    + [(roofline, "roofline")],
+)
+def test_a_figure_is_what_was_drawn_and_lies_where_it_says(monkeypatch, tmp_path, module, name):
+    wide = Figure(figsize=(3, 1), dpi=100)
+    monkeypatch.setattr(module, f"_{name}", lambda *_, **__: wide)
+    function = getattr(module, name)
+    arguments = dict.fromkeys(inspect.signature(function).parameters) | {"path": str(tmp_path / "deep" / "a.png")}
+    assert function(**arguments) == tmp_path / "deep" / "a.png"
+    height, width = matplotlib.image.imread(tmp_path / "deep" / "a.png").shape[:2]
+    assert 2.5 < width / height < 3.5
 
 
 def disk(shape, row, column, radius):

@@ -21,6 +21,16 @@ def test_columns_are_aligned_numbers_to_the_right():
     ]
 
 
+def test_chief_metrics_are_rows_of_maps():
+    maps = {"ssim": {"pixel_auroc": 0.75, "defects_found": {"iou_0": 0.5}}, "l2": {"image_tpr": 1.0}}
+    header, _, *rows = (line.split() for line in tables.metrics(maps).splitlines())
+    found = [dict(zip(header, row, strict=True)) for row in rows]
+    assert [row["map"] for row in found] == ["ssim", "l2"]
+    assert found[0] == dict.fromkeys(header, "-") | {"map": "ssim", "pixel_auroc": "0.7500", "found": "0.5000"}
+    assert found[1] == dict.fromkeys(header, "-") | {"map": "l2", "image_tpr": found[1]["image_tpr"]}
+    assert float(found[1]["image_tpr"]) == 1
+
+
 def test_markdown_escapes_the_bar():
     assert tables.markdown(ROWS, ["method", "auroc"]).splitlines() == [
         "| method | auroc |",
