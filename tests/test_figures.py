@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from steel_ad.errors import InputError
-from steel_ad.report import figures, roofline
+from steel_ad.report import figures, roofline, spectra, studies
 
 
 @pytest.mark.parametrize(
@@ -464,3 +464,85 @@ def test_a_title_is_no_formula(tmp_path):
     (boxes,) = (c for c in axes.collections if len(c.get_paths()) == 2)
     np.testing.assert_array_equal(boxes.get_paths()[0].get_extents().get_points(), [[1, 2], [3, 5]])
     assert not axes.patches
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What is saved: figure and path."""
+    kept = []
+    for module in (spectra, studies):
+        monkeypatch.setattr(module, "save", lambda figure, path: kept.append((figure, path)) or "saved")
+    return kept
+
+
+def view(name, seed):
+    rng = np.random.default_rng(seed)
+    return spectra.View(
+        name=name,
+        image=rng.random((16, 24)),
+        log_amplitude=rng.random((16, 24)),
+        phase=rng.uniform(-np.pi, np.pi, (16, 24)),
+        mean_log_amplitude=rng.random((16, 24)),
+        images=3,
+        autocorrelation=rng.random((9, 9)),
+        lattice=None,
+    )
+
+
+def test_phases_shows_each_plate_above_the_middle_of_its_phase_spectrum(drawn):
+    views = [view("procedural_teardrop1", 0), view("lens", 1)]
+    assert spectra.phases("p.png", views) == "saved"
+    ((figure, path),) = drawn
+    assert path == "p.png"
+    above, below = figure.axes[:2], figure.axes[2:]
+    assert [axes.get_title() for axes in above] == ["teardrop1", "lens"]
+    assert (above[0].get_ylabel(), below[0].get_ylabel()) == ("plate", "phase")
+    for seen, top, bottom in zip(views, above, below, strict=True):
+        np.testing.assert_array_equal(top.images[0].get_array(), seen.image)
+        assert top.images[0].get_cmap().name == "gray"
+        # From a quarter of a cycle a pixel below zero to one above: rows 4 to 12 of 16, columns 6 to 18 of 24.
+        np.testing.assert_array_equal(bottom.images[0].get_array(), seen.phase[4:13, 6:19])
+        assert bottom.images[0].get_cmap().name == "twilight"
+        assert bottom.images[0].get_clim() == (-np.pi, np.pi)
+
+
+def test_promises_has_a_point_a_case_and_the_mean_of_each_rate(drawn):
+    plain = {"calibrated_on": "all", "fresh": 1000, "rate": 0.01}
+    cases = [
+        {**plain, "plates": "independent", "form": "average", "map": "whitening", "promised": 0.01, "alarms": 8},
+        {**plain, "plates": "independent", "form": "average", "map": "lattice", "promised": 0.01, "alarms": 0},
+        {
+            **plain,
+            "plates": "independent",
+            "form": "average",
+            "map": "lattice",
+            "promised": 0.05,
+            "rate": 0.05,
+            "alarms": 40,
+        },
+        {**plain, "plates": "in strips", "form": "confidence", "map": "lattice", "promised": 0.01, "alarms": 20},
+    ]
+    assert studies.promises("p.png", cases) == "saved"
+    ((figure, path),) = drawn
+    assert path == "p.png"
+    average, average_strips, sure, sure_strips = figure.axes
+    assert [a.get_title() for a in (average, average_strips)] == ["independent", "in strips: all"]
+    assert [a.get_ylabel() for a in (average, sure)] == [
+        "average form\nobserved rate",
+        "confidence form\nobserved rate",
+    ]
+    assert {a.get_xlabel() for a in (sure, sure_strips)} == {"promised rate"}
+    whitening, lattice = (c.get_offsets() for c in average.collections)
+    # Maps stand side by side, a factor of 1.12 apart; no alarm is drawn at half an alarm.
+    np.testing.assert_allclose(whitening, [[0.01 / 1.12**0.5, 0.008]])
+    np.testing.assert_allclose(lattice, [[0.01 * 1.12**0.5, 0.0005], [0.05 * 1.12**0.5, 0.04]])
+    as_promised, *means = average.lines
+    np.testing.assert_array_equal(as_promised.get_xdata(), as_promised.get_ydata())
+    np.testing.assert_allclose([line.get_ydata() for line in means], [[0.004, 0.004], [0.04, 0.04]])
+    np.testing.assert_allclose(means[0].get_xdata(), [0.01 / 1.4, 0.01 * 1.4])
+    np.testing.assert_allclose(average.get_xlim(), [0.01 / 1.7, 0.05 * 1.7])
+    np.testing.assert_allclose(average.get_ylim(), [0.0005, 0.05 * 1.7 * 1.1])
+    assert (average.get_xscale(), average.get_yscale()) == ("log", "log")
+    assert [len(c.get_offsets()) for c in sure.collections] == [0, 0]
+    np.testing.assert_allclose(sure_strips.collections[1].get_offsets(), [[0.01 * 1.12**0.5, 0.02]])
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["whitening", "lattice", "mean", "as promised"]

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import csv
+import hashlib
 import html.parser
 import json
 import os
@@ -803,6 +804,66 @@ def test_cameras_without_a_scale_have_rolls_of_their_own(tmp_path):
     rows += [{**look, "defect": 20 + k, "camera": "right", "along_px": rng.uniform(0, 4000)} for k in range(20)]
     (roll,) = outcome.rolls(tile_settings(), seen, {0: [2000, 9], 1: [4000, 9]}, rows)
     assert (roll["cameras"], roll["turns"], roll["members"]) == (["left"], 20, list(range(20)))
+
+
+def test_the_coil_map_lays_each_sides_images_end_to_end_in_millimetres():
+    left, right = ledger.Camera("left", "top", 7.0, 0.5), ledger.Camera("right", "top", 100.0, 2.0)
+    below = ledger.Camera("below", "bottom", 3.0, 1.0)
+    seen = [strips.Strip(c, name, ()) for c in (left, right) for name in ("b.png", "a.png")] + [
+        strips.Strip(below, "a.png", ())
+    ]
+    sizes = {0: [10, 30], 1: [40, 30], 2: [8, 10], 3: [20, 10], 4: [50, 6]}
+    look = {"side": "top", "top_px": 1, "left_px": 2, "bottom_px": 3, "right_px": 5}
+    rows = [
+        {**look, "defect": 0, "camera": "right", "image": "b.png", "peak": 0.5},
+        {**look, "defect": 1, "camera": "left", "image": "a.png", "peak": 0.25},
+        {**look, "defect": 2, "camera": "below", "image": "a.png", "peak": 1.0, "side": "bottom"},
+    ]
+    (top, bottom), unit = outcome.coil(seen, sizes, rows, [{"members": [1, 2]}])
+    assert unit == "mm"
+    # The right camera's a.png is the longer one, 40 mm; its b.png is 16 mm.
+    assert (top.name, top.length, top.width, top.across, top.joints) == ("top", 56, 113, 7, [40])
+    np.testing.assert_array_equal(top.boxes, [[42, 104, 46, 110], [0.5, 8, 1.5, 9.5]])
+    assert (top.scores.tolist(), top.periodic.tolist()) == ([0.5, 0.25], [False, True])
+    assert (bottom.name, bottom.length, bottom.width, bottom.across, bottom.joints) == ("bottom", 50, 6, 3, [])
+    np.testing.assert_array_equal(bottom.boxes, [[1, 5, 3, 8]])
+    assert bottom.periodic.tolist() == [True]
+
+
+def test_the_coil_map_is_in_pixels_where_one_camera_has_no_scale():
+    cameras = ledger.Camera("left", "top", 7.0, 0.5), ledger.Camera("right", "top", 100.0)
+    seen = [strips.Strip(c, name, ()) for c in cameras for name in ("a.png", "b.png")]
+    sizes = {0: [10, 30], 1: [40, 30], 2: [8, 36], 3: [20, 10]}
+    row = {"side": "top", "top_px": 1, "left_px": 2, "bottom_px": 3, "right_px": 5, "defect": 0, "peak": 1.0}
+    (top,), unit = outcome.coil(seen, sizes, [{**row, "camera": "left", "image": "b.png"}], [])
+    assert (unit, top.length, top.width, top.across, top.joints) == ("px", 50, 36, 0, [10])
+    np.testing.assert_array_equal(top.boxes, [[11, 2, 13, 5]])
+    assert not top.periodic.any()
+    (top,), _ = outcome.coil(seen, sizes, [], [])
+    assert top.boxes.shape == (0, 4)
+
+
+def test_a_stamp_is_of_places_sizes_and_times(tmp_path):
+    def stamp(folder, content=b"1234", time_ns=10**18, name="0.png"):
+        path = tmp_path / folder / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        os.utime(path, ns=(time_ns, time_ns))
+        strip = strips.Strip(ledger.Camera("left"), "", (path,))
+        inside = strips.stamp([strip], path.parent)
+        # An image alone is where its folder is.
+        assert inside == strips.stamp([strip], path)
+        return inside
+
+    first = stamp("a")
+    # sha256 of '[["0.png", 4, 1000000000000000000]]'
+    assert first == hashlib.sha256(b'[["0.png", 4, 1000000000000000000]]').hexdigest()
+    assert first == stamp("b")
+    assert first == stamp("c", b"4321")
+    assert len({first, stamp("d", b"12345"), stamp("e", time_ns=10**18 + 1), stamp("f", name="1.png")}) == 4
+    gone = strips.Strip(ledger.Camera("left"), "", (tmp_path / "gone.png",))
+    with pytest.raises(InputError, match=r"gone\.png cannot be read \(No such file"):
+        strips.stamp([gone], tmp_path)
 
 
 def test_a_runs_threshold_comes_with_the_settings_it_was_found_with(model, tmp_path):

@@ -328,3 +328,45 @@ def test_a_detector_learns_from_good_images(plates):
     assert jax.tree.structure(learnt) == jax.tree.structure(untrained)
     for before, after in zip(jax.tree.leaves(untrained), jax.tree.leaves(learnt), strict=True):
         assert not np.array_equal(before, after)
+
+
+class Manager:
+    """In orbax' place: counts, and fails on demand."""
+
+    def __init__(self, error=None):
+        self.error, self.calls = error, []
+
+    def wait_until_finished(self):
+        self.calls.append("wait")
+        if self.error:
+            raise self.error
+
+    def close(self):
+        self.calls.append("close")
+        if self.error:
+            raise self.error
+
+
+def test_checkpoints_are_whole_when_their_context_ends(tmp_path):
+    kept = Checkpoints(tmp_path / "c")
+    kept._manager.close()
+    kept._manager = manager = Manager()
+    kept.wait()
+    assert manager.calls == ["wait"]
+    with kept as entered:
+        assert entered is kept
+    assert manager.calls == ["wait", "wait", "close"]
+    manager.calls.clear()
+    with pytest.raises(ZeroDivisionError), kept:
+        raise ZeroDivisionError
+    assert manager.calls == ["close"]
+    kept._manager = manager = Manager(OSError(28, "No space left on device"))
+    with pytest.raises(
+        InputError, match=r"cannot be written \(No space left on device\).*earlier checkpoints are kept"
+    ) as error:
+        kept.wait()
+    assert error.value.status == 1
+    assert manager.calls == ["wait"]
+    with pytest.raises(InputError, match="No space left"), kept:
+        pass
+    assert manager.calls == ["wait", "wait", "close"]
