@@ -1,3 +1,4 @@
+import html.parser
 import inspect
 import itertools
 import resource
@@ -11,7 +12,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from steel_ad.errors import InputError
-from steel_ad.report import figures, roofline, spectra, studies
+from steel_ad.report import figures, page, roofline, spectra, studies
 
 
 @pytest.mark.parametrize(
@@ -520,7 +521,15 @@ def test_promises_has_a_point_a_case_and_the_mean_of_each_rate(drawn):
             "rate": 0.05,
             "alarms": 40,
         },
-        {**plain, "plates": "in strips", "form": "confidence", "map": "lattice", "promised": 0.01, "alarms": 20},
+        {
+            **plain,
+            "plates": "in strips",
+            "form": "confidence",
+            "map": "lattice",
+            "promised": 0.01,
+            "alarms": 8,
+            "fresh": 400,
+        },
     ]
     assert studies.promises("p.png", cases) == "saved"
     ((figure, path),) = drawn
@@ -546,3 +555,61 @@ def test_promises_has_a_point_a_case_and_the_mean_of_each_rate(drawn):
     assert [len(c.get_offsets()) for c in sure.collections] == [0, 0]
     np.testing.assert_allclose(sure_strips.collections[1].get_offsets(), [[0.01 * 1.12**0.5, 0.02]])
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["whitening", "lattice", "mean", "as promised"]
+
+
+class Page(html.parser.HTMLParser):
+    """Text and attributes of a page, tag by tag."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.seen, self._open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.append([tag, dict(attributes), ""])
+        self._open.append(len(self.seen) - 1)
+
+    def handle_data(self, data):
+        if self.seen:
+            self.seen[-1][2] += data
+
+    def of(self, tag):
+        return [(attributes, text) for t, attributes, text in self.seen if t == tag]
+
+
+def test_the_inspections_page_has_what_it_was_given_and_one_unit():
+    given = {
+        "title": "Coil <7>",
+        "verdict": "2 defects & more",
+        "clean": False,
+        "facts": [("model", "ab<c"), ("rate", "0.01")],
+        "pictures": [('the "map"', b"png1")],
+        "close_ups": {1: b"png2"},
+    }
+    empty = {"image": "", "along_px": 20, "along_mm": 2.0, "area_px": 9, "across_px": 7, "p_value": None}
+    rows = [
+        {**empty, "defect": 0, "peak": 0.123456},
+        {**empty, "defect": 1, "peak": 2, "camera": "left", "area_mm2": 0.09},
+    ]
+    found = Page(
+        page.inspection(**given, rows=[{"camera": None, "area_mm2": None} | r for r in rows], note="so it is <there>")
+    )
+    assert [t for _, t in found.of("title")] == [t for _, t in found.of("h1")] == ["Coil <7>"]
+    assert [t for _, t in found.of("h2")] == ['the "map"', "Defects", "How it was inspected"]
+    heads = [text for _, text in found.of("th")]
+    # Pixels only where no row has millimetres; no columns that are empty everywhere.
+    assert heads == ["close-up", "defect", "camera", "along mm", "area mm2", "across px", "peak", "model", "rate"]
+    (top,) = [text for attributes, text in found.of("p") if attributes.get("class") == "verdict defects"]
+    assert top == "2 defects & more"
+    assert found.of("p")[-1][1] == "so it is <there>"
+    sources = [attributes["src"].partition(",")[2] for attributes, _ in found.of("img")]
+    assert sources == ["cG5nMQ==", "cG5nMg=="]  # base64 of png1 and png2
+    assert found.of("img")[0][0]["alt"] == 'the "map"'
+    shown = [(attributes.get("data-value"), text) for attributes, text in found.of("td")]
+    assert shown[1:7] == [("0", "0"), ("", ""), ("2.0", "2.000"), ("", ""), ("7", "7"), ("0.123456", "0.1235")]
+    assert shown[8:14] == [("1", "1"), ("left", "left"), ("2.0", "2.000"), ("0.09", "0.09000"), ("7", "7"), ("2", "2")]
+    assert [text for _, text in found.of("code")] == ["ab<c", "0.01"]
+
+    clean = Page(page.inspection(**{**given, "clean": True, "close_ups": {}}, rows=[]))
+    assert [attributes["class"] for attributes, _ in clean.of("p")] == ["verdict clean"]
+    assert [t for _, t in clean.of("h2")] == ['the "map"', "How it was inspected"]

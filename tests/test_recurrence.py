@@ -39,6 +39,34 @@ def test_periods_are_found_and_p_values_uniform_with_a_fifth_missed_and_a_fifth_
     assert json.loads(out.read_text()) == found
 
 
+@pytest.mark.parametrize("same_place", [False, True])
+def test_simulated_strips_have_the_shares_that_were_asked_for(same_place):
+    rng, turns = np.random.default_rng(3), 4000
+    shares = {"missed": 0.25, "false": 0.5, "jitter": 0.0, "same_place": same_place}
+    along, across, length, period = study.simulate(rng, turns, periodic=True, **shares)
+    assert length == turns * period
+    assert 300 <= period <= 3000
+    turn = (along - along[0]) / period
+    hits = np.flatnonzero(np.abs(turn - np.round(turn)) < 1e-9)
+    # Six standard deviations of the binomials.
+    assert abs(hits.size - 0.75 * turns) < 6 * (turns * 0.75 * 0.25) ** 0.5
+    assert abs(along.size - hits.size - 0.5 * turns) < 6 * (turns * 0.5 * 0.5) ** 0.5
+    assert (hits == np.arange(hits.size)).all()
+    extra = slice(hits.size, None)
+    assert stats.kstest(along[extra] / length, "uniform").pvalue > 1e-4
+    place = np.median(across[: hits.size])
+    assert stats.kstest((across[: hits.size] - place) / 2, "norm").pvalue > 1e-4
+    if same_place:
+        assert stats.kstest((across[extra] - place) / 2, "norm").pvalue > 1e-4
+    else:
+        assert stats.kstest(across[extra] / 1000, "uniform").pvalue > 1e-4
+    jittered, *_, period = study.simulate(rng, turns, periodic=True, missed=0.0, false=0.0, jitter=0.02)
+    assert np.diff(np.sort(jittered)).std() == pytest.approx(0.02 * 2**0.5 * period, rel=0.1)
+    loose, *_, length, period = study.simulate(rng, turns, periodic=False, **shares)
+    assert stats.kstest(loose / length, "uniform").pvalue > 1e-4
+    assert abs(loose.size - 1.25 * turns) < 6 * (turns * (0.75 * 0.25 + 0.5 * 0.5)) ** 0.5
+
+
 def test_the_simulated_strips_are_what_they_say():
     rng = np.random.default_rng(7)
     along, across, length, period = study.simulate(rng, 2000, periodic=True, false=0.0, jitter=0.001)

@@ -410,3 +410,33 @@ def test_procedural_plates_of_another_size(monkeypatch):
     ):
         with pytest.raises(InputError, match=said):
             datasets.load(f"procedural/{data}", min_size=144)
+
+
+def test_a_studys_figure_has_every_seeds_metric_by_data_map_and_value():
+    def row(value, seed, auroc, *, axis="latent", name="ssim", dataset="lens"):
+        return {
+            "experiment": "autoencoder",
+            "study": "latent",
+            "axis": axis,
+            "value": value,
+            "seed": seed,
+            **dict.fromkeys(sweep.SHOWN),
+            "dataset": dataset,
+            "map": name,
+            "pixel_auroc": auroc,
+        }
+
+    rows = [row("100", 0, 0.5), row("20", 0, 0.25), row("20", 1, 0.75), row("20", 0, 0.125, name="l2")]
+    shown = sweep.figure(rows)
+    nothing = {key: [] for key in list(sweep.SHOWN)[1:]}
+    assert shown["found"] == {
+        ("lens", "ssim"): {
+            "100": {"pixel_auroc": [0.5], **nothing},
+            "20": {"pixel_auroc": [0.25, 0.75], **nothing},
+        },
+        ("lens", "l2"): {"20": {"pixel_auroc": [0.125], **nothing}},
+    }
+    assert (shown["values"], shown["axis"], shown["metrics"]) == (["20", "100"], "latent", sweep.SHOWN)
+    assert shown["title"] == "autoencoder: latent, median and range of 2 seeds"
+    assert sweep.figure(rows[:2])["title"] == "autoencoder: latent"
+    assert sweep.figure([row(str(k), k, 0.5, axis="seed") for k in range(2)])["title"] == "autoencoder: latent"
