@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from steel_ad import config as configs
 from steel_ad.data import patches, plates
@@ -238,6 +239,59 @@ def test_whitened_noise_of_the_lines_spectrum_is_flat():
     found = np.asarray(detector.residual(state, jnp.asarray(noise[0], jnp.float32) / 255))
     inner = found[16:-16, 16:-16]
     assert inner.std() < 0.2 * inner.mean()
+
+
+def lattice_residual_by_definition(detector, cell, vectors, image):
+    """Without the whitened energy, in float64: every repeat of every place of the cell, gone through one by one."""
+    h, w = image.shape
+    first, second = (np.hypot(*vector) for vector in cell)
+    n, m = max(4, round(first)), max(4, round(second))
+
+    def mean(x, size):
+        return ndimage.uniform_filter(x, size, mode="mirror")
+
+    def odd(pitches):
+        size = 2 * round((pitches * (first + second) / 2 - 1) / 2) + 1
+        return min(size, 2 * ((min(h, w) - 1) // 2) - 1)
+
+    def at(x, places):
+        return ndimage.map_coordinates(x, np.moveaxis(places, -1, 0), order=1, mode="nearest")
+
+    x = mean(mean(image.astype(np.float64), 3), 3)
+    x = x - mean(x, odd(detector.background))
+    middle = np.array([(h - 1) / 2, (w - 1) / 2])
+    cells = np.moveaxis(np.mgrid[-20:21, -20:21], 0, -1).reshape(-1, 2)
+    typical, spread = np.zeros((n, m)), np.zeros((n, m))
+    for i, j in np.ndindex(n, m):
+        places = (cells + np.array([i / n, j / m])) @ vectors + middle
+        places = places[((places >= 0) & (places <= 2 * middle)).all(1)]
+        # The lower one of two in the middle.
+        values = at(x, places)
+        typical[i, j] = np.sort(values)[(len(values) - 1) // 2]
+        spread[i, j] = np.sort(np.abs(values - typical[i, j]))[(len(values) - 1) // 2]
+    for _ in range(2):
+        spread = ndimage.uniform_filter(spread, 3, mode="wrap")
+    spread = spread + detector.floor * spread.mean() + 1e-4
+    inside = (np.moveaxis(np.mgrid[:h, :w], 0, -1) - middle) @ np.linalg.inv(vectors)
+    inside = (inside - np.floor(inside)) * np.array([n, m])
+    expected, scale = (at(np.pad(c, [(0, 1), (0, 1)], mode="wrap"), inside) for c in (typical, spread))
+    return np.sqrt(mean(((x - expected) / scale) ** 2, odd(detector.window)))
+
+
+def test_the_lattices_map_is_that_of_its_definition(line):
+    images, _, bad, _ = line
+    detector = dataclasses.replace(DETECTORS["lattice"], background=2.5, window=0.4, floor=0.3)
+    state = detector.fit(images)
+    image = jnp.asarray(bad)
+    vectors = np.asarray(spectrum.refine_lattice(spectrum.autocorrelation(image), state.vectors).vectors, np.float64)
+    expected = lattice_residual_by_definition(detector, state.cell, vectors, bad)
+    coarse = np.asarray(dataclasses.replace(detector, detail=0.0).residual(state, image))
+    # A repeat that lies on the image's edge counts or not, as rounding has it; that moves the medians of some places of the cell.
+    np.testing.assert_allclose(coarse, expected, rtol=0.03)
+    assert np.median(np.abs(coarse / expected - 1)) < 2e-3
+    energy = np.asarray(detector.whitening.residual(state.amplitude, image))
+    found = np.asarray(dataclasses.replace(detector, detail=0.75).residual(state, image))
+    np.testing.assert_allclose(found, coarse + 0.75 * energy, rtol=1e-5)
 
 
 def test_lattice_deviation_ignores_gain_and_offset(line):
