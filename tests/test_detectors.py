@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from steel_ad import config as configs
@@ -16,7 +17,7 @@ from steel_ad.errors import InputError
 from steel_ad.models import compact_cnn, unet
 from steel_ad.ops.ssim import CONSTANTS, ssim_map
 from steel_ad.studies import evaluation, false_alarms, page, results, runs
-from steel_ad.train.state import stream
+from steel_ad.train.state import create, stream
 
 ROOT = jax.random.key(3)
 STEP = jnp.int32(5)
@@ -265,3 +266,53 @@ def test_steps_follow_the_epochs_unless_they_are_given():
     assert (config.total_steps, config.total_classifier_steps, config.total_adapt_steps) == (14, 21, 35)
     config = dataclasses.replace(config, steps=9, classifier_steps=8, adapt_steps=6)
     assert (config.total_steps, config.total_classifier_steps, config.total_adapt_steps) == (9, 8, 6)
+
+
+@pytest.mark.parametrize("second_stage", [False, True])
+def test_a_stage_trains_to_its_steps_from_its_own_random_numbers_and_saves_at_its_cadence(second_stage):
+    config = segmentation_settings(seed=5, checkpoint_every=2, batch_size=4)
+    plates = patches.stack([np.full((8, 8), 51, np.uint8)])
+    data = segmentation.Samples(plates)
+    given = (data, jnp.asarray(3.0)) if second_stage else data
+
+    def objective(params, extra, data, step, root):
+        samples, factor = data if second_stage else (data, jnp.asarray(1.0))
+        assert samples.library is None
+        draw = jax.random.uniform(stream(root, "draw", step))
+        grey = samples.good.pixels.astype(jnp.float32).mean()
+        return factor * params * grey, (extra, {"draw": draw})
+
+    rule = optax.sgd(0.5)
+    begun = dataclasses.replace(create(jnp.asarray(0.0), rule), step=jnp.asarray(1, jnp.int32))
+    rows, kept = [], []
+    state = segmentation.train(
+        objective,
+        rule,
+        given,
+        begun,
+        config=config,
+        stage="a stage",
+        steps=5,
+        on_step=lambda step, row: rows.append((step, row)),
+        save=lambda step, state: kept.append((step, float(state.params))),
+    )
+    assert int(state.step) == 5
+    slope = -0.5 * 51 * (3 if second_stage else 1)
+    assert kept == [(2, slope), (4, 3 * slope), (5, 4 * slope)]
+    assert [step for step, _ in rows] == [2, 3, 4, 5]
+    assert all(type(value) is float for _, row in rows for value in row.values())
+    root = stream(jax.random.key(5), "a stage")
+    draws = [float(jax.random.uniform(stream(root, "draw", step))) for step in range(1, 5)]
+    assert [row["draw"] for _, row in rows] == draws
+    # Nobody need listen.
+    alone = segmentation.train(objective, rule, given, state, config=config, stage="a stage", steps=6)
+    assert float(alone.params) == 5 * slope
+
+
+def test_a_stage_refuses_a_batch_that_its_devices_do_not_divide():
+    class Three:
+        size = 3
+
+    given = {"config": segmentation_settings(batch_size=4), "stage": "a", "steps": 1, "mesh": Three()}
+    with pytest.raises(InputError, match=r"a batch of 4 cannot be divided among 3 devices.*batch_size=3 or 6"):
+        segmentation.train(None, None, segmentation.Samples(None), None, **given)
