@@ -254,21 +254,23 @@ def test_is_not_used_where_it_does_not_apply(monkeypatch):
 
 
 def test_is_compiled_once_and_again_for_other_flags(tmp_path, monkeypatch):
-    calls = []
+    linked, compiled = [], []
 
     def compiler(command, **_):
-        calls.append(command)
+        (compiled if "-c" in command else linked).append(command)
         Path(command[-1]).write_bytes(b"library")
 
     monkeypatch.setattr(native.subprocess, "run", compiler)
     first = native.build(tmp_path / "new")
     assert first.read_bytes() == b"library"
     assert native.build(tmp_path / "new") == first
-    assert len(calls) == 1
+    assert len(linked) == 1
+    assert sorted(command[-3] for command in compiled) == sorted(map(str, native.SOURCES))
+    assert sorted(linked[0][-2 - len(compiled) : -2]) == sorted(command[-1] for command in compiled)
     assert native.build(tmp_path / "new", ("-O1",)) != first
     monkeypatch.setattr(native, "_cpu", lambda: "another")
     assert native.build(tmp_path / "new") != first
-    assert len(calls) == 3
+    assert len(linked) == 3
     assert len(list((tmp_path / "new").iterdir())) == 3  # nothing but the libraries
 
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -178,8 +179,18 @@ def _build(folder: Path, compiler: str, flags: tuple[str, ...], sources: list[Pa
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="native-") as temporary:
         made = Path(temporary) / library.name
-        command = [compiler, *flags, f"-I{jax.ffi.include_dir()}", *map(str, sources), "-o", str(made)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+
+        def run(*arguments: str | Path) -> None:
+            command = [compiler, *flags, f"-I{jax.ffi.include_dir()}", *map(str, arguments)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+
+        inputs = sources
+        if len(sources) > 1:
+            # Side by side, since a compiler takes its sources one after the other.
+            inputs = [made.with_name(f"{source.stem}.o") for source in sources]
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(lambda source, to: run("-c", source, "-o", to), sources, inputs))
+        run(*inputs, "-o", made)
         os.replace(made, library)
     return library
 
