@@ -562,12 +562,11 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.seen, self._open = [], []
+        self.seen = []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.seen.append([tag, dict(attributes), ""])
-        self._open.append(len(self.seen) - 1)
 
     def handle_data(self, data):
         if self.seen:

@@ -856,7 +856,6 @@ def test_a_stamp_is_of_places_sizes_and_times(tmp_path):
         return inside
 
     first = stamp("a")
-    # sha256 of '[["0.png", 4, 1000000000000000000]]'
     assert first == hashlib.sha256(b'[["0.png", 4, 1000000000000000000]]').hexdigest()
     assert first == stamp("b")
     assert first == stamp("c", b"4321")
