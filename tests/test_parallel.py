@@ -13,9 +13,10 @@ import jax
 import numpy as np
 import parallel_worker as worker
 import pytest
+from absl import flags
 
+from steel_ad import cli, parallel
 from steel_ad import config as configs
-from steel_ad import parallel
 from steel_ad.errors import InputError
 from steel_ad.studies import autoencoder as study
 
@@ -222,3 +223,16 @@ def test_a_batch_that_the_devices_do_not_divide(tmp_path, monkeypatch):
 def test_flags_of_several_processes(arguments, said):
     with socket.create_server(("", 0)) as taken, pytest.raises(InputError, match=said):
         parallel.start(arguments[0].format(port=taken.getsockname()[1]), *arguments[1:])
+
+
+def test_a_run_has_a_process_and_the_first_one_is_0():
+    cli.define_processes()
+    known = {name: flags.FLAGS[name] for name in ("coordinator", "num_processes", "process_id")}
+    for name in known:
+        delattr(flags.FLAGS, name)  # of the binaries that ask for it, not of the suite
+    assert [flag.value for flag in known.values()] == ["", None, None]
+    for name, least in (("num_processes", 1), ("process_id", 0)):
+        known[name].parse(str(least))
+        assert known[name].value == least
+        with pytest.raises(flags.IllegalFlagValueError, match=f"{name}={least - 1}"):
+            known[name].parse(str(least - 1))
