@@ -11,7 +11,9 @@ from pathlib import Path
 
 import cv2
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from steel_ad import config as configs
@@ -22,6 +24,7 @@ from steel_ad.report import figures
 from steel_ad.studies import autoencoder as study
 from steel_ad.studies import evaluation, files, runs, trained
 from steel_ad.train.checkpoint import Checkpoints
+from steel_ad.train.state import create
 
 ROOT = Path(__file__).parent.parent
 METRICS = {
@@ -139,6 +142,18 @@ def tiny(**settings):
     from configs.autoencoder import PRESETS
 
     return configs.Autoencoder(**{**PRESETS["tiny"], **settings})
+
+
+def test_trained_parameters_are_those_of_the_newest_checkpoint(tmp_path, monkeypatch):
+    small = create({"w": jnp.zeros(3)}, optax.sgd(0.1))  # the network takes its time to compile
+    monkeypatch.setattr(autoencoder, "initial_state", lambda *_: small)
+    with pytest.raises(InputError, match="there is no checkpoint in"):
+        study.trained(tiny(), tmp_path)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        for step in (2, 4):
+            state = small.replace(step=jnp.int32(step), params={"w": jnp.full(3, 0.5 * step)})
+            checkpoints.save(step, state, {"seconds": 0.0})
+    np.testing.assert_array_equal(study.trained(tiny(), tmp_path)["w"], [2, 2, 2])
 
 
 @pytest.mark.usefixtures("without_pictures")

@@ -23,6 +23,7 @@ from steel_ad.detectors import segmentation
 from steel_ad.detectors.segmentation import Samples
 from steel_ad.errors import InputError
 from steel_ad.report import figures
+from steel_ad.studies import files
 from steel_ad.studies import segmentation as study
 from steel_ad.train.checkpoint import Checkpoints
 from steel_ad.train.state import create
@@ -512,3 +513,67 @@ def test_a_wrong_loss_leaves_no_workdir(data, tmp_path):
     with pytest.raises(InputError, match="no loss 'l2': use one of mse"):
         study.run(tiny(loss="l2"), data=str(data / "line"), defects_from="procedural", workdir=tmp_path / "w")
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(("model", "side"), [("unet", 32), ("compact_cnn", 8)])
+def test_a_loss_is_tried_on_masks_of_the_size_that_the_network_gives(monkeypatch, model, side):
+    def of_this_size(logits, target):
+        assert logits.shape == target.shape == (2, side, side, 1)
+        return losses.mse(logits, target)
+
+    monkeypatch.setitem(losses.SEGMENTATION_LOSSES, "own", of_this_size)
+    study.check_loss(tiny(model=model, loss="own"))
+    with pytest.raises(InputError, match=f"own does not work on patches of {side // 2}x{side // 2}"):
+        study.check_loss(tiny(model=model, loss="own", patch_size=16))
+
+
+# What is read off trained stages.
+
+
+def test_each_group_of_images_gets_its_own_probabilities(good, monkeypatch):
+    monkeypatch.setattr(segmentation, "classify", lambda config, stages, image: stages[0] * image.mean())
+    groups = [good[:2], [], [good[2][:40, :56]], good[3:]]
+    found = study.classifier_scores(tiny(), (jnp.float32(0.5), None), groups)
+    assert [scores.dtype for scores in found] == [np.float32] * 4
+    for scores, group in zip(found, groups, strict=True):
+        np.testing.assert_allclose(scores, [image.mean() / 510 for image in group], rtol=1e-5)
+
+
+def test_models_are_drawn_side_by_side_on_two_images_of_each_kind(good, tmp_path, monkeypatch):
+    kinds = ["pit", "good", "dent", "arc", "good", "spot", "pit", "pit", "dent", "arc", "good", "dent"]
+    test = [datasets.TestImage(f"{i}", kind, good[i % 6], good[i % 6] > 128) for i, kind in enumerate(kinds)]
+    monkeypatch.setattr(datasets, "load", lambda *_, **__: datasets.Dataset("line", [], [], test, []))
+    # A model's map is the image, brighter by what was learnt.
+    learnt = {"a": 1.0, "b": 2.0, "c": 3.0}
+    monkeypatch.setattr(segmentation.SegmentationDetector, "residual", lambda self, state, image: image + state)
+    monkeypatch.setattr(study, "_stage_1", lambda config, samples, workdir, *_, **how: ((workdir.name, how), 0.0))
+
+    def stage_2(config, samples, stage_1, workdir, *_, **how):
+        assert (stage_1, how) == ((workdir.name, how), {"evaluate_only": True})
+        return (np.float32(learnt[workdir.name]), None), 0.0, True
+
+    monkeypatch.setattr(study, "_stage_2", stage_2)
+    monkeypatch.setattr(segmentation, "classify", lambda config, stages, image: stages[0] + 0 * image.mean())
+    drawn = []
+    monkeypatch.setattr(figures, "predictions", lambda path, rows, *, title: drawn.extend(rows) or path)
+    for name, model in (("a", "unet"), ("b", "compact_cnn"), ("c", "unet")):
+        settings = {**configs.to_dict(tiny(model=model)), "data": "x", "defects": ""}
+        files.write_json(tmp_path / name / "config.json", settings)
+    picture = study.predictions([tmp_path / name for name in learnt])
+    assert picture == tmp_path / "a" / "figures" / "predictions.png"
+    # Good ones first, then by name, and no more than eight.
+    assert [row.name for row in drawn] == ["1", "4", "3", "9", "2", "8", "0", "6"]
+    for row in drawn:
+        np.testing.assert_array_equal(row.image, test[int(row.name)].image)
+        np.testing.assert_array_equal(row.truth, test[int(row.name)].mask)
+        assert list(row.maps) == ["U-Net", "CompactCNN", f"U-Net, {tmp_path / 'c'}"]
+        for (raw, score), added in zip(row.maps.values(), learnt.values(), strict=True):
+            np.testing.assert_allclose(raw, row.image / 255 + added, rtol=1e-6)
+            assert score == added
+    test.clear()
+    with pytest.raises(InputError, match="no test images to draw"):
+        study.predictions([tmp_path / "a"])
+    for settings in ({"data": "x"}, {"data": "y", "defects": ""}):
+        files.write_json(tmp_path / "b" / "config.json", settings)
+        with pytest.raises(InputError, match="b holds no segmentation run on x"):
+            study.predictions([tmp_path / "a", tmp_path / "b"])

@@ -1,6 +1,7 @@
 """Studies: what they write, that they resume, that reading a model again is what the run itself would give."""
 
 import dataclasses
+import inspect
 import json
 import os
 import subprocess
@@ -183,6 +184,15 @@ def test_reconstructions_share_windows_of_any_image(monkeypatch):
         np.testing.assert_allclose(same, one, atol=1e-6)
     assert strides == [8, 24, 32]
     assert list(reading._families([128, 48, 32, 96, 32])) == [[32, 96, 128], [48]]
+
+
+def test_what_remembers_data_is_asked_for_it_as_load_is():
+    """Whoever gives no further argument gets the same images from either."""
+    asked = [inspect.signature(f).parameters.values() for f in (datasets.Load.__call__, sweep._Loader.__call__)]
+    whole = inspect.signature(datasets.load).parameters
+    for parameters in asked:
+        left_out = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        assert left_out == {name: whole[name].default for name in ("min_size", "resident")}
 
 
 @pytest.mark.usefixtures("without_figures")
