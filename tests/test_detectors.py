@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy import ndimage
 
 from steel_ad import config as configs
 from steel_ad import metrics
@@ -16,7 +17,8 @@ from steel_ad.detectors import autoencoder, phase_only, segmentation
 from steel_ad.errors import InputError
 from steel_ad.models import compact_cnn, unet
 from steel_ad.ops.ssim import CONSTANTS, ssim_map
-from steel_ad.studies import evaluation, false_alarms, page, results, runs
+from steel_ad.report import figures
+from steel_ad.studies import evaluation, false_alarms, files, page, results, runs
 from steel_ad.train.state import create, stream
 
 ROOT = jax.random.key(3)
@@ -237,6 +239,76 @@ def test_rows_of_scores_tell_what_each_image_is_and_what_each_map_says_of_it():
     want = metrics.evaluate(maps["a"].raw, maps["a"].opened, [t.mask for t in test], threshold=0.5, image_threshold=0.4)
     np.testing.assert_equal(found, want)
     assert found["pixel_auroc"] == 1.0
+
+
+class Brightness:
+    """A detector whose map is the image, brighter by its state."""
+
+    def residual(self, state, image):
+        return image * state
+
+
+def test_maps_and_their_openings_come_in_the_order_of_images_of_any_shape():
+    rng, cross = np.random.default_rng(5), ndimage.generate_binary_structure(2, 1)
+    images = [np.pad(rng.integers(0, 256, shape, np.uint8), 2) for shape in ((6, 9), (8, 5), (6, 9), (6, 9))]
+    mapper = evaluation.Mapper({"a": Brightness(), "b": Brightness()}, 1)
+    found = mapper({"a": np.float32(1), "b": np.float32(2)}, images, label="maps")
+    for name, factor in (("a", 1 / 255), ("b", 2 / 255)):
+        for raw, opened, image in zip(found[name].raw, found[name].opened, images, strict=True):
+            np.testing.assert_allclose(raw, factor * image, rtol=1e-6)
+            np.testing.assert_allclose(opened, factor * ndimage.grey_opening(image, footprint=cross), rtol=1e-6)
+
+
+def test_a_report_holds_what_was_measured_and_nothing_of_the_one_before(tmp_path, monkeypatch):
+    bright, dark = np.eye(4, dtype=np.float32), np.zeros((4, 4), np.float32)
+    grey, marked = np.full((4, 4), 9, np.uint8), np.eye(4) > 0
+    # Scores of good images 0.1, 0.3 and 0.2, of dents 1 and 2.
+    maps = [dark + 0.1, 2 * bright, dark + 0.3, bright, dark + 0.2]
+    kinds = ["good", "dent", "good", "dent", "good"]
+    test = [datasets.TestImage(f"{k}/{i}", k, grey + i, marked & (k != "good")) for i, k in enumerate(kinds)]
+    limits, drawn_ = {"m": evaluation.Thresholds(0.25, 0.5)}, {}
+    for name in ("examples", "score_histogram", "curves"):
+        monkeypatch.setattr(figures, name, lambda path, *a, name=name, **how: drawn_.update({name: (path, a, how)}))
+    stale = [tmp_path / "figures" / name for name in ("examples_old.png", "scores_old.png", "training.png")]
+    stale[0].parent.mkdir()
+    for path in (*stale, tmp_path / "metrics.json"):
+        path.write_text("{}")
+    told = {"limits": limits, "record": {"dataset": "line"}, "extra_maps": {"c": {"image_f1": 0.5}}}
+    told |= {"extra_scores": {"p": np.arange(5)}, "reconstruct": lambda image: image / 2}
+    found = evaluation.report(tmp_path, {"m": evaluation.Maps(maps, maps)}, test, **told)
+    assert [path.exists() for path in stale] == [False, False, True]
+    assert found["maps"]["m"]["pixel_auroc"] == 1.0
+    assert found["maps"]["c"] == {"image_f1": 0.5}
+    assert found["thresholds"] == {"m": {"pixel": 0.25, "image": 0.5}}
+    assert files.read_json(tmp_path / "metrics.json") == found
+    rows = (tmp_path / "scores.csv").read_text().splitlines()
+    assert rows[0] == "image,kind,defective,score_m,defect_m,score_p"
+    assert [row.split(",")[4] for row in rows[1:]] == ["0", "1", "1", "1", "0"]
+
+    path, (good, bad), how = drawn_["score_histogram"]
+    assert path == tmp_path / "figures" / "scores_m.png"
+    np.testing.assert_allclose(good, [0.1, 0.3, 0.2], rtol=1e-6)
+    assert {kind: scores.tolist() for kind, scores in bad.items()} == {"dent": [2, 1]}
+    assert (how["threshold"], how["calibrated"]) == (0.25, 0.5)
+    # The good image in the middle and the worst one; of two dents the stronger.
+    _, (examples,), how = drawn_["examples"]
+    assert [row.name for row in examples] == ["4", "2", "1"]
+    assert [row.mask.any() for row in examples] == [False, True, True]
+    np.testing.assert_array_equal(examples[0].reconstruction, np.full((4, 4), 6.5))
+    assert how["threshold"] == 0.25
+    _, (series,), _ = drawn_["curves"]
+    assert (list(series), series["m"]["auroc"], series["m"]["tpr"][-1]) == (["m"], 1.0, 1.0)
+
+    drawn_.clear()
+    # Without a marked pixel there is no curve, without an image nothing.
+    evaluation.report(tmp_path, {"m": evaluation.Maps(maps[::2], maps[::2])}, test[::2], **told | {"extra_scores": {}})
+    assert set(drawn_) == {"examples", "score_histogram"}
+    drawn_.clear()
+    alone = evaluation.report(tmp_path, {"m": evaluation.Maps([], [])}, [], limits=limits, record={"dataset": "line"})
+    assert (alone["maps"], alone["thresholds"], drawn_) == ({}, found["thresholds"], {})
+    monkeypatch.setattr(evaluation.parallel, "is_main", lambda: False)
+    assert evaluation.report(tmp_path, {"m": evaluation.Maps(maps, maps)}, test, **told) == alone
+    assert not drawn_
 
 
 def test_lines_vary_about_their_pattern():
