@@ -8,19 +8,21 @@ import jax
 import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
+import optax
 import pytest
 from matplotlib.text import Text
 
 from steel_ad import config as configs
-from steel_ad import metrics
+from steel_ad import metrics, native
 from steel_ad.data.patches import stack
 from steel_ad.detectors import autoencoder, segmentation
 from steel_ad.errors import InputError
 from steel_ad.ops import convolution
 from steel_ad.report import roofline
 from steel_ad.studies import benchmark
-from steel_ad.studies.benchmark import cold_start, data, inspection, peers, ssim, timing, train, unet
+from steel_ad.studies.benchmark import ceilings, cold_start, data, inspection, peers, ssim, timing, train, unet
 from steel_ad.studies.benchmark import metrics as metrics_works
+from steel_ad.train.state import create
 from steel_ad.train.step import make_step
 
 OLD = {
@@ -297,6 +299,185 @@ def test_a_cold_start_ends_with_the_first_step(tmp_path):
     cold_start.first_step((sys.executable, "-c", script))
     with pytest.raises(timing.Unavailable, match="no step"):
         cold_start.first_step((sys.executable, "-c", "import sys; sys.exit('no step')"))
+
+
+# Least bytes of the full works, 20 of those whose costs are set.
+SIZES = {
+    "ssim_forward_32x128": 3 * 4 * 32 * 128**2,
+    "ssim_gradient_32x128": 3 * 4 * 32 * 128**2,
+    "ssim_forward_8x2048": 3 * 4 * 8 * 2048**2,
+    "ssim_gradient_8x2048": 3 * 4 * 8 * 2048**2,
+    "metrics_200x256": 5 * 200 * 256**2,
+    "read_png_1024": 16 * 1024**2,
+    "crops_128": 5 * 512 * 128**2,
+    "insert_256": 9 * 64 * 256**2,
+    "render_256": 4 * 16 * 256**2,
+    "train_from_files_b16": 20.0,
+    **dict.fromkeys(("train_ssim_b32", "train_ssim_b128", "train_l2_b32", "train_l2_b128"), 20.0),
+    **dict.fromkeys(("inspection_256", "inspection_1x256", "inspection_2048x4096", "unet16_train_b8"), 20.0),
+    # As much for each of four seeds.
+    "sweep_4_seeds_b16": 80.0,
+    "cold_start": None,
+}
+AMOUNTS = {
+    "inspection_256": {"mpx_s": 8 * 0.065536},
+    "inspection_1x256": {"mpx_s": 0.065536},
+    "inspection_2048x4096": {"mpx_s": 8.388608},
+    "read_png_1024": {"mpx_s": 16.777216},
+    "crops_128": {"patches_s": 512},
+    "insert_256": {"images_s": 64},
+    "render_256": {"images_s": 16},
+    "train_from_files_b16": {"patches_s": 16},
+}
+
+
+@pytest.fixture
+def works(monkeypatch):
+    """Full-size works by name, of which none is begun: no code of this machine's own, no PyTorch, and costs that take no tracing."""
+    monkeypatch.setattr(native, "ready", lambda: False)
+    monkeypatch.setattr(native, "cuda_ready", lambda window: False)
+    monkeypatch.setattr(peers, "torch_installed", lambda: False)
+    for module in (train, inspection, unet):
+        monkeypatch.setattr(module, "cost", lambda *_: (10.0, 20.0))
+    return lambda: {work.name: work for make in benchmark.GROUPS.values() for work in make(tiny=False)}
+
+
+def test_full_works_are_of_the_sizes_that_they_are_named_by(works):
+    found = works()
+    assert {name: work.bytes for name, work in found.items()} == SIZES
+    for name, work in found.items():
+        assert dict(work.amounts) == pytest.approx(AMOUNTS.get(name, {})), name
+        if SIZES[name] in (20.0, 80.0):
+            assert work.flops == SIZES[name] / 2
+        else:
+            assert (work.flops is None) != name.startswith("ssim")
+    assert found["ssim_forward_32x128"].flops == 32 * 128**2 * (80 + 35)
+    assert found["ssim_gradient_32x128"].flops == 32 * 128**2 * (160 + 80)
+    # Long enough for a percentile of single images, and for what was read ahead not to matter.
+    longer = {name: work.block_s for name, work in found.items() if work.block_s != 0.05}
+    assert longer == {"inspection_1x256": 1, "inspection_2048x4096": 1, "train_from_files_b16": 5}
+
+
+def test_implementations_are_those_that_the_machine_has(works, monkeypatch):
+    found = {name: set(work.makers) for name, work in works().items()}
+    assert found["ssim_forward_32x128"] == {"steel_ad", "steel_ad_gaussian", "dm_pix", "scikit_image", "cv2_box"}
+    assert found["ssim_gradient_32x128"] == {"steel_ad", "steel_ad_gaussian", "dm_pix"}
+    assert found["train_l2_b32"] == {"steel_ad", "linen_naive"}
+    assert found["inspection_256"] == found["unet16_train_b8"] == {"steel_ad"}
+    assert found["cold_start"] == {"steel_ad", "steel_ad_without_cache", "steel_ad_import_only"}
+    monkeypatch.setattr(peers, "torch_installed", lambda: True)
+    monkeypatch.setattr(native, "ready", lambda: True)
+    more = {name: set(work.makers) - found[name] for name, work in works().items()}
+    how = {f"torch_{way}_{layout}" for way in ("eager", "compile") for layout in ("nchw", "channels_last")}
+    assert more["train_l2_b32"] == more["unet16_train_b8"] == how | {"steel_ad_xla"}
+    assert more["inspection_256"] == {"torch_opencv_nchw", "torch_opencv_channels_last", "steel_ad_xla"}
+    pooled = {"torch_avg_pool", "torch_avg_pool_separable", "torch_avg_pool_compiled"}
+    assert more["ssim_gradient_32x128"] == pooled | {"torchmetrics", "pytorch_msssim", "steel_ad_xla"}
+    # A GPU has both precisions, programs recorded as graphs, larger batches and frames under way side by side.
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    on_gpu = works()
+    graphs = {name.replace("eager", "graphs") for name in how if "eager" in name}
+    both = {name + end for name in how | graphs for end in ("", "_bf16")} | {"steel_ad_xla", "steel_ad_bf16"}
+    assert set(on_gpu["train_l2_b32"].makers) == both | {"steel_ad", "linen_naive"}
+    assert set(on_gpu["unet16_train_b8"].makers) == both | {"steel_ad"}
+    assert on_gpu["inspection_256"].amounts == {"mpx_s": 128 * 0.065536}
+    assert on_gpu["inspection_8x2048x4096"].amounts == {"mpx_s": 8 * 8.388608}
+    assert on_gpu["train_from_files_b16"].block_s == 30
+
+
+def test_a_compiled_program_comes_with_its_seconds_and_what_xla_counts(monkeypatch):
+    clock = iter([10.0, 12.5] * 2)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    a, b = jnp.ones((8, 16)), jnp.ones((16, 32))
+    program, seconds, counted = timing.compiled(jax.jit(jnp.matmul), a, b)
+    np.testing.assert_array_equal(program(a, b), np.full((8, 32), 16))
+    assert (seconds, counted["flops"]) == (2.5, 2 * 8 * 16 * 32)
+
+    def steel_ad_product(a, b):
+        return a @ b
+
+    # What calls of that name do, code of this machine's own, is not seen by XLA.
+    assert timing.compiled(jax.jit(steel_ad_product), a, b)[2] == {}
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "on_gpu", "window", "names"),
+    [
+        (False, False, 11, ["steel_ad"]),
+        (True, False, None, ["steel_ad", "steel_ad_xla"]),
+        (False, True, 11, ["steel_ad", "steel_ad_xla"]),
+        (False, True, 7, ["steel_ad"]),
+        (False, True, None, ["steel_ad"]),
+    ],
+)
+def test_what_has_code_of_its_own_is_also_done_without(monkeypatch, on_cpu, on_gpu, window, names):
+    monkeypatch.setattr(native, "ready", lambda: on_cpu)
+    monkeypatch.setattr(native, "cuda_ready", lambda size: on_gpu and size == 11)
+
+    def maker():
+        return native._suspended
+
+    makers = timing.with_xla_alone({"steel_ad": maker}, maker, window)
+    assert list(makers) == names
+    assert [make() for make in makers.values()] == [False, True][: len(names)]
+
+
+def test_ceilings_are_of_the_fastest_repeat(monkeypatch):
+    """The first call of each is not timed; on CPU there is a second library, and no half precision."""
+    timed = []
+
+    def seconds(program):
+        timed.append(program)
+        return 9.0 if timed.count(program) == 1 else 8.0 - timed.count(program)
+
+    monkeypatch.setattr(ceilings, "seconds", seconds)
+    monkeypatch.setattr(ceilings, "cpu_compiler_options", lambda: None)
+    found = ceilings.ceilings(repeats=3, tiny=True)
+    # The fourth call, in 4 s: two FLOPs an element and term, 4 bytes read and written.
+    assert found == pytest.approx({"matmul_tflops": 2 * 256**3 / 4 / 1e12, "copy_gbs": 2 * 4 * 2**20 / 4 / 1e9})
+    assert len(timed) == 8
+    monkeypatch.setattr(ceilings, "_product", lambda dtype, side, repeats: side * jnp.dtype(dtype).itemsize)
+    monkeypatch.setattr(ceilings, "_pass", lambda count, repeats: count)
+    assert ceilings.ceilings(repeats=3, tiny=False) == {"matmul_tflops": 4 * 2048, "copy_gbs": 2**26}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    on_gpu = ceilings.ceilings(repeats=3, tiny=False)
+    assert on_gpu == {"matmul_tflops": 4 * 8192, "matmul_bf16_tflops": 2 * 8192, "copy_gbs": 2**29}
+
+
+def test_what_one_run_lacks_is_compared_with_nothing():
+    new = {"rows": [{"work": "ssim_forward_2x32", "impl": name, "median_ms": 2.0} for name in ("fresh", "steel_ad")]}
+    assert [tuple(row.values()) for row in benchmark.comparison(OLD, new)] == [
+        ("ssim_forward_2x32", "fresh", None, 2.0, None),
+        ("ssim_forward_2x32", "steel_ad", 0.5, 2.0, 4.0),
+        ("ssim_forward_2x32", "forgotten", 2.0, None, None),
+    ]
+
+
+def test_read_images_are_those_that_were_written(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 20, 24), np.uint8)
+    paths = data.write_pngs(tmp_path, images)
+    assert [path.name for path in paths] == ["000.png", "001.png", "002.png"]
+    for program in (data._read(lambda: images), peers.read_png(lambda: images)["cv2"]()):
+        np.testing.assert_array_equal(np.stack(program.call()), images)
+        program.close()
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("per_call", [1, 3])
+def test_a_program_of_steps_goes_on_from_call_to_call(monkeypatch, per_call):
+    monkeypatch.setattr(train, "steps_per_call", lambda *cadences: {(12, 6): per_call}[cadences])
+
+    def objective(params, extra, data, step, root):
+        return params["w"] * data[0], (extra, {})
+
+    config = configs.Autoencoder(steps=12, checkpoint_every=6)
+    state = create({"w": jnp.float32(8)}, optax.sgd(0.5))
+    program = train.stepping(objective, optax.sgd(0.5), state, [np.float32(2)], config)
+    assert (program.works, program.precision) == (per_call, "float32")
+    assert program.compile_s > 0
+    losses = np.concatenate([program.call()["loss"] for _ in range(6 // per_call)])
+    # A step takes half of the slope, 1, off the weight.
+    np.testing.assert_array_equal(losses, [16, 14, 12, 10, 8, 6])
 
 
 def recorder(calls, name):
