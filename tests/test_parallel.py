@@ -7,13 +7,16 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import parallel_worker as worker
 import pytest
 from absl import flags
+from jax.sharding import PartitionSpec as P
 
 from steel_ad import cli, parallel
 from steel_ad import config as configs
@@ -236,3 +239,117 @@ def test_a_run_has_a_process_and_the_first_one_is_0():
         assert known[name].value == least
         with pytest.raises(flags.IllegalFlagValueError, match=f"{name}={least - 1}"):
             known[name].parse(str(least - 1))
+
+
+def test_a_process_joins_the_others_as_it_is_told(monkeypatch):
+    joined, met = [], []
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)  # it would be the suite's too
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments, **_: joined.append(arguments))
+    monkeypatch.setattr(parallel, "barrier", met.append)
+    with socket.create_server(("", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        parallel.start(address, 3, 2)  # only process 0 has to have the port
+    parallel.start(address, 3, 0)
+    parallel.start("auto", None, None)
+    assert joined == [(address, 3, 2), (address, 3, 0), (None, None, None)]
+    assert met == ["start"] * 3
+
+    def nothing(*_, **__):
+        raise ValueError("no Slurm here")
+
+    monkeypatch.setattr(jax.distributed, "initialize", nothing)
+    with pytest.raises(InputError, match="finds no cluster here"):
+        parallel.start("auto", None, None)
+    assert len(met) == 3
+
+
+def test_process_0_is_main_and_only_several_wait_for_each_other(monkeypatch):
+    met = []
+    monkeypatch.setattr(parallel.multihost_utils, "sync_global_devices", met.append)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert parallel.is_main()  # alone, whatever its number
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    assert not parallel.is_main()
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    assert parallel.is_main()
+    for count in (1, 2):
+        monkeypatch.setattr(jax, "process_count", lambda count=count: count)
+        parallel.barrier(f"of {count}")
+    assert met == ["of 2"]
+
+
+def test_a_thread_is_alone_with_its_device_until_it_is_done(monkeypatch):
+    (device,) = jax.devices()
+    monkeypatch.setattr(jax, "devices", lambda: ["first", "second", "third"])
+    monkeypatch.setattr(jax, "make_mesh", lambda shape, names, *, devices, **_: (shape, names, devices))
+    assert (parallel.is_alone(), parallel.first_device()) == (False, "first")
+
+    def fails():
+        with parallel.alone(device), ThreadPoolExecutor(1) as pool:
+            assert (parallel.is_alone(), parallel.first_device()) == (True, device)
+            assert parallel.mesh() == ((1,), ("data",), [device])
+            assert not pool.submit(parallel.is_alone).result()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert not parallel.is_alone()
+    assert parallel.mesh() == ((3,), ("data",), ["first", "second", "third"])
+    assert parallel.mesh(2) == ((2,), ("data",), ["first", "second"])
+
+
+def test_what_devices_hold_of_arrays():
+    mesh, values = parallel.mesh(), {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.int32(4)}
+    places = [parallel.replicated(mesh), parallel.spread(mesh), parallel.spread_batches(mesh)]
+    assert [place.spec for place in places] == [P(), P("data"), P(None, "data")]
+    kept = parallel.put(values, places[0])
+    assert all(leaf.sharding == places[0] for leaf in jax.tree.leaves(kept))
+    own = parallel.local({**kept, "name": "n"})
+    assert own.pop("name") == "n"
+    for found in (kept, own):
+        jax.tree.map(np.testing.assert_array_equal, found, values)
+    batches = parallel.spread_parts(values["a"], mesh)
+    assert batches.sharding.is_equivalent_to(places[2], 2)
+    np.testing.assert_array_equal(batches, values["a"])
+
+
+def test_arrays_of_several_processes_are_put_part_by_part(monkeypatch):
+    """An array that is spread over them already goes from device to device."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "device_put", lambda *_: pytest.fail("another process's devices cannot be reached"))
+    sharding = parallel.spread(parallel.mesh())
+    for value in (np.arange(3), jax.numpy.arange(3)):
+        found = parallel.put({"x": value}, sharding)["x"]
+        assert found.sharding == sharding
+        np.testing.assert_array_equal(found, [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("devices", "whole"),
+    [
+        ([slice(2, 4), slice(4, 6)], slice(2, 6)),
+        ([slice(6, None), slice(4, 6)], slice(4, 8)),
+        ([slice(None, 2)], slice(0, 2)),
+        ([slice(None)], slice(0, 8)),
+    ],
+)
+def test_a_processs_part_of_a_batch_is_that_of_its_devices(monkeypatch, devices, whole):
+    parts = {**{i: (part,) for i, part in enumerate(devices)}, "of another process": None}
+    spread = SimpleNamespace(addressable_devices_indices_map=lambda shape: {(8,): parts}[shape])
+    monkeypatch.setattr(parallel, "spread", lambda mesh: spread)
+    assert parallel.part(8, None) == whole
+
+
+@pytest.mark.parametrize(("devices", "constraints"), [(None, 0), (1, 0), (8, 1)])
+def test_a_batch_is_split_where_there_are_devices_for_it(devices, constraints):
+    def traced():
+        return str(jax.make_jaxpr(parallel.split_batch)(jax.ShapeDtypeStruct((16, 3), np.float32)))
+
+    if devices is None:
+        text = traced()
+    else:
+        mesh = jax.sharding.AbstractMesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        with parallel.inside(SimpleNamespace(abstract_mesh=mesh)):
+            text = traced()
+    assert text.count("sharding_constraint[") == constraints
+    assert ("'data'" in text) == bool(constraints)
