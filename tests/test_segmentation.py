@@ -426,6 +426,84 @@ def test_interrupted_transfer_ends_as_an_undisturbed_one_and_adapts_to_the_targe
         jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
+@pytest.fixture
+def no_training(good, monkeypatch):
+    """Stages that end at once, each after seconds of its own, with the steps of `short` missing; `seen`: what they are given."""
+    line = datasets.Dataset("line", good, [{"path": str(i)} for i in range(6)], [])
+    seconds = {
+        "train": 1,
+        "pretrain": 1,
+        "adapt": 20,
+        "classifier": 300,
+        "classifier_before": 300,
+        "classifier_after": 4000,
+    }
+    short, seen = set(), {}
+
+    def stage_1(config, samples, workdir, settings, stage="train", *, start=None, evaluate_only):
+        seen[stage] = samples, start
+        state = create({"w": jnp.full(2, float(len(seen)))}, segmentation.optimizer(config, 4))
+        return state.replace(step=np.int32(4 - (stage in short))), seconds[stage]
+
+    def stage_2(config, samples, stage_1, workdir, settings, stage="classifier", *, evaluate_only):
+        seen[stage] = samples, stage_1
+        return stage, seconds[stage], stage not in short
+
+    def evaluate(config, stages, line, workdir, record):
+        return {**record, "of": stages, "in": workdir.name, "line": line.dataset.name}
+
+    monkeypatch.setattr(study, "_stage_1", stage_1)
+    monkeypatch.setattr(study, "_stage_2", stage_2)
+    monkeypatch.setattr(study, "_evaluate", evaluate)
+    monkeypatch.setattr(study, "_samples", lambda config, line, *_: (Samples(study._plates(line.training)), ["d"]))
+    return {"load": lambda data, **_: dataclasses.replace(line, name=data)}, short, seen
+
+
+@pytest.mark.parametrize("unfinished", ["", "train", "classifier"])
+def test_a_run_is_finished_with_both_its_stages(no_training, tmp_path, unfinished):
+    given, short, _ = no_training
+    short.add(unfinished)
+    record = study.run(tiny(), data="a//b", defects_from="labelled", workdir=tmp_path, **given)
+    assert (record["finished"], record["train_seconds"], record["experiment"]) == (not unfinished, 301, "segmentation")
+    assert record["config"] == {**configs.to_dict(tiny()), "data": "a/b", "defects": "labelled"}
+    assert files.read_json(tmp_path / "config.json") == record["config"]
+    assert files.read_json(tmp_path / "defects.json") == ["d"]
+    assert [row["use"] for row in files.read_json(tmp_path / "manifest.json")].count("train") == 5
+
+
+@pytest.mark.parametrize("unfinished", ["", "pretrain", "adapt", "classifier_before", "classifier_after"])
+def test_a_transfer_is_finished_with_all_its_stages(no_training, tmp_path, unfinished):
+    given, short, seen = no_training
+    short.add(unfinished)
+    lines = {"source": "old", "target": "new"}
+    record = study.transfer(tiny(), **lines, defects_from="", workdir=tmp_path, **given)
+    assert (record["finished"], record["experiment"]) == (not unfinished, "transfer")
+    assert record == files.read_json(tmp_path / "metrics.json")
+    # What came after pretraining took it as well.
+    for when, seconds in (("before", 301), ("after", 4021)):
+        for where, name in lines.items():
+            found = record[when][where]
+            assert (found["of"], found["in"]) == (f"classifier_{when}", f"{when}_{where}")
+            assert (found["line"], found["train_seconds"]) == (name, seconds)
+    # Adapting starts from what was pretrained, at step 0 and on a mixture.
+    samples, start = seen["adapt"]
+    assert int(start.step) == 0
+    np.testing.assert_array_equal(start.params["w"], [1, 1])
+    assert seen["pretrain"][0].new_line is seen["classifier_before"][0].new_line is None
+    assert samples.new_line is seen["classifier_after"][0].new_line is not None
+    assert [int(seen[f"classifier_{when}"][1].params["w"][0]) for when in ("before", "after")] == [1, 2]
+
+
+def test_stages_of_a_batch_that_the_devices_do_not_divide_are_only_evaluated(no_training, tmp_path, monkeypatch):
+    given = {"defects_from": "", "workdir": tmp_path / "w", **no_training[0]}
+    monkeypatch.setattr(parallel, "mesh", lambda: jax.sharding.AbstractMesh((3,), ("data",)))
+    for run, data in ((study.run, {"data": "a"}), (study.transfer, {"source": "a", "target": "b"})):
+        with pytest.raises(InputError, match="a batch of 2 cannot be divided among 3 devices"):
+            run(tiny(), **data, **given)
+        with pytest.raises(InputError, match="there is no run in"):
+            run(tiny(), **data, **given, evaluate_only=True)
+
+
 def test_transfer_binary(data, tmp_path):
     result = start(
         "transfer",
