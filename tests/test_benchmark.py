@@ -475,9 +475,10 @@ def test_a_program_of_steps_goes_on_from_call_to_call(monkeypatch, per_call):
     program = train.stepping(objective, optax.sgd(0.5), state, [np.float32(2)], config)
     assert (program.works, program.precision) == (per_call, "float32")
     assert program.compile_s > 0
-    losses = np.concatenate([program.call()["loss"] for _ in range(6 // per_call)])
-    # A step takes half of the slope, 1, off the weight.
-    np.testing.assert_array_equal(losses, [16, 14, 12, 10, 8, 6])
+    calls = [program.call() for _ in range(6 // per_call)]
+    # A step takes half of the slope off the weight.
+    np.testing.assert_array_equal(np.concatenate([found["loss"] for found in calls]), [16, 14, 12, 10, 8, 6])
+    np.testing.assert_array_equal(np.concatenate([found["gradient_norm"] for found in calls]), [2] * 6)
 
 
 def recorder(calls, name):

@@ -222,18 +222,22 @@ def test_phase_only_has_nothing_to_fit(plates):
 
 def test_rows_of_scores_tell_what_each_image_is_and_what_each_map_says_of_it():
     low, high = np.zeros((2, 2), np.float32), np.array([[0, 0], [0, 0.5]], np.float32)
-    maps = {"a": evaluation.Maps([low, high], [low, high]), "b": evaluation.Maps([low, low], [high, low])}
+    maps = {"a": evaluation.Maps([low, high, low], [low, high, low])}
+    maps["b"] = evaluation.Maps([low, low, low], [high, low, low])
     marked = np.array([[False, False], [False, True]])
     test = [
         datasets.TestImage("x", "good", low.astype(np.uint8), ~marked & marked),
         datasets.TestImage("y", "dent", low.astype(np.uint8), marked),
+        datasets.TestImage("z", "crack", low.astype(np.uint8), ~marked & marked),  # where it is has not been marked
     ]
     limits = {"a": evaluation.Thresholds(0.5, 0.4), "b": evaluation.Thresholds(0.4, 0.6)}
-    assert evaluation.score_rows(maps, test, limits, {"p": np.array([0.25, 0.75])}) == [
+    assert evaluation.score_rows(maps, test, limits, {"p": np.array([0.25, 0.75, 0.5])}) == [
         {"image": "x", "kind": "good", "defective": 0}
         | {"score_a": 0.0, "defect_a": 0, "score_b": 0.5, "defect_b": 1, "score_p": 0.25},
         {"image": "y", "kind": "dent", "defective": 1}
         | {"score_a": 0.5, "defect_a": 0, "score_b": 0.0, "defect_b": 0, "score_p": 0.75},
+        {"image": "z", "kind": "crack", "defective": 1}
+        | {"score_a": 0.0, "defect_a": 0, "score_b": 0.0, "defect_b": 0, "score_p": 0.5},
     ]
     found = evaluation.measure(maps["a"], test, limits["a"])
     want = metrics.evaluate(maps["a"].raw, maps["a"].opened, [t.mask for t in test], threshold=0.5, image_threshold=0.4)
@@ -266,7 +270,8 @@ def test_a_report_holds_what_was_measured_and_nothing_of_the_one_before(tmp_path
     maps = [dark + 0.1, 2 * bright, dark + 0.3, bright, dark + 0.2]
     kinds = ["good", "dent", "good", "dent", "good"]
     test = [datasets.TestImage(f"{k}/{i}", k, grey + i, marked & (k != "good")) for i, k in enumerate(kinds)]
-    limits, drawn_ = {"m": evaluation.Thresholds(0.25, 0.5)}, {}
+    limits, drawn_, met = {"m": evaluation.Thresholds(0.25, 0.5)}, {}, []
+    monkeypatch.setattr(evaluation.parallel, "barrier", met.append)
     for name in ("examples", "score_histogram", "curves"):
         monkeypatch.setattr(figures, name, lambda path, *a, name=name, **how: drawn_.update({name: (path, a, how)}))
     stale = [tmp_path / "figures" / name for name in ("examples_old.png", "scores_old.png", "training.png")]
@@ -300,6 +305,11 @@ def test_a_report_holds_what_was_measured_and_nothing_of_the_one_before(tmp_path
     assert (list(series), series["m"]["auroc"], series["m"]["tpr"][-1]) == (["m"], 1.0, 1.0)
 
     drawn_.clear()
+    # Good pixels of a single image are enough for a curve.
+    full = dataclasses.replace(test[1], mask=marked | True)
+    evaluation.report(tmp_path / "bad", {"m": evaluation.Maps(maps[1:4:2], maps[1:4:2])}, [full, test[3]], **told)
+    assert set(drawn_) == {"examples", "score_histogram", "curves"}
+    drawn_.clear()
     # Without a marked pixel there is no curve, without an image nothing.
     evaluation.report(tmp_path, {"m": evaluation.Maps(maps[::2], maps[::2])}, test[::2], **told | {"extra_scores": {}})
     assert set(drawn_) == {"examples", "score_histogram"}
@@ -309,6 +319,7 @@ def test_a_report_holds_what_was_measured_and_nothing_of_the_one_before(tmp_path
     monkeypatch.setattr(evaluation.parallel, "is_main", lambda: False)
     assert evaluation.report(tmp_path, {"m": evaluation.Maps(maps, maps)}, test, **told) == alone
     assert not drawn_
+    assert met == ["report"] * 5
 
 
 def test_lines_vary_about_their_pattern():

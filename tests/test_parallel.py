@@ -244,14 +244,17 @@ def test_a_run_has_a_process_and_the_first_one_is_0():
 def test_a_process_joins_the_others_as_it_is_told(monkeypatch):
     joined, met = [], []
     monkeypatch.setattr(jax.config, "update", lambda name, value: None)  # it would be the suite's too
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments, **_: joined.append(arguments))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *whom, **how: joined.append((whom, how)))
     monkeypatch.setattr(parallel, "barrier", met.append)
     with socket.create_server(("", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
         parallel.start(address, 3, 2)  # only process 0 has to have the port
     parallel.start(address, 3, 0)
     parallel.start("auto", None, None)
-    assert joined == [(address, 3, 2), (address, 3, 0), (None, None, None)]
+    assert [whom for whom, _ in joined] == [(address, 3, 2), (address, 3, 0), (None, None, None)]
+    # The two minutes of the sentence about a process that does not come.
+    assert {how["initialization_timeout"] for _, how in joined} == {120}
+    assert "within two minutes" in parallel.LOST
     assert met == ["start"] * 3
 
     def nothing(*_, **__):
@@ -353,3 +356,4 @@ def test_a_batch_is_split_where_there_are_devices_for_it(devices, constraints):
             text = traced()
     assert text.count("sharding_constraint[") == constraints
     assert ("'data'" in text) == bool(constraints)
+    np.testing.assert_array_equal(parallel.split_batch(np.arange(4)), [0, 1, 2, 3])

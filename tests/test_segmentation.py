@@ -648,6 +648,11 @@ def test_models_are_drawn_side_by_side_on_two_images_of_each_kind(good, tmp_path
         for (raw, score), added in zip(row.maps.values(), learnt.values(), strict=True):
             np.testing.assert_allclose(raw, row.image / 255 + added, rtol=1e-6)
             assert score == added
+    drawn.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "is_main", lambda: False)
+        assert study.predictions([tmp_path / "a"]) == picture
+    assert not drawn
     test.clear()
     with pytest.raises(InputError, match="no test images to draw"):
         study.predictions([tmp_path / "a"])
