@@ -450,7 +450,9 @@ def no_training(good, monkeypatch):
         return stage, seconds[stage], stage not in short
 
     def evaluate(config, stages, line, workdir, record):
-        return {**record, "of": stages, "in": workdir.name, "line": line.dataset.name}
+        found = {**record, "of": stages, "in": workdir.name, "line": line.dataset.name, "maps": {}}
+        files.write_json(workdir / "metrics.json", found)
+        return found
 
     monkeypatch.setattr(study, "_stage_1", stage_1)
     monkeypatch.setattr(study, "_stage_2", stage_2)
@@ -461,14 +463,18 @@ def no_training(good, monkeypatch):
 
 @pytest.mark.parametrize("unfinished", ["", "train", "classifier"])
 def test_a_run_is_finished_with_both_its_stages(no_training, tmp_path, unfinished):
-    given, short, _ = no_training
+    given, short, seen = no_training
     short.add(unfinished)
-    record = study.run(tiny(), data="a//b", defects_from="labelled", workdir=tmp_path, **given)
+    given = {"data": "a//b", "defects_from": "labelled", "workdir": tmp_path, **given}
+    record = study.run(tiny(), **given)
     assert (record["finished"], record["train_seconds"], record["experiment"]) == (not unfinished, 301, "segmentation")
     assert record["config"] == {**configs.to_dict(tiny()), "data": "a/b", "defects": "labelled"}
     assert files.read_json(tmp_path / "config.json") == record["config"]
     assert files.read_json(tmp_path / "defects.json") == ["d"]
     assert [row["use"] for row in files.read_json(tmp_path / "manifest.json")].count("train") == 5
+    seen.clear()
+    assert study.run(tiny(), **given) == record
+    assert bool(seen) == bool(unfinished)  # what is finished is only read
 
 
 @pytest.mark.parametrize("unfinished", ["", "pretrain", "adapt", "classifier_before", "classifier_after"])
@@ -476,9 +482,13 @@ def test_a_transfer_is_finished_with_all_its_stages(no_training, tmp_path, unfin
     given, short, seen = no_training
     short.add(unfinished)
     lines = {"source": "old", "target": "new"}
-    record = study.transfer(tiny(), **lines, defects_from="", workdir=tmp_path, **given)
+    given = {**lines, "defects_from": "", "workdir": tmp_path, **given}
+    record = study.transfer(tiny(), **given)
     assert (record["finished"], record["experiment"]) == (not unfinished, "transfer")
     assert record == files.read_json(tmp_path / "metrics.json")
+    assert files.read_json(tmp_path / "config.json") == {**configs.to_dict(tiny()), **lines, "defects": ""}
+    for where in lines:
+        assert files.read_json(tmp_path / where / "defects.json") == ["d"]
     # What came after pretraining took it as well.
     for when, seconds in (("before", 301), ("after", 4021)):
         for where, name in lines.items():
@@ -492,6 +502,9 @@ def test_a_transfer_is_finished_with_all_its_stages(no_training, tmp_path, unfin
     assert seen["pretrain"][0].new_line is seen["classifier_before"][0].new_line is None
     assert samples.new_line is seen["classifier_after"][0].new_line is not None
     assert [int(seen[f"classifier_{when}"][1].params["w"][0]) for when in ("before", "after")] == [1, 2]
+    seen.clear()
+    assert study.transfer(tiny(), **given) == record
+    assert bool(seen) == bool(unfinished)
 
 
 def test_stages_of_a_batch_that_the_devices_do_not_divide_are_only_evaluated(no_training, tmp_path, monkeypatch):
@@ -590,6 +603,8 @@ def test_settings_that_are_refused(settings, said):
 def test_a_wrong_loss_leaves_no_workdir(data, tmp_path):
     with pytest.raises(InputError, match="no loss 'l2': use one of mse"):
         study.run(tiny(loss="l2"), data=str(data / "line"), defects_from="procedural", workdir=tmp_path / "w")
+    with pytest.raises(InputError, match="no loss 'l2': use one of mse"):
+        study.transfer(tiny(loss="l2"), source="none", target="none", defects_from="", workdir=tmp_path / "w")
     assert not (tmp_path / "w").exists()
 
 
