@@ -385,6 +385,12 @@ def test_implementations_are_those_that_the_machine_has(works, monkeypatch):
     assert on_gpu["train_from_files_b16"].block_s == 30
 
 
+@pytest.mark.parametrize("place", [None, "somewhere"])
+def test_pytorch_is_looked_for_without_an_import(monkeypatch, place):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", {"torch": place}.get)
+    assert peers.torch_installed() is (place is not None)
+
+
 def test_a_compiled_program_comes_with_its_seconds_and_what_xla_counts(monkeypatch):
     clock = iter([10.0, 12.5] * 2)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
