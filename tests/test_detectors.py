@@ -15,7 +15,7 @@ from steel_ad.data import datasets, patches
 from steel_ad.data import plates as drawn
 from steel_ad.detectors import autoencoder, phase_only, segmentation
 from steel_ad.errors import InputError
-from steel_ad.models import compact_cnn, unet
+from steel_ad.models import compact_cnn, initial, unet
 from steel_ad.ops.ssim import CONSTANTS, ssim_map
 from steel_ad.report import figures
 from steel_ad.studies import evaluation, false_alarms, files, page, results, runs
@@ -63,7 +63,7 @@ def test_the_autoencoders_first_state_is_that_of_its_network_and_seed():
     network = autoencoder.model(config)
     assert (network.latent, network.dtype) == (7, jnp.bfloat16)
     state = autoencoder.initial_state(config, ROOT)
-    want = jax.jit(network.init)(stream(ROOT, "init"), jnp.zeros((1, 32, 32, 1)))
+    want = jax.jit(lambda k: initial.together(network.init, k, jnp.zeros((1, 32, 32, 1))))(stream(ROOT, "init"))
     jax.tree.map(np.testing.assert_array_equal, state.params, want)
     assert int(state.step) == 0
     assert state.params["params"]["Collapse_0"]["kernel"].shape == (2, 2, 32, 7)
@@ -112,7 +112,7 @@ def test_first_states_of_both_stages_are_those_of_their_networks_and_seed(superv
     config, _, first, second = supervised
     network, root = segmentation.network(config), jax.random.key(config.seed)
     x = jnp.zeros((1, config.patch_size, config.patch_size, 1))
-    want = jax.jit(network.init)(stream(root, "init segmentation"), x)
+    want = jax.jit(lambda k: initial.together(network.init, k, x))(stream(root, "init segmentation"))
     frozen = segmentation.variables(first)
     assert set(frozen) == {"params", "batch_stats"}
     jax.tree.map(np.testing.assert_array_equal, frozen, dict(want))

@@ -1,6 +1,7 @@
 """The supervised networks: parameter counts by hand, rewritten operations against lax's plain form, batch norm's state, lowering."""
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
+from scipy import stats
 
 from steel_ad.models import blocks, compact_cnn, initial, unet
 from steel_ad.ops import convolution
@@ -194,6 +196,27 @@ def test_block_is_convolution_batch_norm_relu(size, stride):
 def test_initial_numbers_are_those_of_jax(shape):
     want = jax.nn.initializers.normal(0.3)(KEY, shape, jnp.float32)
     np.testing.assert_array_equal(initial.normal(0.3)(KEY, shape, jnp.float32), want)
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_kernels_drawn_together_are_independent_numbers_of_their_own_spread(odd):
+    spreads = {"a": (0.1, (3, 3, 30, 31 + odd)), "b": (2.0, (9000,)), "c": (1.0, (1, 2))}
+
+    def init(key, more):
+        made = {name: initial.normal(spread)(key, shape) for name, (spread, shape) in spreads.items()}
+        return {**made, "scale": jnp.ones(3), "more": more}
+
+    got = jax.jit(functools.partial(initial.together, init))(KEY, 5)
+    np.testing.assert_array_equal(got["scale"], np.ones(3))
+    assert got["more"] == 5
+    rows = [np.asarray(got[name]).ravel() / spread for name, (spread, _) in spreads.items()]
+    assert [row.size for row in rows] == [math.prod(shape) for _, shape in spreads.values()]
+    assert stats.kstest(np.concatenate(rows), "norm").pvalue > 1e-3
+    assert len(np.unique(np.concatenate(rows))) > 0.99 * sum(row.size for row in rows)
+    assert np.abs(np.corrcoef(rows[0][:8000], rows[1][:8000])[0, 1]) < 0.05
+    other = jax.jit(functools.partial(initial.together, init))(jax.random.key(99), 5)
+    assert not np.any(np.asarray(other["c"]) == np.asarray(got["c"]))
+    np.testing.assert_array_equal(init(KEY, 5)["b"], 2 * jax.random.normal(KEY, (9000,)))  # as before it
 
 
 def test_kernels_begin_with_the_variance_of_he():

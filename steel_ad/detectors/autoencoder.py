@@ -19,6 +19,7 @@ from steel_ad.data import patches, stored
 from steel_ad.data.patches import Crops, Plates
 from steel_ad.data.stored import Stored
 from steel_ad.errors import InputError
+from steel_ad.models import initial
 from steel_ad.models.autoencoder import Autoencoder
 from steel_ad.ops import sliding
 from steel_ad.ops.ssim import CONSTANTS, ssim_residual
@@ -118,7 +119,7 @@ def initial_state(config: configs.Autoencoder, root: Array) -> TrainState:
 
     @jax.jit
     def make(key):
-        return create(network.init(key, x), rule)
+        return create(initial.together(network.init, key, x), rule)
 
     return make(stream(root, "init"))
 

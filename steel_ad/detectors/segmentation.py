@@ -19,7 +19,7 @@ from steel_ad.data import defects, patches, stored
 from steel_ad.data.defects import Library
 from steel_ad.data.patches import Crops, Plates
 from steel_ad.data.stored import Masks, Stored
-from steel_ad.models import compact_cnn, unet
+from steel_ad.models import compact_cnn, initial, unet
 from steel_ad.train import loop, optimizers
 from steel_ad.train.state import TrainState, create, stream
 from steel_ad.train.step import make_step, steps_per_call
@@ -278,7 +278,7 @@ def initial_segmentation(config: configs.Segmentation, total_steps: int) -> Trai
 
     @jax.jit
     def make(key):
-        params, extra = _split(network(config).init(key, x))
+        params, extra = _split(initial.together(network(config).init, key, x))
         return create(params, optimizer(config, total_steps), extra)
 
     return make(stream(jax.random.key(config.seed), "init segmentation"))
