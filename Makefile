@@ -1,6 +1,7 @@
-# make demo   train on procedural plates, evaluate, print the table and where the pictures are
-# make test   the whole test suite
-# make lint   ruff and mypy
+# make demo        train on procedural plates, evaluate, print the table and where the pictures are
+# make test        the tests, but for those that take longest: six minutes on two cores
+# make test-slow   the others: binaries killed and started again, several processes, every work of the benchmark
+# make lint        ruff and mypy
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -10,12 +11,15 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 demo: $(VENV)/installed
 	$(BIN)/python -m experiments.autoencoder --config=configs/autoencoder.py:demo --workdir=runs/demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

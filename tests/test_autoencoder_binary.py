@@ -217,6 +217,7 @@ def run_until(step, config, data, workdir):
             study.run(config, data=str(data), workdir=workdir)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_pictures")
 def test_evaluating_half_a_run_does_not_finish_it(data, tmp_path):
     config = tiny()
@@ -251,6 +252,7 @@ def test_large_and_mixed_images(data, tmp_path):
         np.testing.assert_allclose(m, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_pictures")
 def test_killed_runs_end_where_undisturbed_ones_do(data, tmp_path, monkeypatch):
     """SIGKILL in mid-run, while processes read images, and an exception later on; the final parameters and the training record
@@ -321,6 +323,7 @@ def test_wrong_flags(arguments, said):
     sentence(start(*arguments), *said)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_pictures")
 def test_a_full_disk_loses_nothing(finished, data, tmp_path):
     """A limit on file size stands in for a full disk: the parameters do not fit, what is there stays whole."""

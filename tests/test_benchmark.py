@@ -50,6 +50,7 @@ def tiny(tmp_path_factory):
     return folder, json.loads((folder / "new.json").read_text()), done.stdout
 
 
+@pytest.mark.slow
 def test_the_binary_writes_every_work_and_implementation(tiny):
     _, result, _ = tiny
     assert set(result) == {"device", "versions", "precision", "flags", "ceilings", "rows"}
@@ -71,6 +72,7 @@ def test_the_binary_writes_every_work_and_implementation(tiny):
     assert len(done) == len(result["rows"])
 
 
+@pytest.mark.slow
 def test_a_row_has_its_times_in_order_and_what_they_are_measured_by(tiny):
     timed = {row["impl"] for row in tiny[1]["rows"]}
     for row in tiny[1]["rows"]:
@@ -90,6 +92,7 @@ def test_a_row_has_its_times_in_order_and_what_they_are_measured_by(tiny):
             assert row["ratio"] == 1
 
 
+@pytest.mark.slow
 def test_a_row_says_how_much_is_done_in_a_second(tiny):
     rows = {row["work"]: row for row in tiny[1]["rows"] if row["impl"] == "steel_ad"}
     for work, name, amount in [
@@ -102,12 +105,14 @@ def test_a_row_says_how_much_is_done_in_a_second(tiny):
     assert "mpx_s" not in rows["crops_32"]
 
 
+@pytest.mark.slow
 def test_the_picture_lies_beside_the_numbers_and_nothing_else_does(tiny):
     folder = tiny[0]
     assert {p.name for p in folder.iterdir()} == {"old.json", "new.json", "new.png"}
     assert matplotlib.image.imread(folder / "new.png").shape[1] > 900
 
 
+@pytest.mark.slow
 def test_compare_prints_what_has_changed(tiny):
     _, result, printed = tiny
     table = printed.split("an older machine")[1]

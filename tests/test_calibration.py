@@ -114,6 +114,7 @@ def test_p_values_of_good_tiles_are_uniform():
     assert stats.chisquare(counts[1:]).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_the_tail_model_is_scipys_and_covers_the_truth():
     rng = np.random.default_rng(3)
     rate, runs = 1e-4, 12

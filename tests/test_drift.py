@@ -147,6 +147,7 @@ def test_pitch_is_that_of_the_repeat_along_an_axis_whatever_vectors_span_the_lat
     assert (drift._repeat(turned, 0) @ turned).tolist() == [30, -3]
 
 
+@pytest.mark.slow
 def test_a_pitch_that_is_one_percent_off_is_named_within_48_plates():
     """Every plate's own pitch varies by +-1.5 %; the encoder's fault changes the pitch along alone."""
     line = plates.LINES["teardrop1"]

@@ -86,6 +86,7 @@ def close(a, b, tolerance):
 OTHERS = pytest.mark.parametrize("others", ["8", "processes_2", "processes_4"])
 
 
+@pytest.mark.slow
 def test_the_stream_of_samples_is_that_of_one_device(found):
     one, many = (read(found[0], n, "batch") for n in ("1", "8"))
     assert 0 < one["batch/label"].mean() < 1
@@ -93,15 +94,18 @@ def test_the_stream_of_samples_is_that_of_one_device(found):
         np.testing.assert_array_equal(one[name], many[name])
 
 
+@pytest.mark.slow
 def test_a_process_may_come_late(found):
     assert (found[0] / "late").read_text() == "2.0"
 
 
+@pytest.mark.slow
 @OTHERS
 def test_gradients_are_those_of_one_device(found, others):
     close(read(found[0], "1", "gradient"), read(found[0], others, "gradient"), 1e-5)
 
 
+@pytest.mark.slow
 @OTHERS
 def test_losses_in_float64_stay_together(found, others):
     one, many = (read(found[0], n, "float64")["float64"] for n in ("1", others))
@@ -110,6 +114,7 @@ def test_losses_in_float64_stay_together(found, others):
     np.testing.assert_allclose(many, one, rtol=0, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_batch_norm_is_over_the_global_batch(found):
     many = read(found[0], "8", "norm")
     close(read(found[0], "1", "norm/gradient"), read(found[0], "8", "norm/gradient"), 1e-5)
@@ -119,11 +124,13 @@ def test_batch_norm_is_over_the_global_batch(found):
     assert x.var() > 1.5 * np.mean([image.var() for image in x])  # or each device's own would pass
 
 
+@pytest.mark.slow
 @OTHERS
 def test_images_are_evaluated_in_their_order(found, others):
     np.testing.assert_allclose(read(found[0], others)["means"], 1 + 10 * np.arange(7) / 255, rtol=1e-5)
 
 
+@pytest.mark.slow
 @OTHERS
 def test_metrics_and_thresholds_stay_together(found, others):
     one, many = (read(found[0], n, "metrics") for n in ("1", others))
@@ -133,16 +140,19 @@ def test_metrics_and_thresholds_stay_together(found, others):
         np.testing.assert_allclose(many[name], value, rtol=0, atol=1e-3, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read_by", ["1", "8", "processes_2", "processes_4"])
 def test_parts_that_processes_read_are_one_batch(found, read_by):
     np.testing.assert_array_equal(read(found[0], read_by)["parts"], worker.parts())
 
 
+@pytest.mark.slow
 def test_a_step_communicates_once(found):
     """All gradients and metrics in one sum; no activation leaves its device."""
     assert json.loads((found[0] / "collectives.json").read_text()) == ["all-reduce"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("saved", "restored"),
     [
@@ -160,6 +170,7 @@ def test_a_checkpoint_is_the_same_on_other_devices(found, saved, restored):
         np.testing.assert_array_equal(a[name], b[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_checkpoint_is_read_by_one(found, count):
     state = worker.restored(found[0] / f"c_processes_{count}", parallel.mesh())
@@ -167,6 +178,7 @@ def test_processes_checkpoint_is_read_by_one(found, count):
     jax.tree.map(np.testing.assert_array_equal, list(saved.values()), jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 def test_process_0_alone_writes_and_speaks(found):
     folder, said, _ = found
     assert (folder / "written_by_0").exists()
@@ -177,12 +189,14 @@ def test_process_0_alone_writes_and_speaks(found):
     assert "images" not in said[1][1]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_stops_the_other(found):
     _, said, seconds = found
     assert seconds < 120
     assert f"error: {parallel.LOST}" in said[1][1]
 
 
+@pytest.mark.slow
 def test_a_run_whose_process_died_resumes(found):
     state = worker.restored(found[0] / "mortal" / "checkpoints", parallel.mesh())
     end = int(state.step) + 2

@@ -311,6 +311,7 @@ def test_segmentation_binary(data, tmp_path):
     assert error.value.status == 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_pictures")
 def test_dagm_layout_trains_and_tests(tmp_path, good):
     """Images of the folders themselves, defective ones where `Label` has a mask, in training too."""
@@ -372,6 +373,7 @@ def without_pictures(monkeypatch):
         monkeypatch.setattr(figures, name, lambda *a, **k: None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_defects", "without_pictures")
 def test_stage_1_is_what_it_was_after_stage_2(data, tmp_path):
     given = {"data": str(data / "line"), "defects_from": "procedural", "workdir": tmp_path / "w"}
@@ -390,6 +392,7 @@ def test_stage_1_is_what_it_was_after_stage_2(data, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(evaluated[0][0]), segmentation.variables(stage_1))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_defects", "without_pictures")
 def test_interrupted_transfer_ends_as_an_undisturbed_one_and_adapts_to_the_target(data, good, tmp_path):
     (tmp_path / "target" / "train" / "good").mkdir(parents=True)
@@ -517,6 +520,7 @@ def test_stages_of_a_batch_that_the_devices_do_not_divide_are_only_evaluated(no_
             run(tiny(), **data, **given, evaluate_only=True)
 
 
+@pytest.mark.slow
 def test_transfer_binary(data, tmp_path):
     result = start(
         "transfer",

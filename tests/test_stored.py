@@ -80,6 +80,7 @@ def trained(config, images, **options):
     return autoencoder.train(config, images, on_step=lambda s, row: rows.append((s, row)), **options), rows
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_code")
 def test_worker_processes_give_the_steps_of_images_in_memory(files, images, monkeypatch):
     """To the bit: parameters, and the losses on the way; two processes for four batches, one for the last one."""
@@ -91,6 +92,7 @@ def test_worker_processes_give_the_steps_of_images_in_memory(files, images, monk
     assert len(of_a) == 6
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_ends_in_a_sentence(files):
     def kill(s, row):
         if s == 3:

@@ -127,6 +127,7 @@ def test_the_samples_are_those_of_images_in_memory(root, library, what, monkeypa
     assert taken == {0, 1}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_code")
 def test_worker_processes_give_the_steps_of_images_in_memory(root, library, monkeypatch):
     """To the bit: parameters, statistics and every loss; and the step is compiled once."""
@@ -165,6 +166,7 @@ def stopped_after(folder, step, call, *arguments, **given):
             call(*arguments, **given)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here", "own_code", "without_pictures")
 def test_a_run_from_files_goes_on_in_mid_epoch_and_ends_as_one_in_memory(root, tmp_path):
     """To the bit: both stages' losses, scores and metrics."""

@@ -18,6 +18,7 @@ def start(name, *arguments, work):
     return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_killed_data_sets_end_as_undisturbed_ones(tmp_path):
     result = start("kills", "--kills=6", "--seed=0", "--only=from_video,insert", work=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -118,6 +119,7 @@ def test_a_changed_value_is_of_the_same_type(value):
     assert value is None or isinstance(other, type(value))
 
 
+@pytest.mark.slow
 def test_a_weak_test_lets_a_mutant_live(tmp_path):
     """In a process that the test starts: one that looks at the sentence alone lets the status be any."""
     program = "from steel_ad.errors import InputError as E; print(E('a\\nb'))"

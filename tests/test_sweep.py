@@ -75,6 +75,7 @@ def finished(data, tmp_path_factory):
     return workdir, run
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_figures")
 def test_runs_side_by_side_give_what_each_gives_alone(finished, data, tmp_path):
     workdir, result = finished
@@ -113,6 +114,7 @@ def test_the_binary_runs_a_study(finished, data):
     assert rows[0]["run"].endswith("seed=0")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_figures")
 def test_nothing_is_trained_twice_and_other_studies_share_the_runs(finished, data, monkeypatch):
     workdir, _ = finished
@@ -195,6 +197,7 @@ def test_what_remembers_data_is_asked_for_it_as_load_is():
         assert left_out == {name: whole[name].default for name in ("min_size", "resident")}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_figures")
 def test_an_interrupted_study_goes_on(data, tmp_path, monkeypatch):
     whole, trained, loaded = autoencoder.run, [], []
@@ -237,6 +240,7 @@ def test_a_run_that_dies_does_not_end_the_study(data, tmp_path, monkeypatch):
     assert [r["value"] for r in results.read(tmp_path / "results.csv")] == ["2", "6"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_figures")
 def test_supervised_studies(data, tmp_path, monkeypatch):
     config = configs.Segmentation(**SUPERVISED["tiny"])

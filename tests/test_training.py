@@ -75,6 +75,7 @@ def test_a_step_never_compiles_twice(plates, crops):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))  # donated
 
 
+@pytest.mark.slow
 def test_many_steps_a_call_are_the_same_steps(plates):
     """`lax.scan` over steps draws the same numbers as steps one by one."""
     root, data = jax.random.key(0), jax.tree.map(jnp.asarray, plates)
