@@ -1,6 +1,7 @@
 """Objectives, first states and maps of the trained detectors, against what they are made of."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from steel_ad.data import plates as drawn
 from steel_ad.detectors import autoencoder, phase_only, segmentation
 from steel_ad.errors import InputError
 from steel_ad.models import compact_cnn, initial, unet
+from steel_ad.ops import sliding
 from steel_ad.ops.ssim import CONSTANTS, ssim_map
 from steel_ad.report import figures
 from steel_ad.studies import evaluation, false_alarms, files, page, results, runs
@@ -67,6 +69,20 @@ def test_the_autoencoders_first_state_is_that_of_its_network_and_seed():
     jax.tree.map(np.testing.assert_array_equal, state.params, want)
     assert int(state.step) == 0
     assert state.params["params"]["Collapse_0"]["kernel"].shape == (2, 2, 32, 7)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.03)])
+def test_a_reconstruction_is_the_mean_of_the_networks_windows(dtype, tolerance):
+    """Though overlapping windows share their first layers; with biases, which the zeros around a window do not have."""
+    config = autoencoder_settings(dtype=dtype, stride=8)
+    params = jax.tree.map(lambda p: p + 0.1 if p.ndim == 1 else p, autoencoder.initial_state(config, ROOT).params)
+    image = jax.random.uniform(ROOT, (48, 64))
+    tiles = sliding.windows(image, size=32, stride=8)
+    whole = jax.jit(autoencoder.model(config).apply)(params, tiles[..., None])[..., 0]
+    found = jax.jit(functools.partial(autoencoder.reconstruct, config))(params, image)
+    want = sliding.average(whole, shape=image.shape, stride=8)
+    assert float(want.std()) > 100 * tolerance or dtype == "bfloat16"
+    np.testing.assert_allclose(found, want, atol=tolerance)
 
 
 def test_constants_of_the_loss_follow_the_settings_unless_they_are_given():

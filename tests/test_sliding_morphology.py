@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from scipy import ndimage
 from skimage.morphology import disk as skimage_disk
 
@@ -60,6 +61,61 @@ def test_windows_through_a_function_few_at_a_time(h, w, at_once):
     assert max(seen) <= at_once
     whole = sliding.average(function(sliding.windows(image, size=8, stride=5)), shape=(h, w), stride=5)
     np.testing.assert_allclose(found, whole, atol=1e-5)
+
+
+def convolutions(seen):
+    """Two of 4x4 pixels and stride 2 with a bias and a ReLU each, as `sliding.heads` takes them; `seen` gets pixels a call."""
+    rng = np.random.default_rng(3)
+    kernels = [jnp.asarray(rng.standard_normal(shape), jnp.float32) / 8 for shape in ((4, 4, 1, 3), (4, 4, 3, 5))]
+
+    def head(x):
+        seen.append(x.size)
+        x = x[..., None]
+        for kernel in kernels:
+            padding, names = ((1, 1), (1, 1)), ("NHWC", "HWIO", "NHWC")
+            x = jax.nn.leaky_relu(lax.conv_general_dilated(x, kernel, (2, 2), padding, dimension_numbers=names) + 0.3)
+        return x
+
+    return head
+
+
+@pytest.mark.parametrize(
+    ("h", "w", "size", "stride", "share"),
+    [
+        (128, 160, 64, 16, 0.55),
+        (64, 128, 64, 16, 0.85),
+        (48, 80, 16, 4, 1.9),  # so small that it does not pay
+        (128, 130, 64, 16, 1),  # not in steps of 4 pixels: each window by itself
+        (136, 128, 64, 24, 0.85),
+        (128, 128, 64, 18, 1),
+        (128, 128, 64, 64, 1),
+    ],
+)
+def test_overlapping_windows_share_what_they_have_in_common(h, w, size, stride, share):
+    image = jnp.asarray(np.random.default_rng(4).random((h, w)), jnp.float32)
+    seen = []
+    head = convolutions(seen)
+    found = sliding.heads(head, image, size=size, stride=stride)
+    pixels = sum(seen)
+    tiles = sliding.windows(image, size=size, stride=stride)
+    np.testing.assert_allclose(found, head(tiles), atol=1e-5)
+    assert pixels <= share * tiles.size
+    assert pixels == tiles.size or share != 1
+
+
+@pytest.mark.parametrize(
+    ("h", "w", "stride", "at_once"), [(80, 96, 8, 100), (96, 80, 8, 25), (80, 64, 8, 3), (80, 62, 5, 7)]
+)
+def test_a_shared_head_changes_nothing_few_windows_at_a_time(h, w, stride, at_once):
+    image = jnp.asarray(np.random.default_rng(5).random((h, w)), jnp.float32)
+    head = convolutions([])
+
+    def function(x):  # [n, 8, 8, 5] -> [n, 32, 32]
+        return jnp.repeat(jnp.repeat(x[..., 0] * x[..., 3] - x[..., 4], 4, 1), 4, 2)
+
+    found = sliding.through(function, image, size=32, stride=stride, at_once=at_once, head=head)
+    whole = function(head(sliding.windows(image, size=32, stride=stride)))
+    np.testing.assert_allclose(found, sliding.average(whole, shape=(h, w), stride=stride), atol=1e-4)
 
 
 def test_sliding_refuses():

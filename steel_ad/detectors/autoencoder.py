@@ -20,7 +20,7 @@ from steel_ad.data.patches import Crops, Plates
 from steel_ad.data.stored import Stored
 from steel_ad.errors import InputError
 from steel_ad.models import initial
-from steel_ad.models.autoencoder import Autoencoder
+from steel_ad.models.autoencoder import HEAD, Autoencoder
 from steel_ad.ops import sliding
 from steel_ad.ops.ssim import CONSTANTS, ssim_residual
 from steel_ad.train import loop, optimizers
@@ -262,9 +262,8 @@ def train(
 
 def reconstruct(config: configs.Autoencoder, params: Any, image: Array) -> Array:
     """Image float32 `[h, w]` in [0, 1] from its overlapping windows' reconstructions, averaged: float32 `[h, w]`."""
-    return sliding.through(
-        _network(config, params), image, size=config.patch_size, stride=config.stride, at_once=_at_once()
-    )
+    head, rest = _network(config, params)
+    return sliding.through(rest, image, size=config.patch_size, stride=config.stride, at_once=_at_once(), head=head)
 
 
 def reconstructions(config: configs.Autoencoder, params: Any, image: Array, strides: Sequence[int]) -> list[Array]:
@@ -273,15 +272,16 @@ def reconstructions(config: configs.Autoencoder, params: Any, image: Array, stri
     Args:
       strides: multiples of the first one, which is the finest.
     """
-    size, network = config.patch_size, _network(config, params)
+    size, (head, rest) = config.patch_size, _network(config, params)
     rows, columns = (sliding.positions(side, size, strides[0]) for side in image.shape)
     if len(rows) * len(columns) > _KEPT:
         return [reconstruct(dataclasses.replace(config, stride=stride), params, image) for stride in strides]
-    tiles = sliding.windows(image, size=size, stride=strides[0])
+    cut = functools.partial(sliding.heads, head) if head else sliding.windows
+    tiles = cut(image, size=size, stride=strides[0])
     if len(tiles) <= _at_once():
-        tiles = network(tiles)
+        tiles = rest(tiles)
     else:
-        tiles = jax.lax.map(lambda tile: network(tile[None])[0], tiles, batch_size=_at_once())
+        tiles = jax.lax.map(lambda tile: rest(tile[None])[0], tiles, batch_size=_at_once())
     found = []
     for stride in strides:
         chosen = [
@@ -293,9 +293,17 @@ def reconstructions(config: configs.Autoencoder, params: Any, image: Array, stri
     return found
 
 
-def _network(config: configs.Autoencoder, params: Any) -> Callable[[Array], Array]:
-    """Windows `[n, p, p]` to their reconstructions."""
-    return lambda tiles: jnp.asarray(model(config).apply(params, tiles[..., None]))[..., 0]
+def _network(
+    config: configs.Autoencoder, params: Any
+) -> tuple[Callable[[Array], Array] | None, Callable[[Array], Array]]:
+    """Windows `[n, p, p]` to their reconstructions: all of it, or, where overlapping windows share its head, head and rest."""
+
+    def apply(x: Array, first: int = 0, last: int | None = None) -> Array:
+        return jnp.asarray(model(config).apply(params, x, first=first, last=last))
+
+    if jax.default_backend() != "cpu":
+        return None, lambda tiles: apply(tiles[..., None])[..., 0]
+    return lambda tiles: apply(tiles[..., None], last=HEAD), lambda x: apply(x, first=HEAD)[..., 0]
 
 
 def _at_once() -> int:

@@ -8,6 +8,9 @@ from jax import Array
 
 from steel_ad.models import layers
 
+# Of the encoder's first layers, those that `ops.sliding.heads` can share between overlapping patches.
+HEAD = 2
+
 
 class Autoencoder(nn.Module):
     """Reconstructs a patch through a code of `latent` numbers.
@@ -24,17 +27,21 @@ class Autoencoder(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        if x.shape[1] != x.shape[2] or x.shape[1] % 16:
+    def __call__(self, x: Array, first: int = 0, last: int | None = None) -> Array:
+        """Layers `first` to `last` - 1 of the encoder, or to the network's end: x is what the layer before made of patches."""
+        if not first and last is None and (x.shape[1] != x.shape[2] or x.shape[1] % 16):
             raise ValueError(f"patches must be square with a side that is a multiple of 16, not {x.shape[1:3]}")
         halve = functools.partial(layers.Halve, slope=0.2, dtype=self.dtype)
         double = functools.partial(layers.Double, slope=0.2, dtype=self.dtype)
         same = functools.partial(layers.Same, slope=0.2, dtype=self.dtype)
-        size = x.shape[1] // 16
-        for layer in (halve(32), halve(32), same(32), halve(64), same(64), halve(128), same(64), same(32)):
+        encoder = (halve(32), halve(32), same(32), halve(64), same(64), halve(128), same(64), same(32))
+        for layer in encoder[first:last]:
             x = layer(x)
+        if last is not None:
+            return x
+        side = x.shape[1]
         x = layers.Collapse(self.latent, dtype=self.dtype)(x)
-        x = nn.leaky_relu(layers.Expand(32, size, dtype=self.dtype)(x), 0.2)
+        x = nn.leaky_relu(layers.Expand(32, side, dtype=self.dtype)(x), 0.2)
         for layer in (  # type: ignore[assignment]
             same(64),
             same(128),

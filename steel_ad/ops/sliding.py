@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+# How much smaller `heads` make an image, and the pixels at a window's edge that become two, the outer one changed by zeros.
+_REDUCTION, _EDGE = 4, 8
+
 
 def positions(length: int, size: int, stride: int) -> list[int]:
     """First pixels of the windows along one axis: every `stride`, and one more flush with the end where they miss it.
@@ -43,9 +46,9 @@ def _unfold(x: Array, axis: int, size: int, stride: int) -> Array:
 
 
 def _extract(image: Array, size: int, stride: int) -> Array:
-    rows = _unfold(image, 0, size, stride)  # [r, size, w]
-    both = _unfold(rows, 2, size, stride)  # [r, size, c, size]
-    return both.transpose(0, 2, 1, 3).reshape(-1, size, size)
+    rows = _unfold(image, 0, size, stride)  # [r, size, w, ...]
+    both = _unfold(rows, 2, size, stride)  # [r, size, c, size, ...]
+    return both.swapaxes(1, 2).reshape(-1, size, size, *image.shape[2:])
 
 
 @functools.partial(jax.jit, static_argnames=("size", "stride"))
@@ -91,14 +94,76 @@ def average(tiles: Array, *, shape: tuple[int, int], stride: int) -> Array:
     return total / count
 
 
-def through(function: Callable[[Array], Array], image: Array, *, size: int, stride: int, at_once: int) -> Array:
+def heads(head: Callable[[Array], Array], image: Array, *, size: int, stride: int) -> Array:
+    """`head(windows(image))`, where windows that overlap share what they have in common; equal up to rounding.
+
+    Only what the zeros around a window change is computed for it alone: the outermost pixels of its result. Where windows do not
+    overlap, or do not all begin at multiples of 4 pixels, each is computed by itself.
+
+    Args:
+      head: `[n, h, w]` -> `[n, h / 4, w / 4, c]`: two convolutions of 4x4 pixels and stride 2, padded by 1, and what acts on each
+        pixel by itself.
+      image: as `windows`'.
+      size, stride: as `windows`'.
+
+    Returns:
+      `[n, size / 4, size / 4, c]`.
+
+    Raises:
+      ValueError: as `positions`.
+    """
+    known = head(image[None])[0] if _shares(image.shape, size, stride) else None
+    return _heads(head, image, known, size, stride)
+
+
+def _shares(shape: tuple[int, ...], size: int, stride: int) -> bool:
+    starts = [start for length in shape for start in positions(length, size, stride)]
+    return stride < size and size >= 2 * _EDGE and all(n % _REDUCTION == 0 for n in (size, stride, *shape, *starts))
+
+
+def _heads(head: Callable[[Array], Array], image: Array, known: Array | None, size: int, stride: int) -> Array:
+    """`heads`, given `known`, what `head` makes of the whole image `[h / 4, w / 4, c]`, where windows share it."""
+    if known is None:
+        return head(_extract(image, size, stride))
+    (height, width), channels = image.shape, known.shape[-1]
+    side, step = size // _REDUCTION, stride // _REDUCTION
+    # Of each window the first and the last pixels along an axis, `[2, windows, _EDGE]`.
+    ends = np.array([0, size - _EDGE])[:, None, None] + np.arange(_EDGE)
+    at_rows, at_columns = (ends + np.array(positions(length, size, stride))[:, None] for length in image.shape)
+    r, c = at_rows.shape[1], at_columns.shape[1]
+    # An edge becomes two pixels, of which the zeros beyond it reach the outer one.
+    across = head(image[at_rows].reshape(-1, _EDGE, width)).reshape(2, r, 2, -1, channels)
+    across = _unfold(jnp.stack([across[0, :, 0], across[1, :, 1]]), 2, side, step)  # [2, r, c, side, channels]
+    down = head(image[:, at_columns].transpose(1, 2, 0, 3).reshape(-1, height, _EDGE)).reshape(2, c, -1, 2, channels)
+    down = _unfold(jnp.stack([down[0, :, :, 0], down[1, :, :, 1]]), 2, side, step).swapaxes(1, 2)
+    corners = image[at_rows[:, None, :, None, :, None], at_columns[None, :, None, :, None, :]]
+    corners = head(corners.reshape(-1, _EDGE, _EDGE)).reshape(2, 2, r, c, 2, 2, channels)
+    inner = _extract(known, side, step).reshape(r, c, side, side, channels)[:, :, 1:-1, 1:-1]
+    middle = jnp.concatenate([down[0, :, :, 1:-1, None], inner, down[1, :, :, 1:-1, None]], axis=3)
+    above, below = (
+        jnp.concatenate([corners[i, 0, :, :, i, :1], across[i, :, :, 1:-1], corners[i, 1, :, :, i, 1:]], axis=2)
+        for i in range(2)
+    )
+    return jnp.concatenate([above[:, :, None], middle, below[:, :, None]], axis=2).reshape(-1, side, side, channels)
+
+
+def through(
+    function: Callable[[Array], Array],
+    image: Array,
+    *,
+    size: int,
+    stride: int,
+    at_once: int,
+    head: Callable[[Array], Array] | None = None,
+) -> Array:
     """`average(function(windows(image)))`, but for large images with few windows in memory at a time.
 
     Args:
-      function: `[n, size, size]` -> `[n, size, size]`, each window by itself.
+      function: `[n, size, size]`, or what `head` makes of it, -> `[n, size, size]`, each window by itself.
       image: as `windows`'.
       size, stride: as `windows`'.
       at_once: most windows that `function` gets; the windows in memory are as many, or a row of them if that is more.
+      head: as `heads`': what comes before `function`, shared by windows that overlap.
 
     Returns:
       `[h, w]` of the function's dtype.
@@ -110,8 +175,13 @@ def through(function: Callable[[Array], Array], image: Array, *, size: int, stri
         raise ValueError(f"at least one window must go through at once, not {at_once}")
     height, width = image.shape
     rows, columns = (positions(length, size, stride) for length in (height, width))
+    known = head(image[None])[0] if head and _shares(image.shape, size, stride) else None
+
+    def tiles_of(strip: Array, known: Array | None) -> Array:
+        return _heads(head, strip, known, size, stride) if head else _extract(strip, size, stride)
+
     if len(rows) * len(columns) <= at_once:
-        return average(function(windows(image, size=size, stride=stride)), shape=(height, width), stride=stride)
+        return average(function(tiles_of(image, known)), shape=(height, width), stride=stride)
     per_step = max(1, at_once // len(columns))
     surplus = -len(rows) % per_step
     # The last step repeats a row of windows, which then counts nothing.
@@ -125,8 +195,15 @@ def through(function: Callable[[Array], Array], image: Array, *, size: int, stri
 
     def step(total: Array, given: tuple[Array, Array]) -> tuple[Array, None]:
         top, weight = given
-        cut = jax.vmap(lambda row: extract(lax.dynamic_slice(image, (row, jnp.zeros_like(row)), (size, width))))(top)
-        tiles = cut.reshape(-1, size, size)
+
+        def cut(row: Array) -> Array:
+            part = known
+            if part is not None:
+                part = lax.dynamic_slice_in_dim(part, row // _REDUCTION, size // _REDUCTION)
+            return tiles_of(lax.dynamic_slice_in_dim(image, row, size), part)
+
+        cuts = jax.vmap(cut)(top)
+        tiles = cuts.reshape(-1, *cuts.shape[2:])
         if len(tiles) <= at_once:
             tiles = function(tiles)
         else:
@@ -138,7 +215,8 @@ def through(function: Callable[[Array], Array], image: Array, *, size: int, stri
             total = lax.dynamic_update_slice(total, strip, at)
         return total, None
 
-    dtype = jax.eval_shape(function, jax.ShapeDtypeStruct((1, size, size), image.dtype)).dtype
+    one = jax.ShapeDtypeStruct((1, size, size), image.dtype)
+    dtype = jax.eval_shape(lambda tile: function(head(tile) if head else tile), one).dtype
     total, _ = lax.scan(step, jnp.zeros((height, width), dtype), (jnp.asarray(tops), jnp.asarray(weights)))
 
     def covered(length: int, starts: list[int]) -> Array:
