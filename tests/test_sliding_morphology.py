@@ -89,6 +89,7 @@ def convolutions(seen):
         (136, 128, 64, 24, 0.85),
         (128, 128, 64, 18, 1),
         (128, 128, 64, 64, 1),
+        (340, 64, 64, 16, 0.65),  # in bands
     ],
 )
 def test_overlapping_windows_share_what_they_have_in_common(h, w, size, stride, share):

@@ -10,6 +10,8 @@ from jax import Array, lax
 
 # How much smaller `heads` make an image, and the pixels at a window's edge that become two, the outer one changed by zeros.
 _REDUCTION, _EDGE = 4, 8
+# Rows of a large image that go through a head at once.
+_BAND = 128
 
 
 def positions(length: int, size: int, stride: int) -> list[int]:
@@ -112,7 +114,7 @@ def heads(head: Callable[[Array], Array], image: Array, *, size: int, stride: in
     Raises:
       ValueError: as `positions`.
     """
-    known = head(image[None])[0] if _shares(image.shape, size, stride) else None
+    known = _whole(head, image) if _shares(image.shape, size, stride) else None
     return _heads(head, image, known, size, stride)
 
 
@@ -121,8 +123,23 @@ def _shares(shape: tuple[int, ...], size: int, stride: int) -> bool:
     return stride < size and size >= 2 * _EDGE and all(n % _REDUCTION == 0 for n in (size, stride, *shape, *starts))
 
 
+def _whole(head: Callable[[Array], Array], image: Array) -> Array:
+    """What `head` makes of a whole image, `[h / 4, w / 4, c]`, but for its outermost pixels; of a large one in bands."""
+    height = image.shape[0]
+    if height <= 2 * _BAND:
+        return head(image[None])[0]
+    bands, beyond = -(-height // _BAND), _EDGE // _REDUCTION
+    image = jnp.pad(image, ((_EDGE, bands * _BAND - height + _EDGE), (0, 0)))
+
+    def band(top: Array) -> Array:
+        return head(lax.dynamic_slice_in_dim(image, top, _BAND + 2 * _EDGE)[None])[0, beyond:-beyond]
+
+    found = lax.map(band, _BAND * jnp.arange(bands))
+    return found.reshape(-1, *found.shape[2:])[: height // _REDUCTION]
+
+
 def _heads(head: Callable[[Array], Array], image: Array, known: Array | None, size: int, stride: int) -> Array:
-    """`heads`, given `known`, what `head` makes of the whole image `[h / 4, w / 4, c]`, where windows share it."""
+    """`heads`, given `_whole`'s `known` where windows share it, `[h / 4, w / 4, c]`."""
     if known is None:
         return head(_extract(image, size, stride))
     (height, width), channels = image.shape, known.shape[-1]
@@ -175,7 +192,7 @@ def through(
         raise ValueError(f"at least one window must go through at once, not {at_once}")
     height, width = image.shape
     rows, columns = (positions(length, size, stride) for length in (height, width))
-    known = head(image[None])[0] if head and _shares(image.shape, size, stride) else None
+    known = _whole(head, image) if head and _shares(image.shape, size, stride) else None
 
     def tiles_of(strip: Array, known: Array | None) -> Array:
         return _heads(head, strip, known, size, stride) if head else _extract(strip, size, stride)
