@@ -42,7 +42,7 @@ def network_flops(config: configs.Autoencoder) -> float:
 
 
 def cost(config: configs.Autoencoder, shape: tuple[int, int, int]) -> tuple[float, float]:
-    """FLOPs and least bytes of images `[b, h, w]`: windows through the network, SSIM, two maxima or minima an element of the
+    """FLOPs and least bytes of images `[b, h, w]`: each window through all of the network, SSIM, two maxima or minima an element of the
     disk's runs; the images and the parameters are read once, two float16 maps are written."""
     b, h, w = shape
     windows = math.prod(len(sliding.positions(side, config.patch_size, config.stride)) for side in (h, w))
