@@ -18,8 +18,10 @@ namespace {
 
 constexpr int kVectors = 2;                         // most vectors of output channels in a tile
 constexpr int kPixels[] = {0, kRegisters == 32 ? 14 : 12, kRegisters / 2 - 2};  // most pixels of a tile of one and two vectors
+constexpr int kApart = 6;                           // most pixels of a tile that may go on in the next row: each has an address
 constexpr int kTaps = kRegisters == 32 ? 12 : 6;    // most rows of a filter gradient in a tile
 constexpr int kBandPixels = 128;                    // output pixels of a band, whose input is copied and stays in caches
+constexpr int64_t kNear = 4096;                     // weights that a band's tiles take one after the other, half of a first cache
 
 struct Image {
   const float* data;
@@ -69,21 +71,31 @@ struct Tile {
   int64_t rows, run;      // of the kernel: rows, and columns times channels
   const float* weights;   // packed, [rows, run, V * kLanes]
   const float* bias;      // padded, or null
-  float slope;
+  float slope;            // 1: no leaky ReLU
+  bool adds;              // to what is in out, in place of the bias
   float* out;
   int64_t out_step;       // floats between two output pixels
   int64_t channels;       // that are there to be written, at most V * kLanes
+  int64_t split = kWhole; // pixels of the first row, where a tile of at most kApart goes on in the next one
+  int64_t gap = 0, out_gap = 0;  // floats from where the first row ends to the next one, in x and out
+  static constexpr int64_t kWhole = 1 << 30;
 };
 
 template <int P, int V>
 void RunTile(const Tile& t) {
+  constexpr bool apart = P <= kApart;
+  const int64_t step = t.step;
+  auto out = [&](int p) { return t.out + p * t.out_step + (apart && p >= t.split ? t.out_gap : 0); };
   Vec acc[P][V];
 #pragma GCC unroll 32
   for (int p = 0; p < P; ++p)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) acc[p][v] = t.bias ? Load(t.bias + v * kLanes) : Vec{};
+    for (int v = 0; v < V; ++v)
+      acc[p][v] = t.adds ? Load(out(p) + v * kLanes) : t.bias ? Load(t.bias + v * kLanes) : Vec{};
   const float* w = t.weights;
-  const int64_t step = t.step;
+  const float* at[apart ? P : 1];
+  if constexpr (apart)
+    for (int p = 0; p < P; ++p) at[p] = t.x + p * step + (p >= t.split ? t.gap : 0);
   for (int64_t r = 0; r < t.rows; ++r) {
     const float* x = t.x + r * t.row;
     for (int64_t j = 0; j < t.run; ++j, ++x, w += V * kLanes) {
@@ -92,7 +104,11 @@ void RunTile(const Tile& t) {
       for (int v = 0; v < V; ++v) weight[v] = Load(w + v * kLanes);
 #pragma GCC unroll 32
       for (int p = 0; p < P; ++p) {
-        float value = x[p * step];
+        float value;
+        if constexpr (apart)
+          value = at[p][r * t.row + j];
+        else
+          value = x[p * step];
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) acc[p][v] += value * weight[v];
       }
@@ -100,16 +116,16 @@ void RunTile(const Tile& t) {
   }
 #pragma GCC unroll 32
   for (int p = 0; p < P; ++p) {
-    float* out = t.out + p * t.out_step;
+    float* to = out(p);
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
       Vec y = acc[p][v];
       if (t.slope != 1.0f) y = y >= 0.0f ? y : t.slope * y;
       int64_t left = t.channels - v * kLanes;
       if (left >= kLanes)
-        Store(out + v * kLanes, y);
+        Store(to + v * kLanes, y);
       else if (left > 0)
-        std::memcpy(out + v * kLanes, &y, left * sizeof(float));
+        std::memcpy(to + v * kLanes, &y, left * sizeof(float));
     }
   }
 }
@@ -123,15 +139,61 @@ constexpr auto TileTable(std::integer_sequence<int, P...>) {
 constexpr auto kTilesOfOne = TileTable<1>(std::make_integer_sequence<int, kPixels[1]>());
 constexpr auto kTilesOfTwo = TileTable<2>(std::make_integer_sequence<int, kPixels[2]>());
 
+void Run(const Tile& t, int vectors, int64_t pixels) {
+  (vectors == 1 ? kTilesOfOne.data() : kTilesOfTwo.data())[pixels - 1](t);
+}
+
 // Output pixels of one row in tiles of nearly the same width.
 void RunRow(Tile t, int vectors, int64_t pixels) {
   int64_t tiles = CeilDiv(pixels, kPixels[vectors]);
   for (int64_t n = 0; n < tiles; ++n) {
     int64_t p = pixels / tiles + (n < pixels % tiles);
-    (vectors == 1 ? kTilesOfOne.data() : kTilesOfTwo.data())[p - 1](t);
+    Run(t, vectors, p);
     t.x += p * t.step;
     t.out += p * t.out_step;
   }
+}
+
+// Rows of output pixels, `x_row` and `out_row` floats apart. Tiles go on from row to row where they would be narrow otherwise.
+void RunRows(const Tile& t, int vectors, int64_t rows, int64_t pixels, int64_t x_row, int64_t out_row) {
+  const int64_t most = kPixels[vectors], tiles = CeilDiv(rows * pixels, most);
+  const bool goes_on = most <= kApart && pixels >= most && tiles < rows * CeilDiv(pixels, most);
+  for (int64_t row = 0; row < rows && !goes_on; ++row) {
+    Tile of_row = t;
+    of_row.x += row * x_row;
+    of_row.out += row * out_row;
+    RunRow(of_row, vectors, pixels);
+  }
+  for (int64_t n = 0, pixel = 0; n < tiles && goes_on; ++n) {
+    const int64_t p = rows * pixels / tiles + (n < rows * pixels % tiles), row = pixel / pixels, column = pixel % pixels;
+    Tile tile = t;
+    tile.x += row * x_row + column * t.step;
+    tile.out += row * out_row + column * t.out_step;
+    tile.split = pixels - column;
+    tile.gap = x_row - pixels * t.step;
+    tile.out_gap = out_row - pixels * t.out_step;
+    Run(tile, vectors, p);
+    pixel += p;
+  }
+}
+
+// The same, where there are many weights: all rows take some of them before others come, and sums wait in the results.
+void RunParts(Tile t, int vectors, int64_t rows, int64_t pixels, int64_t x_row, int64_t out_row) {
+  const int64_t wide = vectors * kLanes, kernel_rows = t.rows, run = t.run;
+  if (t.channels < wide) return RunRows(t, vectors, rows, pixels, x_row, out_row);  // sums are stored as whole vectors
+  const int64_t parts = CeilDiv(run * wide, kNear), together = std::max<int64_t>(kNear / (run * wide), 1);
+  const Tile whole = t;
+  for (int64_t r = 0; r < kernel_rows; r += together)
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t j = part * run / parts;
+      t.rows = std::min(together, kernel_rows - r);
+      t.run = (part + 1) * run / parts - j;
+      t.adds = r + part > 0;
+      t.slope = r + t.rows == kernel_rows && part + 1 == parts ? whole.slope : 1.0f;
+      t.weights = whole.weights + (r * run + j) * wide;
+      t.x = whole.x + r * t.row + j;
+      RunRows(t, vectors, rows, pixels, x_row, out_row);
+    }
 }
 
 struct Block {
@@ -314,7 +376,7 @@ ffi::Error Winograd(ffi::ThreadPool& pool, const Image& image, int64_t images, c
       const int64_t wide = block.vectors * kLanes, plane = Plane(tiles * wide);
       for (int64_t k = 0; k < 16; ++k)
         RunRow({v + k * Plane(tiles * in), 0, in, 1, in, transformed.data() + 16 * in * block.channel + k * in * wide, nullptr,
-                1.0f, m + k * plane, wide, wide},
+                1.0f, false, m + k * plane, wide, wide},
                block.vectors, tiles);
       for (int64_t t = 0; t < tiles; ++t)
         for (int64_t c = 0; c < wide; c += kLanes) {
@@ -367,13 +429,12 @@ ffi::Error Convolve(ffi::ThreadPool pool, Buffer x, Buffer activated, Buffer wei
     int64_t padded_rows = (rows - 1) * stride + kh;
     float* scratch = Scratch(0, padded_rows * columns * in);
     CopyPadded(image, b, first * stride - padding, padded_rows, -padding, columns, scratch);
-    for (const Block& block : blocks)
-      for (int64_t r = 0; r < rows; ++r) {
-        Tile tile{scratch + r * stride * columns * in, columns * in, stride * in, kh, kw * in,
-                  w + block.offset * kh * kw * in, offsets.empty() ? nullptr : offsets.data() + block.channel, after,
-                  y->typed_data() + ((b * height + first + r) * width) * out + block.channel, out, out - block.channel};
-        RunRow(tile, block.vectors, width);
-      }
+    for (const Block& block : blocks) {
+      Tile tile{scratch, columns * in, stride * in, kh, kw * in, w + block.offset * kh * kw * in,
+                offsets.empty() ? nullptr : offsets.data() + block.channel, after, false,
+                y->typed_data() + (b * height + first) * width * out + block.channel, out, out - block.channel};
+      RunParts(tile, block.vectors, rows, width, stride * columns * in, width * out);
+    }
   });
   return ffi::Error::Success();
 }
@@ -399,15 +460,15 @@ ffi::Error Double(ffi::ThreadPool pool, Buffer x, Buffer activated, Buffer weigh
     float* scratch = Scratch(0, (rows + 2) * columns * in);
     CopyPadded(image, b, first - 1, rows + 2, -1, columns, scratch);
     for (const Block& block : blocks)
-      for (int64_t r = 0; r < 2 * rows; ++r)
-        for (int64_t s = 0; s < 2; ++s) {
-          Tile tile{scratch + ((r / 2 + r % 2) * columns + s) * in, columns * in, in, 2, 2 * in,
-                    packed.data() + (2 * (r % 2) + s) * phase_size + block.offset * 4 * in,
-                    offsets.empty() ? nullptr : offsets.data() + block.channel, after,
-                    y->typed_data() + ((b * 2 * height + 2 * first + r) * 2 * width + s) * out + block.channel, 2 * out,
-                    out - block.channel};
-          RunRow(tile, block.vectors, width);
-        }
+      for (int64_t phase = 0; phase < 4; ++phase) {
+        const int64_t r = phase / 2, s = phase % 2;
+        Tile tile{scratch + (r * columns + s) * in, columns * in, in, 2, 2 * in,
+                  packed.data() + phase * phase_size + block.offset * 4 * in,
+                  offsets.empty() ? nullptr : offsets.data() + block.channel, after, false,
+                  y->typed_data() + ((2 * (b * height + first) + r) * 2 * width + s) * out + block.channel, 2 * out,
+                  out - block.channel};
+        RunParts(tile, block.vectors, rows, width, columns * in, 4 * width * out);
+      }
   });
   return ffi::Error::Success();
 }
