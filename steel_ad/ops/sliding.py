@@ -92,8 +92,18 @@ def average(tiles: Array, *, shape: tuple[int, int], stride: int) -> Array:
         raise ValueError(f"an image of {shape[0]}x{shape[1]} has {n} windows of {size}x{size}, not {tiles.shape}")
     extract = functools.partial(_extract, size=size, stride=stride)
     add = jax.linear_transpose(extract, jax.ShapeDtypeStruct(shape, tiles.dtype))
-    (total,), (count,) = add(tiles), add(jnp.ones_like(tiles))
-    return total / count
+    return add(tiles)[0] / _covered(shape, size, stride, tiles.dtype)
+
+
+def _covered(shape: tuple[int, int], size: int, stride: int, dtype: jnp.dtype) -> Array:
+    """How many windows hold each pixel, `[h, w]`."""
+
+    def along(length: int) -> np.ndarray:
+        at, first = np.arange(length)[:, None], np.array(positions(length, size, stride))[None, :]
+        return np.sum((first <= at) & (at < first + size), axis=1)
+
+    rows, columns = (jnp.asarray(along(length), dtype) for length in shape)
+    return rows[:, None] * columns[None, :]
 
 
 def heads(head: Callable[[Array], Array], image: Array, *, size: int, stride: int) -> Array:
@@ -235,10 +245,4 @@ def through(
     one = jax.ShapeDtypeStruct((1, size, size), image.dtype)
     dtype = jax.eval_shape(lambda tile: function(head(tile) if head else tile), one).dtype
     total, _ = lax.scan(step, jnp.zeros((height, width), dtype), (jnp.asarray(tops), jnp.asarray(weights)))
-
-    def covered(length: int, starts: list[int]) -> Array:
-        """How many windows hold each row or column."""
-        at, first = np.arange(length)[:, None], np.array(starts)[None, :]
-        return jnp.asarray(np.sum((first <= at) & (at < first + size), axis=1), dtype)
-
-    return total / (covered(height, rows)[:, None] * covered(width, columns)[None, :])
+    return total / _covered((height, width), size, stride, dtype)
