@@ -17,7 +17,7 @@ from steel_ad import metrics, native
 from steel_ad.data.patches import stack
 from steel_ad.detectors import autoencoder, segmentation
 from steel_ad.errors import InputError
-from steel_ad.ops import convolution
+from steel_ad.ops import convolution, sliding
 from steel_ad.report import roofline
 from steel_ad.studies import benchmark
 from steel_ad.studies.benchmark import ceilings, cold_start, data, inspection, peers, ssim, timing, train, unet
@@ -228,6 +228,7 @@ def test_flops_of_ssim_are_near_what_xla_counts(gradient, tolerance):
 
 def test_flops_of_an_inspection_are_what_xla_counts_in_the_plain_form(monkeypatch):
     monkeypatch.setattr(convolution, "_rewrite", lambda form: False)
+    monkeypatch.setattr(sliding, "_shares", lambda *_: False)  # the count is of each window by itself
     config = configs.Autoencoder(stride=64)
     params = jax.eval_shape(lambda: autoencoder.initial_state(config, jax.random.key(0)).params)
     program = inspection.inspector(autoencoder.AutoencoderDetector(config), radius=config.radius)
