@@ -224,6 +224,7 @@ def test_reconstructions_are_those_of_windows_averaged_and_compared():
     )
 
 
+@pytest.mark.slow
 def test_fitting_trains_with_the_settings_seed(plates):
     config = autoencoder_settings(steps=2, checkpoint_every=2)
     found = autoencoder.AutoencoderDetector(config).fit(jax.device_get(plates))

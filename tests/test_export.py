@@ -97,6 +97,7 @@ def opened(detector, image):
     return cv2.dilate(cv2.erode(np.asarray(raw), disk), disk)
 
 
+@pytest.mark.slow
 def test_files_agree_with_the_models_where_the_project_is_not_installed(models, exported, plates_64, tmp_path):
     script = """
 import runpy, sys
@@ -136,6 +137,7 @@ except ImportError:
     assert record["largest_difference"] <= 1e-4
 
 
+@pytest.mark.slow
 def test_sizes_and_batches_are_free_where_they_can_be(exported, plates_64):
     unet = jax.export.deserialize(bytearray(exported["unet"].read_bytes()))
     whole = unet.call(plates_64[:3])
@@ -148,6 +150,7 @@ def test_sizes_and_batches_are_free_where_they_can_be(exported, plates_64):
     assert coded.call(plates_64[:2, :48, :40])["score"].shape == (2,)
 
 
+@pytest.mark.slow
 def test_products_are_full_float32_on_every_platform(exported):
     for file in exported.values():
         program = jax.export.deserialize(bytearray(file.read_bytes()))

@@ -119,6 +119,7 @@ def test_zero_has_the_slope_of_the_right_side():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "apply"),
     [

@@ -167,6 +167,7 @@ def test_the_new_line_is_mixed_in_as_good(good, library):
     np.testing.assert_array_equal(batch.label, ~dark)
 
 
+@pytest.mark.slow
 def test_a_detector_learns_from_good_images_and_a_library(good, library):
     config = tiny()
     with pytest.raises(ValueError, match="needs a library"):
@@ -573,6 +574,7 @@ def test_one_picture_in_two_file_formats_is_one_source(data, tmp_path):
         defects.check_disjoint(library, test)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_pictures")
 def test_labelled_data_trains_without_defects_from_elsewhere(good, data, tmp_path):
     marked = good[1].copy()

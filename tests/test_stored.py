@@ -139,6 +139,7 @@ def test_the_stream_depends_on_the_step_alone(files, images, monkeypatch):
         np.testing.assert_array_equal(np.concatenate(read), [expected(s) for s in range(first, 7)])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here", "own_code")
 def test_resumed_training_is_that_of_images_in_memory(files, images):
     whole = autoencoder.train(TINY, patches.stack(images))

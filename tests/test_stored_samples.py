@@ -106,6 +106,7 @@ def samples(root, library, what):
 KINDS = ["inserted, new line", "labelled", "labelled, new line, some in memory"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("what", KINDS)
 def test_the_samples_are_those_of_images_in_memory(root, library, what, monkeypatch):

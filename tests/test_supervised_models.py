@@ -338,6 +338,7 @@ def test_channel_sums_and_the_gradient_of_a_bias(width):
     np.testing.assert_allclose(of_bias[0, 0, 0], expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("network", "reduction"), NETWORKS[:2])
 def test_one_batch_is_learned_without_retracing(network, reduction):
     model, x = network(), images()
