@@ -32,6 +32,12 @@ def together(init: Callable[..., Any], key: Array, *arguments: Any) -> Any:
     """`init(key, *arguments)`, where all that `normal` draws are parts of one row of numbers, in the order of the draws.
 
     Drawn one by one they are most of the program that makes a network, and of the seconds that XLA compiles it.
+
+    Args:
+      init: (key, *arguments) -> parameters, such as a flax module's; it draws the same each time that it is traced.
+
+    Returns:
+      What `init` returns; numbers that `normal` has not drawn are those of `init` itself.
     """
     sizes: list[int] = []
 
