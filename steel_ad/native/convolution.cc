@@ -6,8 +6,10 @@
 // either. Filter gradients are the same with pixels and channels exchanged. Bias and leaky ReLU, and the latter's
 // derivative in the gradients, are applied while values are in registers or being copied anyway.
 //
-// 3x3 convolutions of stride 1 with whole vectors of channels go by Winograd's F(2x2, 3x3) (Lavin & Gray 2016): 16 products
-// for four output pixels instead of 36, each of them a matrix product over the channels of the tiles of a band.
+// With whole vectors of channels, Winograd's minimal filtering (Lavin & Gray 2016): a 3x3 convolution of stride 1 by F(2x2, 3x3),
+// 16 products for four output pixels instead of 36; a 4x4 one of stride 2, which is a 2x2 one over blocks of 2x2 pixels, and the
+// four phases of its transpose, which are 2x2 ones over pixels, by F(2x2, 2x2), 9 products instead of 16. Each of them is a
+// matrix product over the channels of the tiles of a band.
 
 #include <array>
 #include <utility>
@@ -39,7 +41,12 @@ inline void CopyRun(const Image& x, int64_t offset, int64_t n, float* __restrict
   }
   const float* __restrict of = x.activated + offset;
   const float slope = x.slope;
-  for (int64_t i = 0; i < n; ++i) to[i] = from[i] * (of[i] >= 0.0f ? 1.0f : slope);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vec value = Load(from + i);
+    Store(to + i, Load(of + i) >= 0.0f ? value : slope * value);
+  }
+  for (; i < n; ++i) to[i] = of[i] >= 0.0f ? from[i] : slope * from[i];
 }
 
 // Adds `n` pixels of `channels` values each to `sum`.
@@ -243,15 +250,21 @@ Image ImageOf(const Buffer& x, const Buffer& activated, float slope) {
 
 int64_t BandRows(int64_t height, int64_t width) { return std::min(height, CeilDiv(kBandPixels, width)); }
 
-// ---- Winograd, tiles of 4x4 input and 2x2 output pixels ----
+// ---- Winograd, tiles of 2x2 output pixels ----
 
-bool ByWinograd(int64_t kh, int64_t kw, int64_t stride, int64_t in, int64_t out) {
-  return kh == 3 && kw == 3 && stride == 1 && in % kLanes == 0 && out % kLanes == 0;
+enum class Form { kDirect, kOfThree, kOfBlocks };
+
+Form FormOf(int64_t kh, int64_t kw, int64_t stride, int64_t in, int64_t out) {
+  if (in % kLanes || out % kLanes || kh != kw) return Form::kDirect;
+  return kh == 3 && stride == 1 ? Form::kOfThree : kh == 4 && stride == 2 ? Form::kOfBlocks : Form::kDirect;
 }
 
-// B^T d: four values a column of a tile become four, for the columns and then for the rows.
-template <typename T>
-inline void TransformInput(const T (&d)[4], T (&to)[4]) {
+// Along one axis, N values become M.
+template <int N, int M>
+using Transform = void(const Vec (&)[N], Vec (&)[M]);
+
+// B^T d of F(2x2, 3x3)
+inline void OfPixels(const Vec (&d)[4], Vec (&to)[4]) {
   to[0] = d[0] - d[2];
   to[1] = d[1] + d[2];
   to[2] = d[2] - d[1];
@@ -259,148 +272,281 @@ inline void TransformInput(const T (&d)[4], T (&to)[4]) {
 }
 
 // A^T m
-template <typename T>
-inline void TransformOutput(const T (&m)[4], T (&to)[2]) {
+inline void ToPixels(const Vec (&m)[4], Vec (&to)[2]) {
   to[0] = m[0] + m[1] + m[2];
   to[1] = m[1] - m[2] - m[3];
 }
 
-// A g, the transpose of TransformOutput.
-template <typename T>
-inline void SpreadOutput(const T (&g)[2], T (&to)[4]) {
+// A g, its transpose.
+inline void OfGradient(const Vec (&g)[2], Vec (&to)[4]) {
   to[0] = g[0];
   to[1] = g[0] + g[1];
   to[2] = g[0] - g[1];
   to[3] = -g[1];
 }
 
-// Floats from one of 16 planes of so many values to the next: an odd number of cache lines, so that no two share cache sets.
+// G w
+inline void OfFilter(const Vec (&w)[3], Vec (&to)[4]) {
+  const Vec sum = 0.5f * (w[0] + w[2]), half = 0.5f * w[1];
+  to[0] = w[0];
+  to[1] = sum + half;
+  to[2] = sum - half;
+  to[3] = w[2];
+}
+
+// G^T u
+inline void ToFilter(const Vec (&u)[4], Vec (&to)[3]) {
+  const Vec half = 0.5f * (u[1] + u[2]);
+  to[0] = u[0] + half;
+  to[1] = 0.5f * (u[1] - u[2]);
+  to[2] = u[3] + half;
+}
+
+// B^T d of F(2x2, 2x2)
+inline void OfBlocks(const Vec (&d)[3], Vec (&to)[3]) {
+  to[0] = d[0] - d[1];
+  to[1] = d[1];
+  to[2] = d[2] - d[1];
+}
+
+// The same of both phases of a transposed convolution, which begin at the first and the second value; to[2] has the wrong sign
+// for the second.
+inline void OfPhases(const Vec (&d)[4], Vec (&to)[5]) {
+  to[0] = d[0] - d[1];
+  to[1] = d[1];
+  to[2] = d[2] - d[1];
+  to[3] = d[2];
+  to[4] = d[3] - d[2];
+}
+
+// A^T m, and G^T u.
+inline void Fold(const Vec (&m)[3], Vec (&to)[2]) {
+  to[0] = m[0] + m[1];
+  to[1] = m[1] + m[2];
+}
+
+// A g, and G w.
+inline void Spread(const Vec (&g)[2], Vec (&to)[3]) {
+  to[0] = g[0];
+  to[1] = g[0] + g[1];
+  to[2] = g[1];
+}
+
+// Floats from one plane of so many values to the next: an odd number of cache lines, so that no two share cache sets.
 int64_t Plane(int64_t size) { return (CeilDiv(size, 16) | 1) * 16; }
 
-// `[2 rows + 2, 2 columns + 2, channels]` to 16 planes of `[rows columns, channels]`.
-void InputTiles(const float* x, int64_t rows, int64_t columns, int64_t channels, float* to) {
-  const int64_t row = (2 * columns + 2) * channels, plane = Plane(rows * columns * channels);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < channels; c += kLanes) {
+struct Tiles {
+  int64_t rows, columns;
+  int64_t count() const { return rows * columns; }
+};
+
+// Tiles of N x N values that begin every two rows and columns, to M x M planes; `row` and `column` floats lie between theirs in x,
+// `step` between two tiles in a plane. Each value is one of `size` that lie beside each other.
+template <int N, int M, Transform<N, M> F>
+void TransformTiles(const float* x, int64_t row, int64_t column, int64_t size, const Tiles& tiles, float* to, int64_t step,
+                    int64_t plane) {
+  for (int64_t r = 0; r < tiles.rows; ++r)
+    for (int64_t c = 0; c < size; c += kLanes) {
       const float* from = x + 2 * r * row + c;
-      float* out = to + r * columns * channels + c;
-      Vec v[4][4];
-      auto column = [&](int64_t n, Vec(&transformed)[4]) {
-        Vec d[4];
-        for (int i = 0; i < 4; ++i) d[i] = Load(from + i * row + n * channels);
-        TransformInput(d, transformed);
+      float* out = to + r * tiles.columns * step + c;
+      Vec v[N][M];
+      auto transform = [&](int64_t n, Vec(&transformed)[M]) {
+        Vec d[N];
+        for (int i = 0; i < N; ++i) d[i] = Load(from + i * row + n * column);
+        F(d, transformed);
       };
-      column(0, v[0]);
-      column(1, v[1]);
-      for (int64_t t = 0; t < columns; ++t, out += channels) {
-        column(2 * t + 2, v[2]);
-        column(2 * t + 3, v[3]);
-        for (int i = 0; i < 4; ++i) {
-          Vec d[4] = {v[0][i], v[1][i], v[2][i], v[3][i]}, transformed[4];
-          TransformInput(d, transformed);
-          for (int j = 0; j < 4; ++j) Store(out + (4 * i + j) * plane, transformed[j]);
-          v[0][i] = v[2][i];
-          v[1][i] = v[3][i];
+      for (int n = 0; n < N - 2; ++n) transform(n, v[n]);
+      for (int64_t t = 0; t < tiles.columns; ++t, out += step) {
+        transform(2 * t + N - 2, v[N - 2]);
+        transform(2 * t + N - 1, v[N - 1]);
+        for (int i = 0; i < M; ++i) {
+          Vec d[N], transformed[M];
+          for (int n = 0; n < N; ++n) d[n] = v[n][i];
+          F(d, transformed);
+          for (int j = 0; j < M; ++j) Store(out + (M * i + j) * plane, transformed[j]);
+          for (int n = 0; n < N - 2; ++n) v[n][i] = v[n + 2][i];
         }
       }
     }
 }
 
-// `[2 rows, 2 columns, channels]` of a gradient, of which `width` channels count, to 16 planes of `[rows columns, width]`.
-void GradientTiles(const float* g, int64_t rows, int64_t columns, int64_t channels, int64_t width, float* to) {
-  const int64_t plane = Plane(rows * columns * width);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t t = 0; t < columns; ++t)
-      for (int64_t c = 0; c < width; c += kLanes) {
-        const float* from = g + (2 * r * 2 * columns + 2 * t) * channels + c;
-        float* out = to + (r * columns + t) * width + c;
-        Vec half[2][4];
-        for (int j = 0; j < 2; ++j) {
-          Vec d[2] = {Load(from + j * channels), Load(from + (2 * columns + j) * channels)};
-          SpreadOutput(d, half[j]);
-        }
-        for (int i = 0; i < 4; ++i) {
-          Vec d[2] = {half[0][i], half[1][i]}, transformed[4];
-          SpreadOutput(d, transformed);
-          for (int j = 0; j < 4; ++j) Store(out + (4 * i + j) * plane, transformed[j]);
-        }
-      }
+// Pixels of a tile of 2x2: its blocks are 2x2 pixels, or it and its neighbours.
+void BlockTiles(const float* x, int64_t channels, const Tiles& tiles, float* to, int64_t plane) {
+  const int64_t pair = 2 * channels, row = (2 * tiles.columns + 1) * pair;
+  for (int64_t q = 0; q < 2; ++q)
+    TransformTiles<3, 3, OfBlocks>(x + q * row, 2 * row, pair, pair, tiles, to + q * pair, 2 * pair, plane);
 }
 
-// G w G^T of weights `[3, 3, in, out]`: for each block `[16, in, its width]`.
-std::vector<float> TransformWeights(const std::vector<Block>& blocks, const float* w, int64_t in, int64_t out) {
-  std::vector<float> to(16 * in * out);
-  auto transform = [](const Vec(&g)[3], Vec(&u)[4]) {
-    Vec sum = 0.5f * (g[0] + g[2]), half = 0.5f * g[1];
-    u[0] = g[0];
-    u[1] = sum + half;
-    u[2] = sum - half;
-    u[3] = g[2];
-  };
-  for (const Block& block : blocks)
-    for (int64_t i = 0; i < in; ++i)
-      for (int64_t c = 0; c < block.vectors * kLanes; c += kLanes) {
-        Vec columns[3][4];
-        for (int s = 0; s < 3; ++s) {
-          Vec g[3];
-          for (int r = 0; r < 3; ++r) g[r] = Load(w + ((3 * r + s) * in + i) * out + block.channel + c);
-          transform(g, columns[s]);
-        }
-        for (int r = 0; r < 4; ++r) {
-          Vec g[3] = {columns[0][r], columns[1][r], columns[2][r]}, u[4];
-          transform(g, u);
-          for (int s = 0; s < 4; ++s)
-            Store(to.data() + 16 * in * block.channel + ((4 * r + s) * in + i) * block.vectors * kLanes + c, u[s]);
+// The i-th of the `4 in` inputs of block (r, s), among those of a 4x4 kernel, `[4, 4, in]`.
+int64_t RowOfBlocks(int64_t r, int64_t s, int64_t i, int64_t in) {
+  const int64_t row = 2 * r + i / (2 * in), column = 2 * s + i / in % 2;
+  return (4 * row + column) * in + i % in;
+}
+
+// Filters `[N, N, *, out]` to `[M, M, size, width]`; `at(r, s, i)` is where the i-th row of the filter's element (r, s) begins.
+template <int N, int M, Transform<N, M> F, typename At>
+void TransformFilter(int64_t size, int64_t width, At at, float* to) {
+  for (int64_t i = 0; i < size; ++i)
+    for (int64_t c = 0; c < width; c += kLanes) {
+      Vec columns[N][M];
+      for (int s = 0; s < N; ++s) {
+        Vec w[N];
+        for (int r = 0; r < N; ++r) w[r] = Load(at(r, s, i) + c);
+        F(w, columns[s]);
+      }
+      for (int r = 0; r < M; ++r) {
+        Vec w[N], u[M];
+        for (int s = 0; s < N; ++s) w[s] = columns[s][r];
+        F(w, u);
+        for (int s = 0; s < M; ++s) Store(to + ((M * r + s) * size + i) * width + c, u[s]);
+      }
+    }
+}
+
+// Where tiles of 2x2 pixels are written: floats between two rows and two pixels, and how many of them there are.
+struct Target {
+  float* to;
+  int64_t row, pixel, rows, width;
+};
+
+// N x N planes `[tiles, wide]` to 2x2 pixels a tile, with bias and leaky ReLU.
+template <int N, Transform<N, 2> F>
+void WriteTiles(const float* m, int64_t plane, const Tiles& tiles, int64_t wide, const float* bias, float slope,
+                const Target& target) {
+  for (int64_t t = 0; t < tiles.count(); ++t)
+    for (int64_t c = 0; c < wide; c += kLanes) {
+      Vec half[2][N], offset = bias ? Load(bias + c) : Vec{};
+      for (int j = 0; j < N; ++j) {
+        Vec d[N], sums[2];
+        for (int i = 0; i < N; ++i) d[i] = Load(m + (N * i + j) * plane + t * wide + c);
+        F(d, sums);
+        half[0][j] = sums[0];
+        half[1][j] = sums[1];
+      }
+      const int64_t row = 2 * (t / tiles.columns), column = 2 * (t % tiles.columns);
+      for (int i = 0; i < 2 && row + i < target.rows; ++i) {
+        Vec sums[2];
+        F(half[i], sums);
+        float* to = target.to + (row + i) * target.row + column * target.pixel + c;
+        for (int j = 0; j < 2 && column + j < target.width; ++j) {
+          Vec value = sums[j] + offset;
+          if (slope != 1.0f) value = value >= 0.0f ? value : slope * value;
+          Store(to + j * target.pixel, value);
         }
       }
-  return to;
+    }
 }
 
 int64_t EvenBand(int64_t height, int64_t width) { return (BandRows(height, width) + 1) / 2 * 2; }
 
-ffi::Error Winograd(ffi::ThreadPool& pool, const Image& image, int64_t images, const float* weights, const float* bias,
-                    float slope, int64_t out, float* y) {
-  const int64_t in = image.channels, height = image.height, width = image.width;
+// A band of output pixels of one image, in tiles.
+struct Band {
+  int64_t image, first, rows;
+  Tiles tiles;
+};
+
+Band BandOf(int64_t item, int64_t height, int64_t width) {
+  const int64_t band = EvenBand(height, width), bands = CeilDiv(height, band), first = item % bands * band;
+  const int64_t rows = std::min(band, height - first);
+  return {item / bands, first, rows, {CeilDiv(rows, 2), CeilDiv(width, 2)}};
+}
+
+int64_t BandsOf(int64_t height, int64_t width) { return CeilDiv(height, EvenBand(height, width)); }
+
+// Floats of what a band's tiles need of an image, padded.
+int64_t PaddedSize(Form form, const Tiles& tiles, int64_t channels) {
+  const int64_t pixels = form == Form::kOfBlocks ? 4 * (2 * tiles.rows + 1) * (2 * tiles.columns + 1)
+                                                 : (2 * tiles.rows + 2) * (2 * tiles.columns + 2);
+  return pixels * channels;
+}
+
+// The tiles of a band, `[9 or 16, tiles, channels of a tile's pixel]`: of a 4x4 kernel 4 times the image's, of a 3x3 one as many.
+void InputTiles(Form form, const Image& image, const Band& band, float* padded, float* to, int64_t plane) {
+  const Tiles& tiles = band.tiles;
+  if (form == Form::kOfBlocks) {
+    CopyPadded(image, band.image, 2 * band.first - 1, 4 * tiles.rows + 2, -1, 4 * tiles.columns + 2, padded);
+    return BlockTiles(padded, image.channels, tiles, to, plane);
+  }
+  const int64_t columns = 2 * tiles.columns + 2, c = image.channels;
+  CopyPadded(image, band.image, band.first - 1, 2 * tiles.rows + 2, -1, columns, padded);
+  TransformTiles<4, 4, OfPixels>(padded, columns * c, c, c, tiles, to, c, plane);
+}
+
+ffi::Error Winograd(ffi::ThreadPool& pool, Form form, const Image& image, int64_t images, int64_t height, int64_t width,
+                    const float* weights, const float* bias, float slope, int64_t out, float* y) {
+  const bool of_blocks = form == Form::kOfBlocks;
+  const int64_t in = image.channels, size = of_blocks ? 4 * in : in, planes = of_blocks ? 9 : 16;
   const auto blocks = Blocks(out);
-  const auto transformed = TransformWeights(blocks, weights, in, out);
-  const int64_t band = EvenBand(height, width), bands = CeilDiv(height, band), columns = CeilDiv(width, 2);
-  ParallelFor(pool, images * bands, [&](int64_t item) {
-    const int64_t b = item / bands, first = item % bands * band, rows = std::min(band, height - first);
-    const int64_t tile_rows = CeilDiv(rows, 2), tiles = tile_rows * columns;
-    float* padded = Scratch(0, (2 * tile_rows + 2) * (2 * columns + 2) * in);
-    float* v = Scratch(1, 16 * Plane(tiles * in));
-    float* m = Scratch(2, 16 * Plane(tiles * kVectors * kLanes));
-    CopyPadded(image, b, first - 1, 2 * tile_rows + 2, -1, 2 * columns + 2, padded);
-    InputTiles(padded, tile_rows, columns, in, v);
+  std::vector<float> transformed(planes * size * out);
+  for (const Block& block : blocks) {
+    const int64_t wide = block.vectors * kLanes;
+    float* to = transformed.data() + planes * size * block.channel;
+    const float* from = weights + block.channel;
+    if (of_blocks)
+      TransformFilter<2, 3, Spread>(size, wide, [&](int r, int s, int64_t i) { return from + RowOfBlocks(r, s, i, in) * out; }, to);
+    else
+      TransformFilter<3, 4, OfFilter>(size, wide, [&](int r, int s, int64_t i) { return from + ((3 * r + s) * in + i) * out; }, to);
+  }
+  ParallelFor(pool, images * BandsOf(height, width), [&](int64_t item) {
+    const Band band = BandOf(item, height, width);
+    const int64_t tiles = band.tiles.count(), of_input = Plane(tiles * size);
+    float* v = Scratch(1, planes * of_input);
+    float* m = Scratch(2, planes * Plane(tiles * kVectors * kLanes));
+    InputTiles(form, image, band, Scratch(0, PaddedSize(form, band.tiles, in)), v, of_input);
     for (const Block& block : blocks) {
       const int64_t wide = block.vectors * kLanes, plane = Plane(tiles * wide);
-      for (int64_t k = 0; k < 16; ++k)
-        RunRow({v + k * Plane(tiles * in), 0, in, 1, in, transformed.data() + 16 * in * block.channel + k * in * wide, nullptr,
-                1.0f, false, m + k * plane, wide, wide},
+      const float* w = transformed.data() + planes * size * block.channel;
+      for (int64_t k = 0; k < planes; ++k)
+        RunRow({v + k * of_input, 0, size, 1, size, w + k * size * wide, nullptr, 1.0f, false, m + k * plane, wide, wide},
                block.vectors, tiles);
-      for (int64_t t = 0; t < tiles; ++t)
-        for (int64_t c = 0; c < wide; c += kLanes) {
-          Vec half[2][4], offset = bias ? Load(bias + block.channel + c) : Vec{};
-          for (int j = 0; j < 4; ++j) {
-            Vec d[4], sums[2];
-            for (int i = 0; i < 4; ++i) d[i] = Load(m + (4 * i + j) * plane + t * wide + c);
-            TransformOutput(d, sums);
-            half[0][j] = sums[0];
-            half[1][j] = sums[1];
-          }
-          const int64_t row = 2 * (t / columns), column = 2 * (t % columns);
-          for (int i = 0; i < 2 && row + i < rows; ++i) {
-            Vec sums[2];
-            TransformOutput(half[i], sums);
-            float* to = y + ((b * height + first + row + i) * width + column) * out + block.channel + c;
-            for (int j = 0; j < 2 && column + j < width; ++j) {
-              Vec value = sums[j] + offset;
-              if (slope != 1.0f) value = value >= 0.0f ? value : slope * value;
-              Store(to + j * out, value);
-            }
-          }
-        }
+      const Target target{y + (band.image * height + band.first) * width * out + block.channel, width * out, out, band.rows, width};
+      (of_blocks ? WriteTiles<3, Fold> : WriteTiles<4, ToPixels>)(m, plane, band.tiles, wide, bias ? bias + block.channel : nullptr,
+                                                                  slope, target);
     }
+  });
+  return ffi::Error::Success();
+}
+
+// The transposed 4x4 convolution of stride 2: the four phases share the tiles of their input.
+ffi::Error WinogradDouble(ffi::ThreadPool& pool, const Image& image, int64_t images, const float* weights, const float* bias,
+                          float slope, int64_t out, float* y) {
+  const int64_t in = image.channels, height = image.height, width = image.width;
+  const auto blocks = Blocks(out);
+  std::vector<float> transformed(4 * 9 * in * out);  // [blocks, 4, 9, in, wide]
+  for (const Block& block : blocks)
+    for (int64_t phase = 0; phase < 4; ++phase) {
+      const int64_t wide = block.vectors * kLanes;
+      float* to = transformed.data() + (4 * block.channel + phase * wide) * 9 * in;
+      TransformFilter<2, 3, Spread>(
+          in, wide,
+          [&](int r, int s, int64_t i) {
+            return weights + ((4 * (phase / 2 + 2 * r) + phase % 2 + 2 * s) * in + i) * out + block.channel;
+          },
+          to);
+      for (int64_t k = 0; k < 9; ++k)
+        if ((phase / 2 && k < 3) != (phase % 2 && k % 3 == 0))  // what OfPhases gives with the other sign
+          for (int64_t i = 0; i < in * wide; ++i) to[k * in * wide + i] *= -1.0f;
+    }
+  ParallelFor(pool, images * BandsOf(height, width), [&](int64_t item) {
+    const Band band = BandOf(item, height, width);
+    const int64_t tiles = band.tiles.count(), of_input = Plane(tiles * in), columns = 2 * band.tiles.columns + 2;
+    float* padded = Scratch(0, PaddedSize(Form::kOfThree, band.tiles, in));
+    float* v = Scratch(1, 25 * of_input);
+    float* m = Scratch(2, 9 * Plane(tiles * kVectors * kLanes));
+    CopyPadded(image, band.image, band.first - 1, 2 * band.tiles.rows + 2, -1, columns, padded);
+    TransformTiles<4, 5, OfPhases>(padded, columns * in, in, in, band.tiles, v, in, of_input);
+    for (const Block& block : blocks)
+      for (int64_t phase = 0; phase < 4; ++phase) {
+        const int64_t wide = block.vectors * kLanes, plane = Plane(tiles * wide), r = phase / 2, s = phase % 2;
+        const float* w = transformed.data() + (4 * block.channel + phase * wide) * 9 * in;
+        for (int64_t k = 0; k < 9; ++k)
+          RunRow({v + (5 * (2 * r + k / 3) + 2 * s + k % 3) * of_input, 0, in, 1, in, w + k * in * wide, nullptr, 1.0f, false,
+                  m + k * plane, wide, wide},
+                 block.vectors, tiles);
+        WriteTiles<3, Fold>(m, plane, band.tiles, wide, bias ? bias + block.channel : nullptr, slope,
+                            {y + ((2 * (band.image * height + band.first) + r) * 2 * width + s) * out + block.channel,
+                             4 * width * out, 2 * out, band.rows, width});
+      }
   });
   return ffi::Error::Success();
 }
@@ -411,9 +557,10 @@ ffi::Error Convolve(ffi::ThreadPool pool, Buffer x, Buffer activated, Buffer wei
   auto k = weights.dimensions(), d = y->dimensions();
   const int64_t kh = k[0], kw = k[1], in = k[2], out = k[3], height = d[1], width = d[2];
   const float after = image.activated ? 1.0f : slope;
-  if (ByWinograd(kh, kw, stride, in, out))
-    return Winograd(pool, image, d[0], weights.typed_data(), bias.element_count() ? bias.typed_data() : nullptr, after,
-                    out, y->typed_data());
+  const Form form = FormOf(kh, kw, stride, in, out);
+  if (form != Form::kDirect)
+    return Winograd(pool, form, image, d[0], height, width, weights.typed_data(),
+                    bias.element_count() ? bias.typed_data() : nullptr, after, out, y->typed_data());
   const auto blocks = Blocks(out);
   const float* w = weights.typed_data();
   std::vector<float> packed;
@@ -443,6 +590,10 @@ ffi::Error Convolve(ffi::ThreadPool pool, Buffer x, Buffer activated, Buffer wei
 ffi::Error Double(ffi::ThreadPool pool, Buffer x, Buffer activated, Buffer weights, Buffer bias, float slope, Result y) {
   const Image image = ImageOf(x, activated, slope);
   const int64_t height = image.height, width = image.width, in = image.channels, out = weights.dimensions()[3];
+  const float after = image.activated ? 1.0f : slope;
+  if (in % kLanes == 0 && out % kLanes == 0)
+    return WinogradDouble(pool, image, x.dimensions()[0], weights.typed_data(),
+                          bias.element_count() ? bias.typed_data() : nullptr, after, out, y->typed_data());
   const auto blocks = Blocks(out);
   const int64_t phase_size = 4 * in * Padded(out);
   std::vector<float> packed(4 * phase_size);
@@ -453,7 +604,6 @@ ffi::Error Double(ffi::ThreadPool pool, Buffer x, Buffer activated, Buffer weigh
          },
          packed.data() + phase * phase_size);
   const auto offsets = PaddedBias(bias.typed_data(), bias.element_count(), out);
-  const float after = image.activated ? 1.0f : slope;
   const int64_t band = BandRows(height, 2 * width), bands = CeilDiv(height, band), columns = width + 2;
   ParallelFor(pool, x.dimensions()[0] * bands, [&](int64_t item) {
     int64_t b = item / bands, first = item % bands * band, rows = std::min(band, height - first);
@@ -530,50 +680,62 @@ void RunOuters(Outer o, int vectors, int64_t taps) {
   }
 }
 
-// Adds a band's products of transformed tiles to `sum`, `[16, in, out]`, and its gradient to `bias`.
-void AddTiles(const Image& image, const Image& gradient, const std::vector<Block>& blocks, int64_t b, int64_t first,
-              int64_t rows, float* sum, float* bias) {
-  const int64_t in = image.channels, out = gradient.channels, columns = CeilDiv(gradient.width, 2);
-  const int64_t tile_rows = CeilDiv(rows, 2), tiles = tile_rows * columns;
-  float* v = Scratch(1, 16 * Plane(tiles * in));
-  float* m = Scratch(2, 16 * Plane(tiles * kVectors * kLanes));
-  float* padded = Scratch(0, std::max((2 * tile_rows + 2) * (2 * columns + 2) * in, 4 * tiles * out));
-  CopyPadded(image, b, first - 1, 2 * tile_rows + 2, -1, 2 * columns + 2, padded);
-  InputTiles(padded, tile_rows, columns, in, v);
-  CopyPadded(gradient, b, first, 2 * tile_rows, 0, 2 * columns, padded);
-  AddPixels(padded, 4 * tiles, out, bias);
-  for (const Block& block : blocks) {
-    const int64_t wide = block.vectors * kLanes;
-    GradientTiles(padded + block.channel, tile_rows, columns, out, wide, m);
-    for (int64_t k = 0; k < 16; ++k)
-      RunOuters({v + k * Plane(tiles * in), 0, in, m + k * Plane(tiles * wide), 1, tiles,
-                 sum + k * in * out + block.channel, out},
-                block.vectors, in);
-  }
+// Planes of `[size, out]`, N x N of them, to a filter's elements `[M, M, size, out]`, of which (r, s) begins at `at(r, s, i)`.
+template <int N, int M, Transform<N, M> F, typename At>
+void FilterOfTiles(const float* u, int64_t size, int64_t out, At at) {
+  for (int64_t i = 0; i < size; ++i)
+    for (int64_t c = 0; c < out; c += kLanes) {
+      Vec half[N][M];
+      for (int s = 0; s < N; ++s) {
+        Vec d[N];
+        for (int r = 0; r < N; ++r) d[r] = Load(u + ((N * r + s) * size + i) * out + c);
+        F(d, half[s]);
+      }
+      for (int r = 0; r < M; ++r) {
+        Vec d[N], w[M];
+        for (int s = 0; s < N; ++s) d[s] = half[s][r];
+        F(d, w);
+        for (int s = 0; s < M; ++s) Store(at(r, s, i) + c, w[s]);
+      }
+    }
 }
 
-// G^T u G of `[16, in, out]`: `[3, 3, in, out]`.
-void FiltersOfTiles(const float* u, int64_t in, int64_t out, float* to) {
-  const int64_t plane = in * out;
-  auto transform = [](const Vec(&d)[4], Vec(&g)[3]) {
-    Vec half = 0.5f * (d[1] + d[2]);
-    g[0] = d[0] + half;
-    g[1] = 0.5f * (d[1] - d[2]);
-    g[2] = d[3] + half;
-  };
-  for (int64_t i = 0; i < plane; i += kLanes) {
-    Vec half[4][3];
-    for (int s = 0; s < 4; ++s) {
-      Vec d[4];
-      for (int r = 0; r < 4; ++r) d[r] = Load(u + (4 * r + s) * plane + i);
-      transform(d, half[s]);
+constexpr int64_t kTogether = 64;  // tiles of several bands, at least, whose products are added to the sums at once
+
+// Adds products of the transformed tiles of bands `item` to `end - 1` to `sum`, `[9 or 16, size, out]`, and to `bias` the sums of
+// the gradient's channels, or the image's if they are `exchanged`.
+void AddTiles(Form form, const Image& image, const Image& gradient, const std::vector<Block>& blocks, int64_t item, int64_t end,
+              bool exchanged, float* sum, float* bias) {
+  const bool of_blocks = form == Form::kOfBlocks;
+  const int64_t in = image.channels, out = gradient.channels, size = of_blocks ? 4 * in : in, planes = of_blocks ? 9 : 16;
+  const int64_t height = gradient.height, width = gradient.width;
+  int64_t tiles = 0;
+  for (int64_t i = item; i < end; ++i) tiles += BandOf(i, height, width).tiles.count();
+  const int64_t of_input = Plane(tiles * size), of_gradient = Plane(tiles * out);
+  float* v = Scratch(1, planes * of_input);
+  float* m = Scratch(2, planes * of_gradient);
+  for (int64_t i = item, done = 0; i < end; ++i) {
+    const Band band = BandOf(i, height, width);
+    const int64_t columns = 2 * band.tiles.columns;
+    float* padded = Scratch(0, std::max(PaddedSize(form, band.tiles, in), 4 * band.tiles.count() * out));
+    InputTiles(form, image, band, padded, v + done * size, of_input);
+    for (int64_t r = 1; exchanged && r <= 2 * band.rows; ++r)
+      AddPixels(padded + (r * (2 * columns + 2) + 1) * in, 2 * width, in, bias);
+    CopyPadded(gradient, band.image, band.first, 2 * band.tiles.rows, 0, columns, padded);
+    if (!exchanged) AddPixels(padded, 4 * band.tiles.count(), out, bias);
+    for (const Block& block : blocks) {
+      const int64_t wide = block.vectors * kLanes;
+      float* to = m + tiles * block.channel + done * wide;
+      (of_blocks ? TransformTiles<2, 3, Spread> : TransformTiles<2, 4, OfGradient>)(padded + block.channel, columns * out, out, wide,
+                                                                                  band.tiles, to, wide, of_gradient);
     }
-    for (int r = 0; r < 3; ++r) {
-      Vec d[4] = {half[0][r], half[1][r], half[2][r], half[3][r]}, g[3];
-      transform(d, g);
-      for (int s = 0; s < 3; ++s) Store(to + (3 * r + s) * plane + i, g[s]);
-    }
+    done += band.tiles.count();
   }
+  for (int64_t k = 0; k < planes; ++k)
+    for (const Block& block : blocks)
+      RunOuters({v + k * of_input, 0, size, m + k * of_gradient + tiles * block.channel, 1, tiles,
+                 sum + k * size * out + block.channel, out},
+                block.vectors, size);
 }
 
 // Of y = convolve(x, weights) + bias, given g, the gradient of y. With `exchanged` the leaky ReLU's derivative multiplies
@@ -584,11 +746,13 @@ ffi::Error FilterGradient(ffi::ThreadPool pool, Buffer x, Buffer g, Buffer activ
   (exchanged ? gradient : image).activated = nullptr;
   auto k = of_weights->dimensions();
   const int64_t kh = k[0], kw = k[1], in = k[2], out = k[3], height = gradient.height, width = gradient.width;
-  const bool winograd = ByWinograd(kh, kw, stride, in, out) && !exchanged;
+  const Form form = FormOf(kh, kw, stride, in, out);
+  const bool winograd = form != Form::kDirect;
   const int64_t run = kw * in, padded = Padded(out), biases = of_bias->element_count();
-  const int64_t size = winograd ? 16 * in * out : kh * run * padded;
+  const int64_t size = form == Form::kOfBlocks ? 9 * 4 * in * out : winograd ? 16 * in * out : kh * run * padded;
   const auto blocks = Blocks(out);
   const int64_t band = winograd ? EvenBand(height, width) : BandRows(height, width), bands = CeilDiv(height, band);
+  const int64_t together = winograd ? std::max<int64_t>(kTogether / BandOf(0, height, width).tiles.count(), 1) : 1;
   const int64_t columns = (width - 1) * stride + kw;
   const int64_t total = g.dimensions()[0] * bands;
   // Sums of fixed parts in a fixed order, so that the result does not depend on the threads.
@@ -596,12 +760,13 @@ ffi::Error FilterGradient(ffi::ThreadPool pool, Buffer x, Buffer g, Buffer activ
   std::vector<float> sums(parts * (size + biases), 0.0f);
   ParallelFor(pool, parts, [&](int64_t part) {
     float *sum = sums.data() + part * (size + biases), *bias = sum + size;
-    for (int64_t item = part * total / parts; item < (part + 1) * total / parts; ++item) {
+    const int64_t end = (part + 1) * total / parts;
+    for (int64_t item = part * total / parts; item < end; item += together) {
       int64_t b = item / bands, first = item % bands * band, rows = std::min(band, height - first);
       if (winograd) {
         float* band_bias = Scratch(3, biases);
         std::fill(band_bias, band_bias + biases, 0.0f);
-        AddTiles(image, gradient, blocks, b, first, rows, sum, band_bias);
+        AddTiles(form, image, gradient, blocks, item, std::min(item + together, end), exchanged, sum, band_bias);
         for (int64_t c = 0; c < biases; ++c) bias[c] += band_bias[c];
         continue;
       }
@@ -637,11 +802,14 @@ ffi::Error FilterGradient(ffi::ThreadPool pool, Buffer x, Buffer g, Buffer activ
   std::vector<float> weights(size + biases, 0.0f);
   for (int64_t part = 0; part < parts; ++part)
     for (int64_t i = 0; i < size + biases; ++i) weights[i] += sums[part * (size + biases) + i];
-  if (winograd)
-    FiltersOfTiles(weights.data(), in, out, of_weights->typed_data());
+  float* to = of_weights->typed_data();
+  if (form == Form::kOfThree)
+    FilterOfTiles<4, 3, ToFilter>(weights.data(), in, out, [&](int r, int s, int64_t i) { return to + ((3 * r + s) * in + i) * out; });
+  else if (form == Form::kOfBlocks)
+    FilterOfTiles<3, 2, Fold>(weights.data(), 4 * in, out, [&](int r, int s, int64_t i) { return to + RowOfBlocks(r, s, i, in) * out; });
   else
     for (int64_t i = 0; i < kh * run; ++i)
-      std::copy_n(weights.data() + i * padded, out, of_weights->typed_data() + i * out);
+      std::copy_n(weights.data() + i * padded, out, to + i * out);
   std::copy_n(weights.data() + size, biases, of_bias->typed_data());
   return ffi::Error::Success();
 }
