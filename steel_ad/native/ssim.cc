@@ -1,5 +1,8 @@
-// The SSIM residual of pairs of float32 images and its gradient, as XLA custom calls: each image goes by row after row, and
-// all that is kept of it are as many rows as a window has, in the first caches.
+// The SSIM residual of pairs of float32 images and its gradient, as XLA custom calls: each image goes by two rows at a time, and
+// all that is kept of it are the rows of their windows, in the first caches. Two windows of equal taps, one below the other,
+// share all but two rows.
+
+#include <utility>
 
 #include "common.h"
 
@@ -43,42 +46,161 @@ void SumAndDifference(const Pair& pair, int64_t p, int64_t columns, float* __res
 struct Window {
   int64_t size;
   const float* taps;
+  bool uniform;
   float c1, c2;
 };
 
-// Means over a window of sum, difference and their squares, of `n` output pixels in a row.
-// `rows` are the window's rows: `size` pointers to sums, then as many to differences.
-template <int K>  // the window's size where it is known beforehand, or 0
-void Means(const Window& window, const float* const* rows, int64_t n, int64_t columns, float* vertical, int64_t pitch,
-           float* means) {
-  const int64_t k = K ? K : window.size;
-  for (int64_t i = 0; i < columns; i += kLanes) {
-    Vec t{}, d{}, tt{}, dd{};
+Window WindowOf(const Buffer& taps, float c1, float c2) {
+  const float* t = taps.typed_data();
+  const int64_t k = taps.dimensions().back();
+  return {k, t, std::all_of(t, t + k, [&](float tap) { return tap == t[0]; }), c1, c2};
+}
+
+constexpr int kUnrolled = 11;  // the size of a window for which there is code of its own
+
+// Windows whose code differs: K is their size where it is known beforehand, or 0; equal taps need no products.
+template <int K, bool kUniform>
+struct Kind {
+  static constexpr int kSize = K;
+  static constexpr bool kEqual = kUniform;
+  static int64_t size(const Window& window) { return K ? K : window.size; }
+};
+
+// Calls f with the window's kind.
+template <typename F>
+void WithKind(const Window& window, F f) {
+  const bool unrolled = window.size == kUnrolled;
+  if (window.uniform)
+    unrolled ? f(Kind<kUnrolled, true>()) : f(Kind<0, true>());
+  else
+    unrolled ? f(Kind<kUnrolled, false>()) : f(Kind<0, false>());
+}
+
+// Weighted sums, N at once, of what `add(j, weighted, to)` adds for rows `first` to `first + k - 1`.
+template <int N, typename K, typename Add>
+inline void SumRows(K kind, const Window& window, int64_t first, Add add, Vec (&to)[N]) {
+  for (int f = 0; f < N; ++f) to[f] = Vec{};
 #pragma GCC unroll 11
-    for (int64_t j = 0; j < k; ++j) {
-      Vec a = Load(rows[j] + i), b = Load(rows[k + j] + i), wa = window.taps[j] * a, wb = window.taps[j] * b;
-      t += wa;
-      d += wb;
-      tt += wa * a;
-      dd += wb * b;
-    }
-    Store(vertical + i, t);
-    Store(vertical + pitch + i, d);
-    Store(vertical + 2 * pitch + i, tt);
-    Store(vertical + 3 * pitch + i, dd);
+  for (int64_t j = 0; j < kind.size(window); ++j) add(first + j, [tap = window.taps[j]](Vec v) { return tap * v; }, to);
+}
+
+// The same for rows 0 to k - 1, `to[0]`, and for 1 to k, `to[1]`.
+template <int N, typename K, typename Add>
+inline void SumTwice(K kind, const Window& window, Add add, Vec (&to)[2][N]) {
+  if constexpr (!K::kEqual) {
+    for (int64_t r = 0; r < 2; ++r) SumRows(kind, window, r, add, to[r]);
+    return;
   }
-  for (int64_t i = 0; i < n; i += kLanes) {
-    Vec sums[4] = {};
+  const int64_t k = kind.size(window);
+  auto plain = [](Vec v) { return v; };
+  for (int f = 0; f < N; ++f) to[0][f] = Vec{};
 #pragma GCC unroll 11
-    for (int64_t j = 0; j < k; ++j)
-      for (int f = 0; f < 4; ++f) sums[f] += window.taps[j] * Load(vertical + f * pitch + i + j);
-    for (int f = 0; f < 4; ++f) Store(means + f * pitch + i, sums[f]);
+  for (int64_t j = 1; j < k; ++j) add(j, plain, to[0]);
+  for (int f = 0; f < N; ++f) to[1][f] = to[0][f];
+  for (int64_t r = 0; r < 2; ++r) {
+    add(r * k, plain, to[r]);
+    for (int f = 0; f < N; ++f) to[r][f] *= window.taps[0];
   }
 }
 
-auto MeansOf(int64_t k) { return k == 11 ? &Means<11> : &Means<0>; }
+#if defined(__clang__)
+template <int N, int... L>
+inline Vec Shifted(Vec a, Vec b, std::integer_sequence<int, L...>) {
+  return __builtin_shufflevector(a, b, (N + L)...);
+}
+#else
+template <int N, int... L>
+inline Vec Shifted(Vec a, Vec b, std::integer_sequence<int, L...>) {
+  using Lanes = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
+  return __builtin_shuffle(a, b, Lanes{(N + L)...});
+}
+#endif
+
+// The values from the N-th on of three vectors in a row.
+template <int N>
+inline Vec From(Vec a, Vec b, Vec c) {
+  if constexpr (N < kLanes)
+    return Shifted<N>(a, b, std::make_integer_sequence<int, kLanes>());
+  else if constexpr (N == kLanes)
+    return b;
+  else
+    return Shifted<N - kLanes>(b, c, std::make_integer_sequence<int, kLanes>());
+}
+
+// Means across a row, of values i to i + k - 1 for each i below n; up to three vectors behind them are read.
+template <typename K>
+void Across(K kind, const Window& window, const float* from, int64_t n, float* to) {
+  const int64_t k = kind.size(window);
+  const float* taps = window.taps;
+  if constexpr (K::kEqual && K::kSize == 11 && kLanes >= 8) {
+    // Sums of two, four and eight values; eight and two and one are eleven.
+    const float tap = taps[0];
+    Vec a = Load(from), next_a = Load(from + kLanes), far_a = Load(from + 2 * kLanes);
+    Vec two = a + From<1>(a, next_a, far_a), next_two = next_a + From<1>(next_a, far_a, far_a);
+    Vec four = two + From<2>(two, next_two, next_two);
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const Vec new_a = Load(from + i + 3 * kLanes), far_two = far_a + From<1>(far_a, new_a, new_a);
+      const Vec next_four = next_two + From<2>(next_two, far_two, far_two);
+      const Vec eight = four + From<4>(four, next_four, next_four);
+      Store(to + i, tap * (eight + From<8>(two, next_two, far_two) + From<10>(a, next_a, far_a)));
+      a = next_a;
+      next_a = far_a;
+      far_a = new_a;
+      two = next_two;
+      next_two = far_two;
+      four = next_four;
+    }
+    return;
+  }
+  for (int64_t i = 0; i < n; i += kLanes) {
+    Vec sum{};
+#pragma GCC unroll 11
+    for (int64_t j = 0; j < k; ++j) sum += taps[j] * Load(from + i + j);
+    Store(to + i, sum);
+  }
+}
+
+// Means over a window of sum, difference and their squares, of `n` output pixels in each of two rows: `[2, 4, pitch]`, as
+// `vertical`. `rows` are the windows' rows: `size + 1` pointers to sums, then as many to differences.
+template <typename K>
+void Means(K kind, const Window& window, const float* const* rows, int64_t n, int64_t columns, float* vertical, int64_t pitch,
+           float* means) {
+  const int64_t k = kind.size(window);
+  for (int64_t r = 0; r < 2; ++r) {
+    for (int64_t i = 0; i < columns; i += kLanes) {
+      auto add = [&](int64_t j, auto weighted, Vec(&to)[4]) {
+        const Vec t = Load(rows[j] + i), d = Load(rows[k + 1 + j] + i), of_t = weighted(t), of_d = weighted(d);
+        to[0] += of_t;
+        to[1] += of_d;
+        to[2] += of_t * t;
+        to[3] += of_d * d;
+      };
+      if constexpr (K::kEqual) {
+        Vec sums[2][4];
+        SumTwice(kind, window, add, sums);
+        for (int f = 0; f < 8; ++f) Store(vertical + f * pitch + i, sums[f / 4][f % 4]);
+      } else {
+        Vec sums[4];
+        SumRows(kind, window, r, add, sums);
+        for (int f = 0; f < 4; ++f) Store(vertical + f * pitch + i, sums[f]);
+      }
+    }
+    const int fields = K::kEqual ? 8 : 4;
+    for (int f = 0; f < fields; ++f) Across(kind, window, vertical + f * pitch, n, means + (4 * r + f) * pitch);
+    if (K::kEqual) return;  // with both rows
+  }
+}
 
 inline Vec Positive(Vec v) { return v > 0.0f ? v : Vec{}; }
+
+// The residual, from the means of a window: of the terms 1 - a / b and 1 - c / d it is 1 - (1 - a / b) (1 - c / d), with one division.
+inline Vec ResidualOf(const Window& w, const float* means, int64_t pitch, float offset) {
+  const Vec t = Load(means), d = Load(means + pitch), mean_t = t + 1.0f, mean_d = d + offset, square = mean_d * mean_d;
+  const Vec var_t = Positive(Load(means + 2 * pitch) - t * t), var_d = Positive(Load(means + 3 * pitch) - d * d);
+  const Vec luminance = mean_t * mean_t + square + 2 * w.c1, structure = var_t + var_d + 2 * w.c2;
+  const Vec a = 2.0f * square, c = 2.0f * var_d;
+  return (a * structure + c * luminance - a * c) / (luminance * structure);
+}
 
 // 1 - luminance term and 1 - contrast and structure term, and what their gradients need.
 struct Terms {
@@ -103,20 +225,25 @@ inline Terms TermsOf(const Window& w, const float* means, int64_t pitch, float o
   return s;
 }
 
-int64_t Pitch(int64_t n) { return CeilDiv(n, kLanes) * kLanes + kLanes; }
+// Floats of a row of n values, and of the vectors behind it that `Across` reads.
+int64_t Pitch(int64_t n) { return CeilDiv(n, kLanes) * kLanes + 3 * kLanes; }
+
+constexpr int64_t kBand = 128;  // rows of a piece of work, an even number
 
 // Mean of x - y of each image, in a fixed order.
 std::vector<float> Offsets(ffi::ThreadPool& pool, const float* x, const float* y, int64_t images, int64_t rows, int64_t n) {
   std::vector<double> sums(images * rows);
-  ParallelFor(pool, images * rows, [&](int64_t item) {
-    const float *__restrict a = x + item * n, *__restrict b = y + item * n;
-    Vec sum{};
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) sum += Load(a + i) - Load(b + i);
-    double total = 0;
-    for (int l = 0; l < kLanes; ++l) total += sum[l];
-    for (; i < n; ++i) total += a[i] - b[i];
-    sums[item] = total;
+  ParallelFor(pool, CeilDiv(images * rows, kBand), [&](int64_t item) {
+    for (int64_t row = item * kBand; row < std::min((item + 1) * kBand, images * rows); ++row) {
+      const float *__restrict a = x + row * n, *__restrict b = y + row * n;
+      Vec sum{};
+      int64_t i = 0;
+      for (; i + kLanes <= n; i += kLanes) sum += Load(a + i) - Load(b + i);
+      double total = 0;
+      for (int l = 0; l < kLanes; ++l) total += sum[l];
+      for (; i < n; ++i) total += a[i] - b[i];
+      sums[row] = total;
+    }
   });
   std::vector<float> offsets(images);
   for (int64_t b = 0; b < images; ++b) {
@@ -127,28 +254,28 @@ std::vector<float> Offsets(ffi::ThreadPool& pool, const float* x, const float* y
   return offsets;
 }
 
-// The rows of a window that moves down, without copies of those that stay.
+// The rows of two windows, one below the other, that move down, without copies of those that stay.
 class Rows {
  public:
   Rows(const Pair& pair, int64_t k, int64_t columns, float* memory)
-      : pair_(pair), k_(k), columns_(columns), pitch_(Pitch(columns)), memory_(memory), pointers_(2 * k) {
+      : pair_(pair), kept_(k + 1), columns_(columns), pitch_(Pitch(columns)), memory_(memory), pointers_(2 * kept_) {
     std::memset(memory, 0, Floats(k, columns) * sizeof(float));
   }
-  static int64_t Floats(int64_t k, int64_t columns) { return 2 * k * Pitch(columns); }
-  float* Sum(int64_t p) { return memory_ + (p % k_) * pitch_; }
-  float* Difference(int64_t p) { return memory_ + (k_ + p % k_) * pitch_; }
+  static int64_t Floats(int64_t k, int64_t columns) { return 2 * (k + 1) * Pitch(columns); }
+  float* Sum(int64_t p) { return memory_ + (p % kept_) * pitch_; }
+  float* Difference(int64_t p) { return memory_ + (kept_ + p % kept_) * pitch_; }
   void Read(int64_t p) { SumAndDifference(pair_, p, columns_, Sum(p), Difference(p)); }
   const float* const* Window(int64_t first) {
-    for (int64_t j = 0; j < k_; ++j) {
+    for (int64_t j = 0; j < kept_; ++j) {
       pointers_[j] = Sum(first + j);
-      pointers_[k_ + j] = Difference(first + j);
+      pointers_[kept_ + j] = Difference(first + j);
     }
     return pointers_.data();
   }
 
  private:
   Pair pair_;
-  int64_t k_, columns_, pitch_;
+  int64_t kept_, columns_, pitch_;
   float* memory_;
   std::vector<const float*> pointers_;
 };
@@ -172,31 +299,33 @@ Sizes SizesOf(const Buffer& x, int64_t k, bool reflect) {
   return s;
 }
 
-constexpr int64_t kBand = 64;  // output rows of a piece of work
-
 // What is written is base + sign * residual.
 ffi::Error Residual(ffi::ThreadPool pool, Buffer x, Buffer y, Buffer taps, bool reflect, float c1, float c2, float base,
                     float sign, Result to) {
-  const Sizes s = SizesOf(x, taps.dimensions().back(), reflect);
-  const Window window{s.k, taps.typed_data(), c1, c2};
+  const Window window = WindowOf(taps, c1, c2);
+  const Sizes s = SizesOf(x, window.size, reflect);
   const auto offsets = Offsets(pool, x.typed_data(), y.typed_data(), s.images, s.height, s.width);
   const int64_t bands = CeilDiv(s.rows, kBand), pitch = Pitch(s.padded_columns);
   ParallelFor(pool, s.images * bands, [&](int64_t item) {
     const int64_t b = item / bands, first = item % bands * kBand, last = std::min(first + kBand, s.rows);
     const int64_t image = b * s.height * s.width;
-    float* memory = Scratch(0, Rows::Floats(s.k, s.padded_columns) + 8 * pitch);
-    float *vertical = memory + Rows::Floats(s.k, s.padded_columns), *means = vertical + 4 * pitch;
+    float* memory = Scratch(0, Rows::Floats(s.k, s.padded_columns) + 16 * pitch);
+    float *vertical = memory + Rows::Floats(s.k, s.padded_columns), *means = vertical + 8 * pitch;
     Rows rows({x.typed_data() + image, y.typed_data() + image, s.height, s.width, s.before, offsets[b]}, s.k,
               s.padded_columns, memory);
-    std::memset(vertical, 0, 8 * pitch * sizeof(float));
+    std::memset(vertical, 0, 16 * pitch * sizeof(float));
     for (int64_t p = first; p < first + s.k - 1; ++p) rows.Read(p);
     for (int64_t r = first; r < last; ++r) {
-      rows.Read(r + s.k - 1);
-      MeansOf(s.k)(window, rows.Window(r), s.columns, s.padded_columns, vertical, pitch, means);
+      const int64_t half = (r - first) % 2;
+      if (!half) {
+        for (int64_t p = r + s.k - 1; p < std::min(r + s.k + 1, s.padded_rows); ++p) rows.Read(p);
+        WithKind(window, [&](auto kind) {
+          Means(kind, window, rows.Window(r), s.columns, s.padded_columns, vertical, pitch, means);
+        });
+      }
       float* out = to->typed_data() + (b * s.rows + r) * s.columns;
       for (int64_t i = 0; i < s.columns; i += kLanes) {
-        Terms t = TermsOf(window, means + i, pitch, offsets[b]);
-        Vec value = base + sign * (t.luminance + t.structure - t.luminance * t.structure);
+        const Vec value = base + sign * ResidualOf(window, means + 4 * half * pitch + i, pitch, offsets[b]);
         if (i + kLanes <= s.columns)
           Store(out + i, value);
         else
@@ -207,77 +336,91 @@ ffi::Error Residual(ffi::ThreadPool pool, Buffer x, Buffer y, Buffer taps, bool 
   return ffi::Error::Success();
 }
 
-// Gradient of x, given g, that of the residual. A row of the window's means gives three rows of factors, for x itself, for the
-// sum and for the difference; each is spread over the windows that it came from.
+// Factors of row `p`'s windows for x itself, for the sum and for the difference, `[3, pitch]`, spread over the columns.
+template <typename K>
+void Factors(K kind, const Window& window, const Sizes& s, const float* of, const float* means, int64_t pitch, float offset, float* factors,
+             int64_t wide, float* to) {
+  for (int64_t i = 0; i < s.columns; i += kLanes) {
+    Terms t = TermsOf(window, means + i, pitch, offset);
+    Vec gradient{};
+    std::memcpy(&gradient, of + i, std::min<int64_t>(kLanes, s.columns - i) * sizeof(float));
+    Vec l = gradient * (1.0f - t.structure) * t.luminance_scale * t.luminance_scale;
+    Vec c = gradient * (1.0f - t.luminance) * t.structure_scale * t.structure_scale;
+    // A variance that rounding made negative has no gradient, and one of exactly zero half of it.
+    Vec half{}, one = half + 1.0f;
+    half += 0.5f;
+    Vec of_var_t = -2.0f * c * t.var_d * (t.raw_var_t > 0.0f ? one : t.raw_var_t == 0.0f ? half : Vec{});
+    Vec of_var_d = 2.0f * c * (t.var_t + 2 * window.c2) * (t.raw_var_d > 0.0f ? one : t.raw_var_d == 0.0f ? half : Vec{});
+    Vec of_mean_t = -4.0f * l * t.mean_d * t.mean_d * t.mean_t;
+    Vec of_mean_d = 4.0f * l * t.mean_d * (t.mean_t * t.mean_t + 2 * window.c1);
+    Vec plain = of_mean_t - 2.0f * of_var_t * Load(means + i) + of_mean_d - 2.0f * of_var_d * Load(means + pitch + i);
+    // The first k - 1 factors, and those after the last, are zero.
+    Store(factors + s.k - 1 + i, plain);
+    Store(factors + wide + s.k - 1 + i, of_var_t);
+    Store(factors + 2 * wide + s.k - 1 + i, of_var_d);
+  }
+  for (int f = 0; f < 3; ++f) Across(kind, window, factors + f * wide, s.padded_columns, to + f * pitch);
+}
+
+// Gradient of x, given g, that of the residual. A row of the window's means gives three rows of factors; each is spread over the
+// windows that it came from.
+template <typename K>
+void GradientOf(K kind, const Window& window, const Sizes& s, const Pair& pair, const float* g, float* out) {
+  const int64_t k = s.k, pitch = Pitch(s.padded_columns), wide = Pitch(s.padded_columns + k - 1);
+  const int64_t rows_size = Rows::Floats(k, s.padded_columns), spread_size = 3 * (k + 1) * pitch;
+  const int64_t zeroed = 16 * pitch + 3 * wide + spread_size + 2 * pitch;
+  float* memory = Scratch(0, rows_size + zeroed);
+  float *vertical = memory + rows_size, *means = vertical + 8 * pitch, *factors = means + 8 * pitch;
+  float *spread = factors + 3 * wide, *row = spread + spread_size;
+  Rows rows(pair, k, s.padded_columns, memory);
+  std::vector<const float*> spreads(k + 1);  // of the next row's factors, of this one's, of the one's before, ...
+  std::memset(vertical, 0, zeroed * sizeof(float));
+  std::memset(out, 0, s.height * s.width * sizeof(float));
+  auto ring = [&](int64_t p) { return spread + (p % (k + 1)) * 3 * pitch; };
+  for (int64_t p = 0; p < k - 1; ++p) rows.Read(p);
+  for (int64_t p = 0; p < s.padded_rows; p += 2) {
+    for (int64_t q = p + k - 1; q < std::min(p + k + 1, s.padded_rows); ++q) rows.Read(q);
+    if (p < s.rows) Means(kind, window, rows.Window(p), s.columns, s.padded_columns, vertical, pitch, means);
+    for (int64_t q = p; q < p + 2; ++q)
+      if (q < s.rows)
+        Factors(kind, window, s, g + q * s.columns, means + 4 * (q - p) * pitch, pitch, pair.offset, factors, wide, ring(q));
+      else
+        std::memset(ring(q), 0, 3 * pitch * sizeof(float));
+    // Taps are symmetric: from the oldest row on, the first k are this row's and the last k the next one's.
+    for (int64_t j = 0; j <= k; ++j) spreads[j] = ring(p + 1 + j + 1);
+    for (int64_t i = 0; i < s.padded_columns; i += kLanes) {
+      Vec sums[2][3];
+      SumTwice(
+          kind, window,
+          [&](int64_t j, auto weighted, Vec(&to)[3]) {
+            for (int f = 0; f < 3; ++f) to[f] += weighted(Load(spreads[j] + f * pitch + i));
+          },
+          sums);
+      for (int64_t q = 0; q < 2; ++q)
+        Store(row + q * pitch + i,
+              sums[q][0] + 2.0f * (Load(rows.Sum(p + q) + i) * sums[q][1] + Load(rows.Difference(p + q) + i) * sums[q][2]));
+    }
+    // What was reflected is added where it came from.
+    for (int64_t q = p; q < std::min(p + 2, s.padded_rows); ++q) {
+      const float* from = row + (q - p) * pitch;
+      float* target = out + Reflected(q - s.before, s.height) * s.width;
+      for (int64_t i = 0; i < s.width; ++i) target[i] += from[s.before + i];
+      for (int64_t i = 0; i < s.before; ++i) target[Reflected(i - s.before, s.width)] += from[i];
+      for (int64_t i = s.before + s.width; i < s.padded_columns; ++i) target[Reflected(i - s.before, s.width)] += from[i];
+    }
+  }
+}
+
 ffi::Error ResidualGradient(ffi::ThreadPool pool, Buffer x, Buffer y, Buffer g, Buffer taps, bool reflect, float c1,
                             float c2, Result to) {
-  const Sizes s = SizesOf(x, taps.dimensions().back(), reflect);
-  const int64_t k = s.k;
-  const Window window{k, taps.typed_data(), c1, c2};
+  const Window window = WindowOf(taps, c1, c2);
+  const Sizes s = SizesOf(x, window.size, reflect);
   const auto offsets = Offsets(pool, x.typed_data(), y.typed_data(), s.images, s.height, s.width);
-  const int64_t pitch = Pitch(s.padded_columns), wide = Pitch(s.padded_columns + k - 1);
-  const int64_t rows_size = Rows::Floats(k, s.padded_columns);
   ParallelFor(pool, s.images, [&](int64_t b) {
     const int64_t image = b * s.height * s.width;
-    float* memory = Scratch(0, rows_size + 8 * pitch + 3 * wide + 3 * k * pitch + pitch);
-    float *vertical = memory + rows_size, *means = vertical + 4 * pitch, *factors = means + 4 * pitch;
-    float *spread = factors + 3 * wide, *row = spread + 3 * k * pitch;
     const Pair pair{x.typed_data() + image, y.typed_data() + image, s.height, s.width, s.before, offsets[b]};
-    Rows rows(pair, k, s.padded_columns, memory);
-    std::vector<const float*> spreads(k);  // of this row's factors, of the row's before, ...
-    std::memset(vertical, 0, (8 * pitch + 3 * wide + 3 * k * pitch + pitch) * sizeof(float));
-    float* out = to->typed_data() + image;
-    std::memset(out, 0, s.height * s.width * sizeof(float));
-    for (int64_t p = 0; p < k - 1; ++p) rows.Read(p);
-    for (int64_t p = 0; p < s.padded_rows; ++p) {
-      float* ring = spread + (p % k) * 3 * pitch;
-      if (p < s.rows) {
-        rows.Read(p + k - 1);
-        MeansOf(s.k)(window, rows.Window(p), s.columns, s.padded_columns, vertical, pitch, means);
-        const float* of = g.typed_data() + (b * s.rows + p) * s.columns;
-        for (int64_t i = 0; i < s.columns; i += kLanes) {
-          Terms t = TermsOf(window, means + i, pitch, offsets[b]);
-          Vec gradient{};
-          std::memcpy(&gradient, of + i, std::min<int64_t>(kLanes, s.columns - i) * sizeof(float));
-          Vec l = gradient * (1.0f - t.structure) * t.luminance_scale * t.luminance_scale;
-          Vec c = gradient * (1.0f - t.luminance) * t.structure_scale * t.structure_scale;
-          // A variance that rounding made negative has no gradient, and one of exactly zero half of it.
-          Vec half{}, one = half + 1.0f;
-          half += 0.5f;
-          Vec of_var_t = -2.0f * c * t.var_d * (t.raw_var_t > 0.0f ? one : t.raw_var_t == 0.0f ? half : Vec{});
-          Vec of_var_d = 2.0f * c * (t.var_t + 2 * c2) * (t.raw_var_d > 0.0f ? one : t.raw_var_d == 0.0f ? half : Vec{});
-          Vec of_mean_t = -4.0f * l * t.mean_d * t.mean_d * t.mean_t;
-          Vec of_mean_d = 4.0f * l * t.mean_d * (t.mean_t * t.mean_t + 2 * c1);
-          Vec plain = of_mean_t - 2.0f * of_var_t * Load(means + i) + of_mean_d - 2.0f * of_var_d * Load(means + pitch + i);
-          // The first k - 1 factors, and those after the last, are zero.
-          Store(factors + k - 1 + i, plain);
-          Store(factors + wide + k - 1 + i, of_var_t);
-          Store(factors + 2 * wide + k - 1 + i, of_var_d);
-        }
-        for (int64_t i = 0; i < s.padded_columns; i += kLanes) {
-          Vec sums[3] = {};
-          for (int64_t j = 0; j < k; ++j)
-            for (int f = 0; f < 3; ++f) sums[f] += window.taps[j] * Load(factors + f * wide + i + j);
-          for (int f = 0; f < 3; ++f) Store(ring + f * pitch + i, sums[f]);
-        }
-      } else {
-        std::memset(ring, 0, 3 * pitch * sizeof(float));
-      }
-      for (int64_t j = 0; j < k; ++j) spreads[j] = spread + ((p - j + k) % k) * 3 * pitch;
-      const float *sum = rows.Sum(p), *difference = rows.Difference(p);
-      for (int64_t i = 0; i < s.padded_columns; i += kLanes) {
-        Vec sums[3] = {};
-        for (int64_t j = 0; j < k; ++j)
-          for (int f = 0; f < 3; ++f) sums[f] += window.taps[j] * Load(spreads[j] + f * pitch + i);
-        Store(row + i, sums[0] + 2.0f * (Load(sum + i) * sums[1] + Load(difference + i) * sums[2]));
-      }
-      // What was reflected is added where it came from.
-      float* target = out + Reflected(p - s.before, s.height) * s.width;
-      for (int64_t i = 0; i < s.width; ++i) target[i] += row[s.before + i];
-      for (int64_t i = 0; i < s.before; ++i) target[Reflected(i - s.before, s.width)] += row[i];
-      for (int64_t i = s.before + s.width; i < s.padded_columns; ++i)
-        target[Reflected(i - s.before, s.width)] += row[i];
-    }
+    const float* of = g.typed_data() + b * s.rows * s.columns;
+    WithKind(window, [&](auto kind) { GradientOf(kind, window, s, pair, of, to->typed_data() + image); });
   });
   return ffi::Error::Success();
 }
