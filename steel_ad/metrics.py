@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-from scipy import ndimage
 
 Images: TypeAlias = np.ndarray | Sequence[np.ndarray]
 
@@ -99,6 +98,8 @@ def regions(masks: Images) -> tuple[Images, int]:
     Raises:
       ValueError: the masks are not bool images.
     """
+    from scipy import ndimage  # half a second that a start of training need not wait for
+
     masks = _images(masks)
     _check_masks(masks)
     labels: Images

@@ -145,6 +145,7 @@ def test_cases_count_the_alarms_of_their_thresholds():
     assert {c["calibrated_on"] for c in single} == {"one per strip"}
 
 
+@pytest.mark.slow
 def test_the_binary_resumes_and_refuses_what_it_cannot_promise(tmp_path, monkeypatch):
     out = tmp_path / "a.json"
     line = [sys.executable, "-m", "experiments.false_alarms", f"--out={out}", "--lines=2", "--fresh=64"]

@@ -988,6 +988,7 @@ def test_a_watch_that_is_killed_goes_on_without_losing_or_doubling_a_row(
         same_ledger(tmp_path / "out", tmp_path / "once")
 
 
+@pytest.mark.slow
 def test_a_strip_goes_on_after_an_end_and_without_its_first_images(model, strip, tmp_path, quick):
     images = np.split(strip, 11)
     (tmp_path / "in").mkdir()
@@ -1038,6 +1039,7 @@ def test_what_cannot_be_part_of_a_watched_strip_is_named_and_left_out(model, str
     same_ledger(tmp_path / "out", tmp_path / "once")
 
 
+@pytest.mark.slow
 def test_a_watched_plate_that_cannot_be_read_is_inspected_once_it_can(model, plates_64, tmp_path, quick):
     folder = tmp_path / "in"
     for k in range(3):
@@ -1093,6 +1095,7 @@ def test_a_watch_is_of_a_folder(model, strip, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_binary_that_watches_ends_with_its_report_and_status(model, strip, tmp_path):
     write(tmp_path / "in" / "a.png", strip)
     cache = f"--compilation_cache={os.environ['STEEL_AD_TEST_CACHE']}"

@@ -89,6 +89,7 @@ SHAPES = [
     ("double", 4, (2, 9, 15, 32), 16),
     ("double", 4, (1, 14, 131, 16), 32),
     ("double", 4, (2, 3, 5, 32), 1),
+    ("double", 4, (2, 33, 21, 5), 1),
     ("double", 4, (1, 1, 1, 3), 33),
     ("double", 4, (1, 5, 31, 20), 24),
 ]
@@ -121,6 +122,29 @@ def test_gradients_equal_the_plain_form_of_xla(kind, k, shape, o, slope):
         expected = gradient(*map(np.float64, (x, kernel, bias)))
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=3e-6 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("channels", [1, 16])
+def test_the_logistic_function_of_a_doubled_image(channels):
+    """Also of what leaves no more than 0 or 1 of it, and with its gradients."""
+    x, kernel, bias = arrays((2, 17, 9, 16), (4, 4, 16, channels), (1, 1, 1, channels))
+    x = x * np.geomspace(1e-3, 30, 17, dtype=np.float32)[:, None, None]
+    y = EXACT["double"](x, kernel) + bias
+    assert np.abs(y).max() > 200
+    layer = functools.partial(convolution.double, logistic=True)
+    with np.errstate(over="ignore"):
+        np.testing.assert_allclose(layer(x, kernel, bias), 1 / (1 + np.exp(-y)), rtol=1e-4, atol=1e-37)
+
+    def loss(x, kernel, bias):
+        return ((layer(x, kernel, bias) - 0.4) ** 2).sum()
+
+    found = jax.grad(loss, (0, 1, 2))(x, kernel, bias)
+    with native.suspended(), jax.enable_x64(True):
+        expected = jax.grad(
+            lambda x, k, b: ((jax.nn.sigmoid(convolution.double(x, k, b)) - 0.4) ** 2).sum(), (0, 1, 2)
+        )(*map(np.float64, (x, kernel, bias)))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-5 * np.abs(b).max())
 
 
 def test_zero_has_the_slope_of_the_right_side():
@@ -325,7 +349,9 @@ def test_says_once_why_it_is_not_used(tmp_path, monkeypatch, capsys, how):
 
 @pytest.mark.parametrize("padding", ["reflect", "valid"])
 @pytest.mark.parametrize("window", ["uniform", "gaussian"])
-@pytest.mark.parametrize(("h", "w", "k"), [(11, 11, 11), (33, 150, 11), (141, 37, 11), (9, 16, 4), (20, 131, 7), (3, 2, 1), (5, 4, 2)])
+@pytest.mark.parametrize(
+    ("h", "w", "k"), [(11, 11, 11), (33, 150, 11), (141, 37, 11), (9, 16, 4), (20, 131, 7), (3, 2, 1), (5, 4, 2)]
+)
 def test_ssim_equals_the_form_of_xla(h, w, k, window, padding):
     """Of values and of both images' gradients, in float64 by XLA; with a flat part, and one where the images are alike."""
     x, y, g = (np.random.default_rng(0).random((3, h, w))).astype(np.float32)

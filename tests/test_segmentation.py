@@ -289,6 +289,7 @@ def start(binary, *arguments):
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_segmentation_binary(data, tmp_path):
     arguments = (f"--data={data / 'line'}", f"--defects={data / 'defects'}", f"--workdir={tmp_path / 'w'}")
     result = start("segmentation", *arguments)

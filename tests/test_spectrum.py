@@ -343,6 +343,7 @@ def start(*arguments):
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_the_binary_leaves_what_the_readme_promises_and_says_when_it_is_done(data, tmp_path):
     workdir = tmp_path / "w"
     result = start(f"--data={data}", f"--workdir={workdir}")
@@ -373,6 +374,7 @@ def tiny(**settings):
     return configs.Spectrum(**{**PRESETS["tiny"], **settings})
 
 
+@pytest.mark.slow
 def test_several_data_sets_have_a_folder_each_and_one_figure(data, tmp_path):
     other = tmp_path / "other"
     other.mkdir()

@@ -88,6 +88,7 @@ def test_runs_side_by_side_give_what_each_gives_alone(finished, data, tmp_path):
     assert [{k: r[k] for k in results.METRICS} for r in both] == [{k: r[k] for k in results.METRICS} for r in alone]
 
 
+@pytest.mark.slow
 def test_the_binary_runs_a_study(finished, data):
     workdir, result = finished
     assert result.returncode == 0, result.stderr
@@ -144,6 +145,7 @@ def test_nothing_is_trained_twice_and_other_studies_share_the_runs(finished, dat
     assert refreshed == [r if r["study"] == "latent" else {**r, "command": "later"} for r in rows]
 
 
+@pytest.mark.slow
 def test_reading_again_is_evaluating_again(finished, data):
     """In any order: what was kept from other settings does not leak into these."""
     (folder,) = (finished[0] / "runs").glob("*/seed=0")
@@ -358,6 +360,7 @@ def test_what_cannot_be_studied(data, tmp_path, study, axis, values, said):
     assert not (tmp_path / "w" / "results.csv").exists()
 
 
+@pytest.mark.slow
 def test_studies_of_another_config_or_data(finished, data, tmp_path):
     with pytest.raises(InputError, match=r"another config.*batch_size"):
         run(data, finished[0], "latent", config=tiny(batch_size=2))
@@ -392,6 +395,7 @@ def test_some_of_the_training_images(data, tmp_path):
     assert sorted(uses) == ["none"] * 3 + ["train"] * 2 + ["validation"]
 
 
+@pytest.mark.slow
 def test_runs_from_before_a_setting_existed_go_on(finished, data, tmp_path):
     import shutil
 

@@ -52,4 +52,4 @@ class Autoencoder(nn.Module):
             double(32),
         ):
             x = layer(x)
-        return nn.sigmoid(double(1, slope=1.0, gain=1.0)(x).astype(jnp.float32))
+        return double(1, slope=1.0, gain=1.0, logistic=True)(x)

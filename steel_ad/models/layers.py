@@ -26,18 +26,19 @@ class Halve(nn.Module):
 
 
 class Double(nn.Module):
-    """4x4 transposed convolution of stride 2: `[b, h, w, i]` -> `[b, 2 h, 2 w, features]`."""
+    """4x4 transposed convolution of stride 2: `[b, h, w, i]` -> `[b, 2 h, 2 w, features]`; with `logistic` in (0, 1), float32."""
 
     features: int
     slope: float = 1.0
     gain: float = 2.0
+    logistic: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         # An output pixel meets 4 of the 16 kernel elements.
         kernel, bias = _parameters(self, (4, 4, x.shape[-1], self.features), 4 * x.shape[-1], self.gain)
-        return convolution.double(x.astype(self.dtype), kernel, bias, self.slope)
+        return convolution.double(x.astype(self.dtype), kernel, bias, self.slope, logistic=self.logistic)
 
 
 class Same(nn.Module):

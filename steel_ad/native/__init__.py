@@ -31,7 +31,7 @@ _CUDA_SOURCE = Path(__file__).parent / "ssim.cu"
 _HEADER = Path(__file__).parent / "common.h"
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
 _TARGETS = (
-    *("steel_ad_convolve", "steel_ad_double", "steel_ad_filter_gradient"),
+    *("steel_ad_convolve", "steel_ad_double", "steel_ad_double_to_one", "steel_ad_filter_gradient"),
     *("steel_ad_ssim_residual", "steel_ad_ssim_residual_gradient"),
 )
 
@@ -215,7 +215,7 @@ def _call(
     of: Array | None,
     kernel: Array,
     bias: Array | None,
-    **options: np.generic,
+    **options: np.generic | bool,
 ) -> Array:
     """One of the forward targets, to a result `[b, *y]`; of a `jax.vmap` over images it makes one batch."""
 
@@ -259,10 +259,18 @@ def convolve(
     )
 
 
-def double(x: Array, kernel: Array, bias: Array | None, *, slope: float, of: Array | None = None) -> Array:
-    """Transposed convolution of stride 2 of `[b, h, w, i]` with `[4, 4, i, o]`: `[b, 2 h, 2 w, o]`; else as `convolve`."""
+def double(
+    x: Array, kernel: Array, bias: Array | None, *, slope: float, of: Array | None = None, logistic: bool = False
+) -> Array:
+    """Transposed convolution of stride 2 of `[b, h, w, i]` with `[4, 4, i, o]`: `[b, 2 h, 2 w, o]`; else as `convolve`.
+
+    `logistic`, for one output channel: the logistic function of the result in place of the leaky ReLU.
+    """
     _, h, w, _ = x.shape
-    return _call("steel_ad_double", (2 * h, 2 * w, kernel.shape[3]), x, of, kernel, bias, slope=np.float32(slope))
+    result = (2 * h, 2 * w, kernel.shape[3])
+    if kernel.shape[3] > 1:
+        return _call("steel_ad_double", result, x, of, kernel, bias, slope=np.float32(slope))
+    return _call("steel_ad_double_to_one", result, x, of, kernel, bias, slope=np.float32(slope), logistic=logistic)
 
 
 def filter_gradient(

@@ -623,6 +623,93 @@ ffi::Error Double(ffi::ThreadPool pool, Buffer x, Buffer activated, Buffer weigh
   return ffi::Error::Success();
 }
 
+// e^x to a few units in the last place, for x in [-87, 88] and at these limits beyond.
+inline Vec Exp(Vec x) {
+  using Lanes = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
+  const Vec least = Vec{} - 87.0f, most = Vec{} + 88.0f;
+  x = x < least ? least : x > most ? most : x;
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  const Vec n = (x * 1.44269504f + kMagic) - kMagic, r = x - n * 0.693145752f - n * 1.42860677e-6f;
+  Vec sum = r * (1.0f / 720) + 1.0f / 120;
+  sum = sum * r + 1.0f / 24;
+  sum = sum * r + 1.0f / 6;
+  sum = sum * r + 0.5f;
+  sum = sum * r + 1.0f;
+  sum = sum * r + 1.0f;
+  const Lanes power = (__builtin_convertvector(n, Lanes) + 127) << 23;
+  Vec scale;
+  std::memcpy(&scale, &power, sizeof(scale));
+  return sum * scale;
+}
+
+// The transposed 4x4 convolution of stride 2 to one channel: of each input pixel the products for 4x4 output pixels, which are
+// added where they overlap. `logistic`: then 1 / (1 + e^-y), in place of the leaky ReLU.
+ffi::Error DoubleToOne(ffi::ThreadPool pool, Buffer x, Buffer activated, Buffer weights, Buffer bias, float slope, bool logistic,
+                       Result y) {
+  const Image image = ImageOf(x, activated, slope);
+  const int64_t height = image.height, width = image.width, in = image.channels;
+  const float offset = bias.element_count() ? bias.typed_data()[0] : 0.0f, after = image.activated ? 1.0f : slope;
+  const auto blocks = Blocks(16);
+  std::vector<float> matrix(in * 16), packed(in * Padded(16));
+  for (int64_t i = 0; i < in; ++i)
+    for (int64_t tap = 0; tap < 16; ++tap) matrix[i * 16 + tap] = weights.typed_data()[(15 - tap) * in + i];
+  Pack(blocks, 1, 1, in, 16, [&](int64_t, int64_t) { return matrix.data(); }, packed.data());
+  const int64_t band = std::min<int64_t>(height, 16), bands = CeilDiv(height, band);
+  ParallelFor(pool, x.dimensions()[0] * bands, [&](int64_t item) {
+    const int64_t b = item / bands, first = item % bands * band, rows = std::min(band, height - first);
+    float* products = Scratch(1, (rows + 2) * width * 16);  // [rows + 2, width, 4, 4]
+    float* sums = Scratch(2, (width + 2) * 4 + 2 * width + kLanes);
+    float* line = sums + (width + 2) * 4;
+    for (int64_t r = 0; r < rows + 2; ++r) {
+      const int64_t row = first - 1 + r;
+      float* to = products + r * width * 16;
+      if (row < 0 || row >= height) {
+        std::memset(to, 0, width * 16 * sizeof(float));
+        continue;
+      }
+      const int64_t at = (b * height + row) * width * in;
+      const float* from = image.data + at;
+      if (image.activated) {
+        float* copied = Scratch(0, width * in);
+        CopyRun(image, at, width * in, copied);
+        from = copied;
+      }
+      for (const Block& block : blocks)
+        RunRow({from, 0, in, 1, in, packed.data() + block.offset * in, nullptr, 1.0f, false, to + block.channel, 16,
+                16 - block.channel},
+               block.vectors, width);
+    }
+    std::memset(sums, 0, (width + 2) * 4 * sizeof(float));
+    for (int64_t r = 0; r < 2 * rows; ++r) {
+      // Output row 2 m is row 1 of pixel row m's products and row 3 of the one's above, 2 m + 1 is row 2 and row 0 of the one's below.
+      const int64_t m = r / 2 + 1, odd = r % 2;
+      const float* here = products + m * width * 16 + (1 + odd) * 4;
+      const float* there = products + (odd ? m + 1 : m - 1) * width * 16 + (odd ? 0 : 3) * 4;
+      for (int64_t c = 0; c < width; ++c)
+        for (int64_t j = 0; j < 4; ++j) sums[4 * (c + 1) + j] = here[16 * c + j] + there[16 * c + j];
+      for (int64_t c = 0; c < width; ++c) {
+        const float* at = sums + 4 * (c + 1);
+        line[2 * c] = at[1] + at[-1] + offset;
+        line[2 * c + 1] = at[2] + at[4] + offset;
+      }
+      float* to = y->typed_data() + (2 * (b * height + first) + r) * 2 * width;
+      for (int64_t c = 0; c < 2 * width; c += kLanes) {
+        Vec value = Load(line + c);
+        if (logistic)
+          value = 1.0f / (1.0f + Exp(-value));
+        else if (after != 1.0f)
+          value = value >= 0.0f ? value : after * value;
+        const int64_t left = 2 * width - c;
+        if (left >= kLanes)
+          Store(to + c, value);
+        else
+          std::memcpy(to + c, &value, left * sizeof(float));
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
 // ---- Filter gradient ----
 
 struct Outer {
@@ -835,6 +922,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(steel_ad_double, Double,
                                   .Arg<Buffer>()
                                   .Arg<Buffer>()
                                   .Attr<float>("slope")
+                                  .Ret<Buffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(steel_ad_double_to_one, DoubleToOne,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Attr<float>("slope")
+                                  .Attr<bool>("logistic")
                                   .Ret<Buffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(steel_ad_filter_gradient, FilterGradient,
                               ffi::Ffi::Bind()

@@ -5,7 +5,7 @@ XLA's CPU backend is slow on strided and on dilated convolutions and on their gr
 CPU and GPU a step of the autoencoder takes little more than half of the time. Where `steel_ad.native` is ready, its
 compiled form is faster still. Other accelerators get the plain form.
 Kernels are always laid out `[kh, kw, in, out]` as `lax.conv_general_dilated` and `lax.conv_transpose` take them. Where a
-bias `[1, 1, 1, out]` and the slope of a leaky ReLU are given, both are applied to the result.
+bias `[1, 1, 1, out]` and the slope of a leaky ReLU (or `logistic`) are given, they are applied to the result.
 """
 
 import functools
@@ -69,8 +69,6 @@ def _native(x: Array, kernel: Array, bias: Array | None, kind: str, slope: float
     offset = None if bias is None else bias.reshape(-1)
     if kind != "double":
         return native.convolve(x, kernel, offset, stride=1 if kind == "same" else 2, slope=slope)
-    if kernel.shape[3] == 1:  # vectors of output channels would be all but empty
-        return _finish(_overlap_add(x, kernel), bias, slope)
     return native.double(x, kernel, offset, slope=slope)
 
 
@@ -97,6 +95,24 @@ def _native_backward(kind: str, slope: float, saved, g: Array) -> tuple[Array, A
 
 
 _native.defvjp(_native_forward, _native_backward)
+
+
+@jax.custom_vjp
+def _native_logistic(x: Array, kernel: Array, bias: Array | None) -> Array:
+    return native.double(x, kernel, None if bias is None else bias.reshape(-1), slope=1.0, logistic=True)
+
+
+def _native_logistic_forward(x: Array, kernel: Array, bias: Array | None):
+    y = _native_logistic(x, kernel, bias)
+    return y, (x, kernel, bias, y)
+
+
+def _native_logistic_backward(saved, g: Array) -> tuple[Array, Array, Array | None]:
+    x, kernel, bias, y = saved
+    return _native_backward("double", 1.0, (x, kernel, bias, None), g * y * (1 - y))
+
+
+_native_logistic.defvjp(_native_logistic_forward, _native_logistic_backward)
 
 
 def space_to_depth(x: Array) -> Array:
@@ -130,16 +146,31 @@ def halve(x: Array, kernel: Array, bias: Array | None = None, slope: float = 1.0
     return _finish(y, bias, slope)
 
 
-def double(x: Array, kernel: Array, bias: Array | None = None, slope: float = 1.0, *, form: str | None = None) -> Array:
+def double(
+    x: Array,
+    kernel: Array,
+    bias: Array | None = None,
+    slope: float = 1.0,
+    *,
+    logistic: bool = False,
+    form: str | None = None,
+) -> Array:
     """`lax.conv_transpose(x, kernel, (2, 2), "SAME")` of a 4x4 kernel: `[b, h, w, i]` -> `[b, 2 h, 2 w, o]`.
+
+    `logistic`: the logistic function of that and the bias, in float32, in place of the leaky ReLU.
 
     Raises:
       ValueError: another kernel size, or an unknown form.
     """
     _check(x, kernel, even=False)
     if form is None and native.ready(x, kernel):
-        return _native(x, kernel, bias, "double", slope)
-    return _finish(_double_rewritten(x, kernel) if _rewrite(form) else _plain_double(x, kernel), bias, slope)
+        if logistic and kernel.shape[3] == 1:
+            return _native_logistic(x, kernel, bias)
+        y = _native(x, kernel, bias, "double", 1.0 if logistic else slope)
+    else:
+        y = _double_rewritten(x, kernel) if _rewrite(form) else _plain_double(x, kernel)
+        y = _finish(y, bias, 1.0 if logistic else slope)
+    return jax.nn.sigmoid(y.astype(jnp.float32)) if logistic else y
 
 
 def _plain_double(x: Array, kernel: Array) -> Array:
