@@ -1,9 +1,10 @@
 """Convolutions and SSIM compiled for this machine's CPU, and SSIM for its NVIDIA GPU, called from inside of XLA's programs.
 
-The sources beside this file are compiled once by the machine's C++ compiler and kept. XLA's own convolutions on CPU copy images into other
-layouts for filter gradients and reach half of the rate of matrix products; these reach nine tenths, and for 3x3 kernels
-more, as they need fewer products. SSIM on a GPU reads each pixel once, where XLA's passes read it ten times. Nothing here is needed to run:
-without a compiler, with several devices, in other precisions and on other accelerators `ops.convolution` and `ops.ssim` use XLA.
+The sources beside this file are compiled once by the machine's C++ compiler and kept. XLA's own convolutions on CPU copy
+images into other layouts for filter gradients and reach half of the rate of matrix products; these reach nine tenths, and for
+3x3 kernels and strided ones more, as they need fewer products. SSIM on a GPU reads each pixel once, where XLA's passes read
+it ten times. Nothing here is needed to run: without a compiler, with several devices, in other precisions and on other
+accelerators `ops.convolution` and `ops.ssim` use XLA.
 """
 
 import contextlib
@@ -265,9 +266,14 @@ def double(
     """Transposed convolution of stride 2 of `[b, h, w, i]` with `[4, 4, i, o]`: `[b, 2 h, 2 w, o]`; else as `convolve`.
 
     `logistic`, for one output channel: the logistic function of the result in place of the leaky ReLU.
+
+    Raises:
+      ValueError: `logistic` and several output channels.
     """
     _, h, w, _ = x.shape
     result = (2 * h, 2 * w, kernel.shape[3])
+    if logistic and kernel.shape[3] > 1:
+        raise ValueError(f"the logistic function is of one output channel, not {kernel.shape[3]}")
     if kernel.shape[3] > 1:
         return _call("steel_ad_double", result, x, of, kernel, bias, slope=np.float32(slope))
     return _call("steel_ad_double_to_one", result, x, of, kernel, bias, slope=np.float32(slope), logistic=logistic)

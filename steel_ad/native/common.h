@@ -12,6 +12,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -107,10 +108,28 @@ void ParallelFor(ffi::ThreadPool& pool, int64_t n, F f) {
   while (state->done.load() < n) std::this_thread::yield();
 }
 
+// Floats at the beginning of a cache line, of no particular value.
+struct Free {
+  void operator()(float* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
+};
+using Memory = std::unique_ptr<float[], Free>;
+
+inline Memory Allocate(size_t size) {
+  return Memory(static_cast<float*>(::operator new[](size * sizeof(float), std::align_val_t(64))));
+}
+
+// Memory of this thread, whose values a call for more of it loses.
 float* Scratch(int which, size_t size) {
-  thread_local std::vector<float> buffers[4];
-  if (buffers[which].size() < size) buffers[which].resize(size);
-  return buffers[which].data();
+  struct Kept {
+    Memory memory;
+    size_t size = 0;
+  };
+  thread_local Kept kept[4];
+  if (kept[which].size < size) {
+    kept[which].memory = Allocate(size);
+    kept[which].size = size;
+  }
+  return kept[which].memory.get();
 }
 
 }  // namespace

@@ -22,7 +22,7 @@ constexpr int kVectors = 2;                         // most vectors of output ch
 constexpr int kPixels[] = {0, kRegisters == 32 ? 14 : 12, kRegisters / 2 - 2};  // most pixels of a tile of one and two vectors
 constexpr int kApart = 6;                           // most pixels of a tile that may go on in the next row: each has an address
 constexpr int kTaps = kRegisters == 32 ? 12 : 6;    // most rows of a filter gradient in a tile
-constexpr int kBandPixels = 128;                    // output pixels of a band, whose input is copied and stays in caches
+constexpr int kBandPixels = 128;                    // pixels of a band, whose input is copied and stays in caches
 constexpr int64_t kNear = 4096;                     // weights that a band's tiles take one after the other, half of a first cache
 
 struct Image {
@@ -51,6 +51,14 @@ inline void CopyRun(const Image& x, int64_t offset, int64_t n, float* __restrict
 
 // Adds `n` pixels of `channels` values each to `sum`.
 inline void AddPixels(const float* __restrict from, int64_t n, int64_t channels, float* __restrict sum) {
+  if (channels % kLanes == 0) {
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      Vec total = Load(sum + c);
+      for (int64_t p = 0; p < n; ++p) total += Load(from + p * channels + c);
+      Store(sum + c, total);
+    }
+    return;
+  }
   for (int64_t p = 0; p < n; ++p)
     for (int64_t c = 0; c < channels; ++c) sum[c] += from[p * channels + c];
 }
@@ -248,7 +256,9 @@ Image ImageOf(const Buffer& x, const Buffer& activated, float slope) {
   return {x.typed_data(), activated.element_count() ? activated.typed_data() : nullptr, slope, d[1], d[2], d[3]};
 }
 
-int64_t BandRows(int64_t height, int64_t width) { return std::min(height, CeilDiv(kBandPixels, width)); }
+int64_t BandRows(int64_t height, int64_t width) {
+  return std::max<int64_t>(std::min(height, CeilDiv(kBandPixels, std::max<int64_t>(width, 1))), 1);
+}
 
 // ---- Winograd, tiles of 2x2 output pixels ----
 
@@ -370,7 +380,7 @@ void TransformTiles(const float* x, int64_t row, int64_t column, int64_t size, c
     }
 }
 
-// Pixels of a tile of 2x2: its blocks are 2x2 pixels, or it and its neighbours.
+// Tiles of 3x3 blocks of 2x2 pixels, for 2x2 output pixels.
 void BlockTiles(const float* x, int64_t channels, const Tiles& tiles, float* to, int64_t plane) {
   const int64_t pair = 2 * channels, row = (2 * tiles.columns + 1) * pair;
   for (int64_t q = 0; q < 2; ++q)
@@ -383,24 +393,34 @@ int64_t RowOfBlocks(int64_t r, int64_t s, int64_t i, int64_t in) {
   return (4 * row + column) * in + i % in;
 }
 
-// Filters `[N, N, *, out]` to `[M, M, size, width]`; `at(r, s, i)` is where the i-th row of the filter's element (r, s) begins.
+constexpr int64_t kRows = 32;  // of a filter's inputs, that are transformed by one piece of work
+
+// Rows `first` to `end - 1` of filters `[N, N, size, out]` to `[M, M, size, width]`; `at(r, s, i)` is where row i of the filter's
+// element (r, s) begins. `negative`: elements (0, *) and (*, 0) change their sign.
 template <int N, int M, Transform<N, M> F, typename At>
-void TransformFilter(int64_t size, int64_t width, At at, float* to) {
-  for (int64_t i = 0; i < size; ++i)
+void TransformFilter(int64_t first, int64_t end, int64_t size, int64_t width, At at, float* to, const bool (&negative)[2] = {}) {
+  for (int64_t i = first; i < end; ++i) {
+    const float* from[N][N];
+    for (int r = 0; r < N; ++r)
+      for (int s = 0; s < N; ++s) from[r][s] = at(r, s, i);
     for (int64_t c = 0; c < width; c += kLanes) {
       Vec columns[N][M];
       for (int s = 0; s < N; ++s) {
         Vec w[N];
-        for (int r = 0; r < N; ++r) w[r] = Load(at(r, s, i) + c);
+        for (int r = 0; r < N; ++r) w[r] = Load(from[r][s] + c);
         F(w, columns[s]);
       }
       for (int r = 0; r < M; ++r) {
         Vec w[N], u[M];
         for (int s = 0; s < N; ++s) w[s] = columns[s][r];
         F(w, u);
-        for (int s = 0; s < M; ++s) Store(to + ((M * r + s) * size + i) * width + c, u[s]);
+        for (int s = 0; s < M; ++s) {
+          const bool changes = (negative[0] && r == 0) != (negative[1] && s == 0);
+          Store(to + ((M * r + s) * size + i) * width + c, changes ? -u[s] : u[s]);
+        }
       }
     }
+  }
 }
 
 // Where tiles of 2x2 pixels are written: floats between two rows and two pixels, and how many of them there are.
@@ -411,27 +431,29 @@ struct Target {
 
 // N x N planes `[tiles, wide]` to 2x2 pixels a tile, with bias and leaky ReLU.
 template <int N, Transform<N, 2> F>
-void WriteTiles(const float* m, int64_t plane, const Tiles& tiles, int64_t wide, const float* bias, float slope,
-                const Target& target) {
-  for (int64_t t = 0; t < tiles.count(); ++t)
-    for (int64_t c = 0; c < wide; c += kLanes) {
-      Vec half[2][N], offset = bias ? Load(bias + c) : Vec{};
-      for (int j = 0; j < N; ++j) {
-        Vec d[N], sums[2];
-        for (int i = 0; i < N; ++i) d[i] = Load(m + (N * i + j) * plane + t * wide + c);
-        F(d, sums);
-        half[0][j] = sums[0];
-        half[1][j] = sums[1];
-      }
-      const int64_t row = 2 * (t / tiles.columns), column = 2 * (t % tiles.columns);
-      for (int i = 0; i < 2 && row + i < target.rows; ++i) {
-        Vec sums[2];
-        F(half[i], sums);
-        float* to = target.to + (row + i) * target.row + column * target.pixel + c;
-        for (int j = 0; j < 2 && column + j < target.width; ++j) {
-          Vec value = sums[j] + offset;
-          if (slope != 1.0f) value = value >= 0.0f ? value : slope * value;
-          Store(to + j * target.pixel, value);
+void WriteTiles(const float* m, int64_t plane, const Tiles& tiles, int64_t wide, const float* bias, float slope, Target target) {
+  const int64_t rows = tiles.rows, columns = tiles.columns;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t t = 0; t < columns; ++t, m += wide) {
+      const int64_t below = std::min<int64_t>(2, target.rows - 2 * r), beside = std::min<int64_t>(2, target.width - 2 * t);
+      float* to = target.to + 2 * r * target.row + 2 * t * target.pixel;
+      for (int64_t c = 0; c < wide; c += kLanes) {
+        Vec half[2][N], offset = bias ? Load(bias + c) : Vec{};
+        for (int j = 0; j < N; ++j) {
+          Vec d[N], sums[2];
+          for (int i = 0; i < N; ++i) d[i] = Load(m + (N * i + j) * plane + c);
+          F(d, sums);
+          half[0][j] = sums[0];
+          half[1][j] = sums[1];
+        }
+        for (int64_t i = 0; i < below; ++i) {
+          Vec sums[2];
+          F(half[i], sums);
+          for (int64_t j = 0; j < beside; ++j) {
+            Vec value = sums[j] + offset;
+            if (slope != 1.0f) value = value >= 0.0f ? value : slope * value;
+            Store(to + i * target.row + j * target.pixel + c, value);
+          }
         }
       }
     }
@@ -472,80 +494,128 @@ void InputTiles(Form form, const Image& image, const Band& band, float* padded, 
   TransformTiles<4, 4, OfPixels>(padded, columns * c, c, c, tiles, to, c, plane);
 }
 
+// Bands whose tiles are multiplied together, so that weights are loaded for no fewer than half of kBandPixels.
+struct Group {
+  int64_t begin, end, tiles;
+};
+
+class Groups {
+ public:
+  Groups(int64_t images, int64_t height, int64_t width, int64_t tiles)
+      : height_(height), width_(width), bands_(images * BandsOf(height, width)),
+        together_(std::max<int64_t>(tiles / std::max<int64_t>(BandOf(0, height, width).tiles.count(), 1), 1)) {}
+  int64_t bands() const { return bands_; }
+  int64_t count() const { return CeilDiv(bands_, together_); }
+  // Of those that end before `end`, that which begins with band `begin`.
+  Group From(int64_t begin, int64_t end) const {
+    Group group{begin, std::min(begin + together_, end), 0};
+    for (int64_t i = group.begin; i < group.end; ++i) group.tiles += BandOf(i, height_, width_).tiles.count();
+    return group;
+  }
+  Group operator[](int64_t i) const { return From(i * together_, bands_); }
+
+ private:
+  int64_t height_, width_, bands_, together_;
+};
+
+constexpr int64_t kTiles = kBandPixels / 4;  // of a group, unless one band has more
+
 ffi::Error Winograd(ffi::ThreadPool& pool, Form form, const Image& image, int64_t images, int64_t height, int64_t width,
                     const float* weights, const float* bias, float slope, int64_t out, float* y) {
   const bool of_blocks = form == Form::kOfBlocks;
-  const int64_t in = image.channels, size = of_blocks ? 4 * in : in, planes = of_blocks ? 9 : 16;
+  const int64_t in = image.channels, size = of_blocks ? 4 * in : in, planes = of_blocks ? 9 : 16, pieces = CeilDiv(size, kRows);
   const auto blocks = Blocks(out);
-  std::vector<float> transformed(planes * size * out);
-  for (const Block& block : blocks) {
-    const int64_t wide = block.vectors * kLanes;
-    float* to = transformed.data() + planes * size * block.channel;
+  const Memory transformed = Allocate(planes * size * out);
+  ParallelFor(pool, blocks.size() * pieces, [&](int64_t item) {
+    const Block& block = blocks[item / pieces];
+    const int64_t wide = block.vectors * kLanes, first = item % pieces * kRows, end = std::min(first + kRows, size);
+    float* to = transformed.get() + planes * size * block.channel;
     const float* from = weights + block.channel;
     if (of_blocks)
-      TransformFilter<2, 3, Spread>(size, wide, [&](int r, int s, int64_t i) { return from + RowOfBlocks(r, s, i, in) * out; }, to);
+      TransformFilter<2, 3, Spread>(
+          first, end, size, wide, [&](int r, int s, int64_t i) { return from + RowOfBlocks(r, s, i, in) * out; }, to);
     else
-      TransformFilter<3, 4, OfFilter>(size, wide, [&](int r, int s, int64_t i) { return from + ((3 * r + s) * in + i) * out; }, to);
-  }
-  ParallelFor(pool, images * BandsOf(height, width), [&](int64_t item) {
-    const Band band = BandOf(item, height, width);
-    const int64_t tiles = band.tiles.count(), of_input = Plane(tiles * size);
+      TransformFilter<3, 4, OfFilter>(
+          first, end, size, wide, [&](int r, int s, int64_t i) { return from + ((3 * r + s) * in + i) * out; }, to);
+  });
+  const Groups groups(images, height, width, kTiles);
+  ParallelFor(pool, groups.count(), [&](int64_t item) {
+    const Group group = groups[item];
+    const int64_t of_input = Plane(group.tiles * size);
     float* v = Scratch(1, planes * of_input);
-    float* m = Scratch(2, planes * Plane(tiles * kVectors * kLanes));
-    InputTiles(form, image, band, Scratch(0, PaddedSize(form, band.tiles, in)), v, of_input);
+    float* m = Scratch(2, planes * Plane(group.tiles * kVectors * kLanes));
+    for (int64_t i = group.begin, done = 0; i < group.end; ++i) {
+      const Band band = BandOf(i, height, width);
+      InputTiles(form, image, band, Scratch(0, PaddedSize(form, band.tiles, in)), v + done * size, of_input);
+      done += band.tiles.count();
+    }
     for (const Block& block : blocks) {
-      const int64_t wide = block.vectors * kLanes, plane = Plane(tiles * wide);
-      const float* w = transformed.data() + planes * size * block.channel;
+      const int64_t wide = block.vectors * kLanes, plane = Plane(group.tiles * wide);
+      const float* w = transformed.get() + planes * size * block.channel;
+      const float* offset = bias ? bias + block.channel : nullptr;
       for (int64_t k = 0; k < planes; ++k)
         RunRow({v + k * of_input, 0, size, 1, size, w + k * size * wide, nullptr, 1.0f, false, m + k * plane, wide, wide},
-               block.vectors, tiles);
-      const Target target{y + (band.image * height + band.first) * width * out + block.channel, width * out, out, band.rows, width};
-      (of_blocks ? WriteTiles<3, Fold> : WriteTiles<4, ToPixels>)(m, plane, band.tiles, wide, bias ? bias + block.channel : nullptr,
-                                                                  slope, target);
+               block.vectors, group.tiles);
+      for (int64_t i = group.begin, done = 0; i < group.end; ++i) {
+        const Band band = BandOf(i, height, width);
+        float* to = y + (band.image * height + band.first) * width * out + block.channel;
+        const Target target{to, width * out, out, band.rows, width};
+        if (of_blocks)
+          WriteTiles<3, Fold>(m + done * wide, plane, band.tiles, wide, offset, slope, target);
+        else
+          WriteTiles<4, ToPixels>(m + done * wide, plane, band.tiles, wide, offset, slope, target);
+        done += band.tiles.count();
+      }
     }
   });
   return ffi::Error::Success();
 }
 
-// The transposed 4x4 convolution of stride 2: the four phases share the tiles of their input.
+// The transposed 4x4 convolution of stride 2: the four phases share the tiles of their input. Bands are of the input's pixels.
 ffi::Error WinogradDouble(ffi::ThreadPool& pool, const Image& image, int64_t images, const float* weights, const float* bias,
                           float slope, int64_t out, float* y) {
-  const int64_t in = image.channels, height = image.height, width = image.width;
+  const int64_t in = image.channels, height = image.height, width = image.width, pieces = CeilDiv(in, kRows);
   const auto blocks = Blocks(out);
-  std::vector<float> transformed(4 * 9 * in * out);  // [blocks, 4, 9, in, wide]
-  for (const Block& block : blocks)
-    for (int64_t phase = 0; phase < 4; ++phase) {
-      const int64_t wide = block.vectors * kLanes;
-      float* to = transformed.data() + (4 * block.channel + phase * wide) * 9 * in;
-      TransformFilter<2, 3, Spread>(
-          in, wide,
-          [&](int r, int s, int64_t i) {
-            return weights + ((4 * (phase / 2 + 2 * r) + phase % 2 + 2 * s) * in + i) * out + block.channel;
-          },
-          to);
-      for (int64_t k = 0; k < 9; ++k)
-        if ((phase / 2 && k < 3) != (phase % 2 && k % 3 == 0))  // what OfPhases gives with the other sign
-          for (int64_t i = 0; i < in * wide; ++i) to[k * in * wide + i] *= -1.0f;
-    }
-  ParallelFor(pool, images * BandsOf(height, width), [&](int64_t item) {
-    const Band band = BandOf(item, height, width);
-    const int64_t tiles = band.tiles.count(), of_input = Plane(tiles * in), columns = 2 * band.tiles.columns + 2;
-    float* padded = Scratch(0, PaddedSize(Form::kOfThree, band.tiles, in));
+  const Memory transformed = Allocate(4 * 9 * in * out);  // [blocks, 4, 9, in, wide]
+  ParallelFor(pool, blocks.size() * 4 * pieces, [&](int64_t item) {
+    const Block& block = blocks[item / pieces / 4];
+    const int64_t wide = block.vectors * kLanes, phase = item / pieces % 4, first = item % pieces * kRows;
+    TransformFilter<2, 3, Spread>(
+        first, std::min(first + kRows, in), in, wide,
+        [&](int r, int s, int64_t i) {
+          return weights + ((4 * (phase / 2 + 2 * r) + phase % 2 + 2 * s) * in + i) * out + block.channel;
+        },
+        transformed.get() + (4 * block.channel + phase * wide) * 9 * in, {phase / 2 == 1, phase % 2 == 1});
+  });
+  const Groups groups(images, height, width, kTiles);
+  ParallelFor(pool, groups.count(), [&](int64_t item) {
+    const Group group = groups[item];
+    const int64_t of_input = Plane(group.tiles * in);
     float* v = Scratch(1, 25 * of_input);
-    float* m = Scratch(2, 9 * Plane(tiles * kVectors * kLanes));
-    CopyPadded(image, band.image, band.first - 1, 2 * band.tiles.rows + 2, -1, columns, padded);
-    TransformTiles<4, 5, OfPhases>(padded, columns * in, in, in, band.tiles, v, in, of_input);
+    float* m = Scratch(2, 9 * Plane(group.tiles * kVectors * kLanes));
+    for (int64_t i = group.begin, done = 0; i < group.end; ++i) {
+      const Band band = BandOf(i, height, width);
+      const int64_t columns = 2 * band.tiles.columns + 2;
+      float* padded = Scratch(0, PaddedSize(Form::kOfThree, band.tiles, in));
+      CopyPadded(image, band.image, band.first - 1, 2 * band.tiles.rows + 2, -1, columns, padded);
+      TransformTiles<4, 5, OfPhases>(padded, columns * in, in, in, band.tiles, v + done * in, in, of_input);
+      done += band.tiles.count();
+    }
     for (const Block& block : blocks)
       for (int64_t phase = 0; phase < 4; ++phase) {
-        const int64_t wide = block.vectors * kLanes, plane = Plane(tiles * wide), r = phase / 2, s = phase % 2;
-        const float* w = transformed.data() + (4 * block.channel + phase * wide) * 9 * in;
+        const int64_t wide = block.vectors * kLanes, plane = Plane(group.tiles * wide), r = phase / 2, s = phase % 2;
+        const float* w = transformed.get() + (4 * block.channel + phase * wide) * 9 * in;
         for (int64_t k = 0; k < 9; ++k)
           RunRow({v + (5 * (2 * r + k / 3) + 2 * s + k % 3) * of_input, 0, in, 1, in, w + k * in * wide, nullptr, 1.0f, false,
                   m + k * plane, wide, wide},
-                 block.vectors, tiles);
-        WriteTiles<3, Fold>(m, plane, band.tiles, wide, bias ? bias + block.channel : nullptr, slope,
-                            {y + ((2 * (band.image * height + band.first) + r) * 2 * width + s) * out + block.channel,
-                             4 * width * out, 2 * out, band.rows, width});
+                 block.vectors, group.tiles);
+        for (int64_t i = group.begin, done = 0; i < group.end; ++i) {
+          const Band band = BandOf(i, height, width);
+          float* to = y + ((2 * (band.image * height + band.first) + r) * 2 * width + s) * out + block.channel;
+          WriteTiles<3, Fold>(m + done * wide, plane, band.tiles, wide, bias ? bias + block.channel : nullptr, slope,
+                              {to, 4 * width * out, 2 * out, band.rows, width});
+          done += band.tiles.count();
+        }
       }
   });
   return ffi::Error::Success();
@@ -654,9 +724,11 @@ ffi::Error DoubleToOne(ffi::ThreadPool pool, Buffer x, Buffer activated, Buffer 
   for (int64_t i = 0; i < in; ++i)
     for (int64_t tap = 0; tap < 16; ++tap) matrix[i * 16 + tap] = weights.typed_data()[(15 - tap) * in + i];
   Pack(blocks, 1, 1, in, 16, [&](int64_t, int64_t) { return matrix.data(); }, packed.data());
-  const int64_t band = std::min<int64_t>(height, 16), bands = CeilDiv(height, band);
+  // Bands of one height; of their products, 64 bytes an input pixel, 128 KiB.
+  const int64_t most = std::max<int64_t>(2048 / std::max<int64_t>(width, 1) - 2, 4), bands = CeilDiv(height, most);
   ParallelFor(pool, x.dimensions()[0] * bands, [&](int64_t item) {
-    const int64_t b = item / bands, first = item % bands * band, rows = std::min(band, height - first);
+    const int64_t b = item / bands, part = item % bands, first = part * height / bands;
+    const int64_t rows = (part + 1) * height / bands - first;
     float* products = Scratch(1, (rows + 2) * width * 16);  // [rows + 2, width, 4, 4]
     float* sums = Scratch(2, (width + 2) * 4 + 2 * width + kLanes);
     float* line = sums + (width + 2) * 4;
@@ -767,10 +839,10 @@ void RunOuters(Outer o, int vectors, int64_t taps) {
   }
 }
 
-// Planes of `[size, out]`, N x N of them, to a filter's elements `[M, M, size, out]`, of which (r, s) begins at `at(r, s, i)`.
+// Planes of `[size, out]`, N x N of them, to a filter's elements `[M, M, size, out]`, of which row i of (r, s) begins at `at(r, s, i)`.
 template <int N, int M, Transform<N, M> F, typename At>
-void FilterOfTiles(const float* u, int64_t size, int64_t out, At at) {
-  for (int64_t i = 0; i < size; ++i)
+void FilterOfTiles(ffi::ThreadPool& pool, const float* u, int64_t size, int64_t out, At at) {
+  ParallelFor(pool, size, [&](int64_t i) {
     for (int64_t c = 0; c < out; c += kLanes) {
       Vec half[N][M];
       for (int s = 0; s < N; ++s) {
@@ -785,23 +857,22 @@ void FilterOfTiles(const float* u, int64_t size, int64_t out, At at) {
         for (int s = 0; s < M; ++s) Store(at(r, s, i) + c, w[s]);
       }
     }
+  });
 }
 
-constexpr int64_t kTogether = 64;  // tiles of several bands, at least, whose products are added to the sums at once
+constexpr int64_t kTilesOfSums = 64;  // of a group, unless one band has more: each adds to all sums once
 
-// Adds products of the transformed tiles of bands `item` to `end - 1` to `sum`, `[9 or 16, size, out]`, and to `bias` the sums of
-// the gradient's channels, or the image's if they are `exchanged`.
-void AddTiles(Form form, const Image& image, const Image& gradient, const std::vector<Block>& blocks, int64_t item, int64_t end,
+// Adds products of a group's transformed tiles to `sum`, `[9 or 16, size, out]`, and to `bias` the sums of the gradient's channels,
+// or, with 4x4 kernels, of the image's if they are `exchanged`.
+void AddTiles(Form form, const Image& image, const Image& gradient, const std::vector<Block>& blocks, const Group& group,
               bool exchanged, float* sum, float* bias) {
   const bool of_blocks = form == Form::kOfBlocks;
   const int64_t in = image.channels, out = gradient.channels, size = of_blocks ? 4 * in : in, planes = of_blocks ? 9 : 16;
   const int64_t height = gradient.height, width = gradient.width;
-  int64_t tiles = 0;
-  for (int64_t i = item; i < end; ++i) tiles += BandOf(i, height, width).tiles.count();
-  const int64_t of_input = Plane(tiles * size), of_gradient = Plane(tiles * out);
+  const int64_t tiles = group.tiles, of_input = Plane(tiles * size), of_gradient = Plane(tiles * out);
   float* v = Scratch(1, planes * of_input);
   float* m = Scratch(2, planes * of_gradient);
-  for (int64_t i = item, done = 0; i < end; ++i) {
+  for (int64_t i = group.begin, done = 0; i < group.end; ++i) {
     const Band band = BandOf(i, height, width);
     const int64_t columns = 2 * band.tiles.columns;
     float* padded = Scratch(0, std::max(PaddedSize(form, band.tiles, in), 4 * band.tiles.count() * out));
@@ -813,8 +884,10 @@ void AddTiles(Form form, const Image& image, const Image& gradient, const std::v
     for (const Block& block : blocks) {
       const int64_t wide = block.vectors * kLanes;
       float* to = m + tiles * block.channel + done * wide;
-      (of_blocks ? TransformTiles<2, 3, Spread> : TransformTiles<2, 4, OfGradient>)(padded + block.channel, columns * out, out, wide,
-                                                                                  band.tiles, to, wide, of_gradient);
+      if (of_blocks)
+        TransformTiles<2, 3, Spread>(padded + block.channel, columns * out, out, wide, band.tiles, to, wide, of_gradient);
+      else
+        TransformTiles<2, 4, OfGradient>(padded + block.channel, columns * out, out, wide, band.tiles, to, wide, of_gradient);
     }
     done += band.tiles.count();
   }
@@ -833,30 +906,38 @@ ffi::Error FilterGradient(ffi::ThreadPool pool, Buffer x, Buffer g, Buffer activ
   (exchanged ? gradient : image).activated = nullptr;
   auto k = of_weights->dimensions();
   const int64_t kh = k[0], kw = k[1], in = k[2], out = k[3], height = gradient.height, width = gradient.width;
-  const Form form = FormOf(kh, kw, stride, in, out);
+  const Form form = exchanged && stride == 1 ? Form::kDirect : FormOf(kh, kw, stride, in, out);
   const bool winograd = form != Form::kDirect;
   const int64_t run = kw * in, padded = Padded(out), biases = of_bias->element_count();
   const int64_t size = form == Form::kOfBlocks ? 9 * 4 * in * out : winograd ? 16 * in * out : kh * run * padded;
   const auto blocks = Blocks(out);
-  const int64_t band = winograd ? EvenBand(height, width) : BandRows(height, width), bands = CeilDiv(height, band);
-  const int64_t together = winograd ? std::max<int64_t>(kTogether / BandOf(0, height, width).tiles.count(), 1) : 1;
-  const int64_t columns = (width - 1) * stride + kw;
-  const int64_t total = g.dimensions()[0] * bands;
+  const int64_t band = BandRows(height, width), bands = CeilDiv(height, band), columns = (width - 1) * stride + kw;
+  const Groups groups(g.dimensions()[0], height, width, kTilesOfSums);
+  const int64_t total = winograd ? groups.bands() : g.dimensions()[0] * bands;
+  if (!total) {
+    std::memset(of_weights->typed_data(), 0, of_weights->size_bytes());
+    std::memset(of_bias->typed_data(), 0, of_bias->size_bytes());
+    return ffi::Error::Success();
+  }
   // Sums of fixed parts in a fixed order, so that the result does not depend on the threads.
-  const int64_t parts = std::min(total, std::clamp<int64_t>((1 << 18) / size, 4, 32));
-  std::vector<float> sums(parts * (size + biases), 0.0f);
+  const int64_t parts = std::min(total, std::clamp<int64_t>((1 << 19) / size, 8, 32)), part_size = size + biases;
+  const Memory sums = Allocate(parts * part_size);
   ParallelFor(pool, parts, [&](int64_t part) {
-    float *sum = sums.data() + part * (size + biases), *bias = sum + size;
+    float *sum = sums.get() + part * part_size, *bias = sum + size;
+    std::fill(sum, sum + part_size, 0.0f);
     const int64_t end = (part + 1) * total / parts;
-    for (int64_t item = part * total / parts; item < end; item += together) {
-      int64_t b = item / bands, first = item % bands * band, rows = std::min(band, height - first);
+    for (int64_t item = part * total / parts; item < end;) {
       if (winograd) {
+        const Group group = groups.From(item, end);
         float* band_bias = Scratch(3, biases);
         std::fill(band_bias, band_bias + biases, 0.0f);
-        AddTiles(form, image, gradient, blocks, item, std::min(item + together, end), exchanged, sum, band_bias);
+        AddTiles(form, image, gradient, blocks, group, exchanged, sum, band_bias);
         for (int64_t c = 0; c < biases; ++c) bias[c] += band_bias[c];
+        item = group.end;
         continue;
       }
+      int64_t b = item / bands, first = item % bands * band, rows = std::min(band, height - first);
+      ++item;
       int64_t padded_rows = (rows - 1) * stride + kh;
       float* xs = Scratch(0, padded_rows * columns * in);
       CopyPadded(image, b, first * stride - padding, padded_rows, -padding, columns, xs);
@@ -886,18 +967,26 @@ ffi::Error FilterGradient(ffi::ThreadPool pool, Buffer x, Buffer g, Buffer activ
                     block.vectors, run);
     }
   });
-  std::vector<float> weights(size + biases, 0.0f);
-  for (int64_t part = 0; part < parts; ++part)
-    for (int64_t i = 0; i < size + biases; ++i) weights[i] += sums[part * (size + biases) + i];
+  // All into the first part.
+  constexpr int64_t kPiece = 4096;
+  ParallelFor(pool, CeilDiv(part_size, kPiece), [&](int64_t piece) {
+    float* __restrict total = sums.get() + piece * kPiece;
+    const int64_t n = std::min(kPiece, part_size - piece * kPiece);
+    for (int64_t part = 1; part < parts; ++part) {
+      const float* __restrict of_part = total + part * part_size;
+      for (int64_t i = 0; i < n; ++i) total[i] += of_part[i];
+    }
+  });
+  const float* found = sums.get();
   float* to = of_weights->typed_data();
   if (form == Form::kOfThree)
-    FilterOfTiles<4, 3, ToFilter>(weights.data(), in, out, [&](int r, int s, int64_t i) { return to + ((3 * r + s) * in + i) * out; });
+    FilterOfTiles<4, 3, ToFilter>(pool, found, in, out, [&](int r, int s, int64_t i) { return to + ((3 * r + s) * in + i) * out; });
   else if (form == Form::kOfBlocks)
-    FilterOfTiles<3, 2, Fold>(weights.data(), 4 * in, out, [&](int r, int s, int64_t i) { return to + RowOfBlocks(r, s, i, in) * out; });
+    FilterOfTiles<3, 2, Fold>(pool, found, 4 * in, out,
+                              [&](int r, int s, int64_t i) { return to + RowOfBlocks(r, s, i, in) * out; });
   else
-    for (int64_t i = 0; i < kh * run; ++i)
-      std::copy_n(weights.data() + i * padded, out, to + i * out);
-  std::copy_n(weights.data() + size, biases, of_bias->typed_data());
+    for (int64_t i = 0; i < kh * run; ++i) std::copy_n(found + i * padded, out, to + i * out);
+  std::copy_n(found + size, biases, of_bias->typed_data());
   return ffi::Error::Success();
 }
 

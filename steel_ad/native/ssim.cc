@@ -193,13 +193,16 @@ void Means(K kind, const Window& window, const float* const* rows, int64_t n, in
 
 inline Vec Positive(Vec v) { return v > 0.0f ? v : Vec{}; }
 
-// The residual, from the means of a window: of the terms 1 - a / b and 1 - c / d it is 1 - (1 - a / b) (1 - c / d), with one division.
-inline Vec ResidualOf(const Window& w, const float* means, int64_t pitch, float offset) {
+// The residual, from the means of a window: of the terms 1 - a / b and 1 - c / d it is 1 - (1 - a / b) (1 - c / d), with one
+// division where b d is `safe` from being rounded to zero.
+inline Vec ResidualOf(const Window& w, const float* means, int64_t pitch, float offset, bool safe) {
   const Vec t = Load(means), d = Load(means + pitch), mean_t = t + 1.0f, mean_d = d + offset, square = mean_d * mean_d;
   const Vec var_t = Positive(Load(means + 2 * pitch) - t * t), var_d = Positive(Load(means + 3 * pitch) - d * d);
   const Vec luminance = mean_t * mean_t + square + 2 * w.c1, structure = var_t + var_d + 2 * w.c2;
   const Vec a = 2.0f * square, c = 2.0f * var_d;
-  return (a * structure + c * luminance - a * c) / (luminance * structure);
+  if (safe) return (a * structure + c * luminance - a * c) / (luminance * structure);
+  const Vec of_luminance = a / luminance, of_structure = c / structure;
+  return of_luminance + of_structure - of_luminance * of_structure;
 }
 
 // 1 - luminance term and 1 - contrast and structure term, and what their gradients need.
@@ -302,7 +305,9 @@ Sizes SizesOf(const Buffer& x, int64_t k, bool reflect) {
 // What is written is base + sign * residual.
 ffi::Error Residual(ffi::ThreadPool pool, Buffer x, Buffer y, Buffer taps, bool reflect, float c1, float c2, float base,
                     float sign, Result to) {
+  if (!x.element_count()) return ffi::Error::Success();
   const Window window = WindowOf(taps, c1, c2);
+  const bool safe = c1 * c2 > 1e-30f;
   const Sizes s = SizesOf(x, window.size, reflect);
   const auto offsets = Offsets(pool, x.typed_data(), y.typed_data(), s.images, s.height, s.width);
   const int64_t bands = CeilDiv(s.rows, kBand), pitch = Pitch(s.padded_columns);
@@ -325,7 +330,7 @@ ffi::Error Residual(ffi::ThreadPool pool, Buffer x, Buffer y, Buffer taps, bool 
       }
       float* out = to->typed_data() + (b * s.rows + r) * s.columns;
       for (int64_t i = 0; i < s.columns; i += kLanes) {
-        const Vec value = base + sign * ResidualOf(window, means + 4 * half * pitch + i, pitch, offsets[b]);
+        const Vec value = base + sign * ResidualOf(window, means + 4 * half * pitch + i, pitch, offsets[b], safe);
         if (i + kLanes <= s.columns)
           Store(out + i, value);
         else
@@ -413,6 +418,7 @@ void GradientOf(K kind, const Window& window, const Sizes& s, const Pair& pair, 
 
 ffi::Error ResidualGradient(ffi::ThreadPool pool, Buffer x, Buffer y, Buffer g, Buffer taps, bool reflect, float c1,
                             float c2, Result to) {
+  if (!x.element_count()) return ffi::Error::Success();
   const Window window = WindowOf(taps, c1, c2);
   const Sizes s = SizesOf(x, window.size, reflect);
   const auto offsets = Offsets(pool, x.typed_data(), y.typed_data(), s.images, s.height, s.width);
