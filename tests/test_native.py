@@ -119,7 +119,11 @@ def test_forward_equals_scipy(kind, k, shape, o):
 
 @pytest.mark.parametrize(
     ("kind", "k", "shape", "o", "slope"),
-    [(*case, slope) for n, case in enumerate(SHAPES) for slope in ((0.2, 1.0) if n % 6 == 0 else (0.2,))],
+    [
+        pytest.param(*case, slope, id=f"{name}-{slope}")
+        for n, (case, name) in enumerate(zip(SHAPES, ids, strict=True))
+        for slope in ((0.2, 1.0) if n % 6 == 0 else (0.2,))
+    ],
 )
 def test_gradients_equal_the_plain_form_of_xla(kind, k, shape, o, slope):
     """Of sums of squares, so that every element's gradient is another; in float64 by XLA."""
