@@ -4,19 +4,21 @@ import dataclasses
 import re
 import sys
 import time
+import types
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from steel_ad import cli, losses, parallel
+from steel_ad import cli, losses, metrics, parallel
 from steel_ad.config import Autoencoder, Segmentation
 from steel_ad.data import defects, patches
 from steel_ad.data.datasets import TestImage
 from steel_ad.detectors import autoencoder, segmentation
-from steel_ad.models import blocks
+from steel_ad.models import blocks, unet
 from steel_ad.ops import convolution
 from steel_ad.studies import evaluation, files, runs
 from steel_ad.train import loop
@@ -110,6 +112,39 @@ def batch_norm(mesh) -> dict:
     return {"gradient": state.opt_state.trace["BatchNorm_0"], **state.extra["batch_stats"]["BatchNorm_0"]}
 
 
+def unet_in_float64(mesh) -> dict[str, np.ndarray]:
+    """Losses of 50 steps of a U-Net, with its batch norm over all devices, and metrics of the maps it makes then."""
+    wide = types.SimpleNamespace(**{**vars(jnp), "float32": jnp.float64})  # the networks' own word for their precision
+    with jax.enable_x64(True), mock.patch.object(blocks, "jnp", wide), mock.patch.object(unet, "jnp", wide):
+        network = unet.UNet(width=2, dtype=np.float64)
+
+        def objective(params, extra, data, step, root):
+            crops = patches.random_crops(stream(root, "crops", step), data.sizes, num=8, patch_size=32)
+            x = patches.cut(data, parallel.split_batch(crops), patch_size=32).astype(np.float64)
+            (_, logits), updated = network.apply({"params": params, **extra}, x, train=True, mutable=["batch_stats"])
+            loss = optax.sigmoid_binary_cross_entropy(logits, (x > 0.5).astype(np.float64))
+            return loss.mean(), (dict(updated), {})
+
+        variables = dict(network.init(jax.random.key(1), np.zeros((1, 32, 32, 1))))
+        state = create(variables.pop("params"), ADAM, variables)
+        assert all(p.dtype == np.float64 for p in jax.tree.leaves(state.params))
+        state, data = parallel.put((state, plates()), parallel.replicated(mesh))
+        step, seen = make_step(objective, ADAM, mesh=mesh), []
+        state = loop.run(
+            *(step, state, data, jax.random.key(5)),
+            steps=50,
+            on_metrics=lambda _, metrics: seen.append(float(metrics["loss"][0])),
+            save=None,
+            save_every=1,
+        )
+        trained = parallel.local(state)
+        images = np.asarray(plates().pixels).reshape(5, 48, 48)[:, :32, :32]
+        _, logits = network.apply({"params": trained.params, **trained.extra}, images[..., None] / 255)
+        ranking = metrics.rank(np.asarray(logits)[..., 0], images > 140)
+        measured = (metrics.pixel_auroc(ranking), metrics.aupro(ranking, 0.3), metrics.average_precision(ranking))
+        return {"losses": np.array(seen), "metrics": np.array(measured)}
+
+
 def parts() -> np.ndarray:
     """Two batches of eight."""
     return np.arange(2 * 8 * 3, dtype=np.uint8).reshape(2, 8, 3)
@@ -191,7 +226,8 @@ def devices(folder: Path) -> None:
     one, all_ = parallel.mesh(1), parallel.mesh()
     for name, mesh in (("1", one), ("8", all_)):
         found, state = observe(mesh)
-        write(folder / f"{name}.npz", {**found, "batch": samples(mesh)._asdict(), "norm": batch_norm(mesh)})
+        more = {"batch": samples(mesh)._asdict(), "norm": batch_norm(mesh), "unet": unet_in_float64(mesh)}
+        write(folder / f"{name}.npz", {**found, **more})
     files.write_json(folder / "collectives.json", collectives(all_))
     with Checkpoints(folder / "c8") as kept:
         kept.save(1, state, {})
@@ -204,7 +240,7 @@ def process(folder: Path) -> None:
     assert jax.local_device_count() == 1
     count = jax.process_count()
     found, state = observe(parallel.mesh())
-    write(folder / f"processes_{count}.npz", found)
+    write(folder / f"processes_{count}.npz", found | ({"unet": unet_in_float64(parallel.mesh())} if count == 2 else {}))
     with Checkpoints(folder / f"c_processes_{count}") as kept:
         kept.save(1, state, {})
     write(folder / f"saved_by_processes_{count}.npz", state)

@@ -115,6 +115,18 @@ def test_losses_in_float64_stay_together(found, others):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("others", ["8", "processes_2"])
+def test_a_unet_in_float64_learns_and_finds_the_same(found, others):
+    """In float32 runs drift apart, as those of two seeds do."""
+    one, many = (read(found[0], n, "unet") for n in ("1", others))
+    assert len(one["unet/losses"]) == 50
+    assert one["unet/losses"][-1] < 0.5 * one["unet/losses"][0]
+    np.testing.assert_allclose(many["unet/losses"], one["unet/losses"], rtol=0, atol=1e-8)
+    assert np.all((one["unet/metrics"] > 0.5) & (one["unet/metrics"] < 1))
+    np.testing.assert_allclose(many["unet/metrics"], one["unet/metrics"], rtol=0, atol=1e-3)
+
+
+@pytest.mark.slow
 def test_batch_norm_is_over_the_global_batch(found):
     many = read(found[0], "8", "norm")
     close(read(found[0], "1", "norm/gradient"), read(found[0], "8", "norm/gradient"), 1e-5)
