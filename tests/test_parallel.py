@@ -122,7 +122,7 @@ def test_a_unet_in_float64_learns_and_finds_the_same(found, others):
     assert len(one["unet/losses"]) == 50
     assert one["unet/losses"][-1] < 0.5 * one["unet/losses"][0]
     np.testing.assert_allclose(many["unet/losses"], one["unet/losses"], rtol=0, atol=1e-8)
-    assert np.all((one["unet/metrics"] > 0.5) & (one["unet/metrics"] < 1))
+    assert 0.8 < one["unet/metrics"][0] < 1  # pixel AUROC
     np.testing.assert_allclose(many["unet/metrics"], one["unet/metrics"], rtol=0, atol=1e-3)
 
 
