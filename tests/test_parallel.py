@@ -117,7 +117,7 @@ def test_losses_in_float64_stay_together(found, others):
 @pytest.mark.slow
 @pytest.mark.parametrize("others", ["8", "processes_2"])
 def test_a_unet_in_float64_learns_and_finds_the_same(found, others):
-    """In float32 runs drift apart, as those of two seeds do."""
+    """In float32 runs drift apart."""
     one, many = (read(found[0], n, "unet") for n in ("1", others))
     assert len(one["unet/losses"]) == 50
     assert one["unet/losses"][-1] < 0.5 * one["unet/losses"][0]
