@@ -1,5 +1,5 @@
 # make demo        train on procedural plates, evaluate, print the table and where the pictures are
-# make test        the tests, but for those that take longest: seven minutes on two cores
+# make test        the tests, but for those that take longest: six to seven minutes on two cores
 # make test-slow   the others: binaries killed and started again, several processes, every work of the benchmark
 # make lint        ruff and mypy
 PYTHON ?= python3
