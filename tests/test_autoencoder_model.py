@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import errors
 from jax import lax
 
-from steel_ad.models import layers
+from steel_ad.models import initial, layers
 from steel_ad.models.autoencoder import Autoencoder
 from steel_ad.ops import convolution
 
@@ -146,3 +147,25 @@ def test_bfloat16_arithmetic_keeps_float32_parameters():
     found = jax.jit(half.apply)(variables, x)
     assert found.dtype == jnp.float32
     assert 0 < float(jnp.abs(found - full).max()) < 0.03
+
+
+def test_a_parameter_is_drawn_once_and_its_shape_checked(monkeypatch):
+    drawn = []
+    normal = initial.normal
+
+    def noted(stddev):
+        def init(key, shape, *rest):
+            drawn.append(shape)
+            return normal(stddev)(key, shape, *rest)
+
+        return init
+
+    monkeypatch.setattr(initial, "normal", noted)
+    network, x = layers.Same(4), jnp.ones((1, 4, 4, 2))
+    params = network.init(jax.random.key(0), x)
+    jax.eval_shape(network.apply, params, x)
+    assert drawn == [(3, 3, 2, 4)]
+    with pytest.raises(errors.ScopeParamShapeError, match=r'"kernel".*\(3, 3, 3, 4\).*\(3, 3, 2, 4\)'):
+        network.apply(params, jnp.ones((1, 4, 4, 3)))
+    with pytest.raises(errors.ScopeParamNotFoundError):
+        network.apply({"params": {"kernel": params["params"]["kernel"]}}, x)

@@ -202,8 +202,8 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array, offset: Array, train: bool) -> Array:
         shape = (x.shape[-1],)
-        scale = self.param("scale", initializers.ones, shape, jnp.float32)
-        bias = self.param("bias", initializers.zeros, shape, jnp.float32)
+        scale = initial.parameter(self, "scale", initializers.ones, shape)
+        bias = initial.parameter(self, "bias", initializers.zeros, shape)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         x = x.astype(jnp.float32)
@@ -258,6 +258,6 @@ def parameters(
 ) -> tuple[Array, Array]:
     """Kernel `shape`, normal with variance gain / fan-in (He et al. 2015 for gain 2), and bias `[1, 1, 1, o]`, as `dtype`."""
     fan_in = shape[0] * shape[1] * shape[2]
-    kernel = module.param("kernel", initial.normal((gain / fan_in) ** 0.5), shape, jnp.float32)
-    bias = module.param("bias", initializers.zeros, (shape[-1],), jnp.float32)
+    kernel = initial.parameter(module, "kernel", initial.normal((gain / fan_in) ** 0.5), shape)
+    bias = initial.parameter(module, "bias", initializers.zeros, (shape[-1],))
     return kernel.astype(dtype), bias.astype(dtype).reshape(1, 1, 1, -1)

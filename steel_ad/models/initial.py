@@ -1,13 +1,15 @@
-"""Initial values of parameters."""
+"""Parameters and their initial values."""
 
 import contextvars
 import math
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import errors
 from jax import Array
 from jax.nn import initializers
 
@@ -26,6 +28,20 @@ def normal(stddev: float) -> initializers.Initializer:
         return row.reshape(shape) * jnp.array(stddev, dtype)
 
     return init
+
+
+def parameter(module: nn.Module, name: str, init: initializers.Initializer, shape: tuple[int, ...]) -> Array:
+    """`module.param`, float32, which traces `init` only where it is needed: flax else does so at every use, for its shape.
+
+    Raises:
+      flax.errors.ScopeParamShapeError: there is one of another shape.
+    """
+    if not module.has_variable("params", name):
+        return module.param(name, init, shape, jnp.float32)
+    value: Array = module.get_variable("params", name)
+    if value.shape != shape:
+        raise errors.ScopeParamShapeError(name, "/".join(module.path), value.shape, shape)
+    return value
 
 
 def together(init: Callable[..., Any], key: Array, *arguments: Any) -> Any:

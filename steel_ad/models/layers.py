@@ -86,6 +86,6 @@ class Expand(nn.Module):
 
 def _parameters(module: nn.Module, shape: tuple[int, ...], fan_in: int, gain: float = 2.0) -> tuple[Array, Array]:
     """Kernel `shape`, normal with variance gain / fan_in (He et al. 2015 for gain 2), and bias `[1, 1, 1, o]`, in the module's dtype."""
-    kernel = module.param("kernel", initial.normal((gain / fan_in) ** 0.5), shape, jnp.float32)
-    bias = module.param("bias", initializers.zeros, (shape[-1],), jnp.float32)
+    kernel = initial.parameter(module, "kernel", initial.normal((gain / fan_in) ** 0.5), shape)
+    bias = initial.parameter(module, "bias", initializers.zeros, (shape[-1],))
     return kernel.astype(module.dtype), bias.astype(module.dtype).reshape(1, 1, 1, -1)
