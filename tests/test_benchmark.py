@@ -3,6 +3,7 @@ import itertools
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from matplotlib.text import Text
 
 from steel_ad import config as configs
 from steel_ad import metrics, native
+from steel_ad.data import datasets, folders
 from steel_ad.data.patches import stack
 from steel_ad.detectors import autoencoder, segmentation
 from steel_ad.errors import InputError
@@ -370,7 +372,8 @@ def test_implementations_are_those_that_the_machine_has(works, monkeypatch):
     assert found["ssim_gradient_32x128"] == {"steel_ad", "steel_ad_gaussian", "dm_pix"}
     assert found["train_l2_b32"] == {"steel_ad", "linen_naive"}
     assert found["inspection_256"] == found["unet16_train_b8"] == {"steel_ad"}
-    assert found["cold_start"] == {"steel_ad", "steel_ad_without_cache", "steel_ad_import_only"}
+    cold_starts = {"steel_ad", "steel_ad_from_files", "steel_ad_without_cache", "steel_ad_import_only"}
+    assert found["cold_start"] == cold_starts
     monkeypatch.setattr(peers, "torch_installed", lambda: True)
     monkeypatch.setattr(native, "ready", lambda: True)
     more = {name: set(work.makers) - found[name] for name, work in works().items()}
@@ -587,11 +590,18 @@ def test_a_work_that_only_a_form_of_ours_did_is_named():
 
 
 def test_a_start_that_fails_is_left_out_before_the_first_block(monkeypatch):
+    seen = []
+
     def fails(command):
+        (images,) = (word.removeprefix("--data=") for word in command if word.startswith("--data="))
+        seen.append(images if images.startswith("procedural/") else len(folders.good_images(Path(images))))
         raise timing.Unavailable("no step")
 
+    drawn = datasets.Dataset("few", [np.zeros((8, 8), np.uint8)] * 3, [], [])
+    monkeypatch.setattr(datasets, "load", lambda *_: drawn)
     monkeypatch.setattr(cold_start, "first_step", fails)
     for name, make in cold_start.works(tiny=False)[0].makers.items():
         if name != "steel_ad_import_only":
             with pytest.raises(timing.Unavailable):
                 make()
+    assert seen == ["procedural/teardrop1", 3, "procedural/teardrop1"]

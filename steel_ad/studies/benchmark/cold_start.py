@@ -8,6 +8,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from steel_ad.data import datasets
+from steel_ad.studies.benchmark import data
 from steel_ad.studies.benchmark.timing import Program, Unavailable, Work
 
 OURS = "steel_ad"
@@ -15,14 +19,29 @@ _IMPORTS = "import experiments.autoencoder, steel_ad.report.tables, steel_ad.stu
 
 
 def works(*, tiny: bool) -> list[Work]:
-    """`cold_start`: the second start of `quick` on procedural plates; `compile_s` is what the first one took."""
-    makers = {} if tiny else {name: functools.partial(_start, name == OURS) for name in (OURS, f"{OURS}_without_cache")}
+    """`cold_start`: the second start of `quick` on procedural plates, and on the same from PNG files; `compile_s` is what the first
+    one took."""
+    makers = (
+        {}
+        if tiny
+        else {
+            OURS: functools.partial(_start, cached=True),
+            f"{OURS}_from_files": functools.partial(_start, cached=True, files=True),
+            f"{OURS}_without_cache": functools.partial(_start, cached=False),
+        }
+    )
     return [Work("cold_start", None, None, makers | {f"{OURS}_import_only": _import})]
 
 
-def _start(cached: bool) -> Program:
+def _start(*, cached: bool, files: bool = False) -> Program:
     folder = tempfile.TemporaryDirectory()
     cache = str(Path(folder.name) / "cache") if cached else ""
+    images = f"procedural/{data.LINE}"
+    if files:
+        plates = np.stack(datasets.load(images).train)
+        images = f"{folder.name}/images"
+        Path(images).mkdir()
+        data.write_pngs(Path(images), plates)
     count = 0
 
     def call():
@@ -31,7 +50,8 @@ def _start(cached: bool) -> Program:
         first_step(
             (
                 *(sys.executable, "-m", "experiments.autoencoder", "--config=configs/autoencoder.py:quick"),
-                *("--config.steps=1", f"--compilation_cache={cache}", f"--workdir={folder.name}/{count}"),
+                *(f"--data={images}", "--config.steps=1", f"--compilation_cache={cache}"),
+                f"--workdir={folder.name}/{count}",
             )
         )
 
