@@ -480,13 +480,15 @@ def _fields(key, shape, *cells):
     """
     splines = [[None if c <= 1 else _spline(n, float(c)) for n, c in zip(shape, cell, strict=True)] for cell in cells]
     knots = [[n if w is None else w.shape[1] for n, w in zip(shape, pair, strict=True)] for pair in splines]
-    noise = jax.random.normal(key, (sum(map(math.prod, knots)),))
+    count = sum(map(math.prod, knots))
+    # The same numbers; XLA takes four times as long on CPU for an odd count.
+    noise = jax.random.normal(key, (count + count % 2,))
     fields, start = [], 0
     for (down, across), size in zip(splines, knots, strict=True):
         field = noise[start : start + math.prod(size)].reshape(size)
         start += math.prod(size)
-        field = field if down is None else down @ field
-        fields.append(field if across is None else field @ across.T)
+        field = field if across is None else field @ across.T
+        fields.append(field if down is None else down @ field)
     return fields
 
 
@@ -606,9 +608,9 @@ def _scene(key, line, shape):
 def _photograph(scene, line, anomaly=None):
     """Light the plate (diffuse and Blinn-Phong) and take it through the lens: [h, w] without margin, before noise."""
     anomaly = _Anomaly(support=jnp.zeros(())) if anomaly is None else anomaly
-    lugs = (scene.lugs * scene.intact * anomaly.lugs).max(0)
+    lugs = jnp.maximum(*(scene.lugs * scene.intact * anomaly.lugs))
     height = line.lug_height_px * lugs + scene.texture + anomaly.height
-    top = _smoothstep(((scene.lugs * anomaly.lugs).max(0) - 0.5) * 2.0)
+    top = _smoothstep((jnp.maximum(*(scene.lugs * anomaly.lugs)) - 0.5) * 2.0)
 
     slope_y = (height[2:, 1:-1] - height[:-2, 1:-1]) / 2.0
     slope_x = (height[1:-1, 2:] - height[1:-1, :-2]) / 2.0
@@ -626,7 +628,7 @@ def _photograph(scene, line, anomaly=None):
     image = _blur(image, line)
     inner = _crop_like(anomaly.shade, image), _crop_like(anomaly.veil, image)
     image = image * inner[0] * (1.0 - inner[1]) + line.exposure * inner[1]
-    return image / (1.0 + image**4) ** 0.25  # the sensor's shoulder: highlights bend, they do not clip
+    return image / jnp.sqrt(jnp.sqrt(1.0 + image**4))  # the sensor's shoulder: highlights bend, they do not clip
 
 
 def _crop_like(value, image):

@@ -64,8 +64,10 @@ def together(init: Callable[..., Any], key: Array, *arguments: Any) -> Any:
     # A function of its own, since JAX traces none twice.
     _within(note, jax.eval_shape, lambda *given: init(*given), key, *arguments)
     # Two halves in a loop, since XLA fuses what is outside of one with every part of it.
-    halves = jax.lax.map(lambda k: jax.random.normal(k, (-(-sum(sizes) // 2),)), jax.random.split(key))
-    parts = iter(jnp.split(halves.ravel(), np.cumsum(sizes)))
+    half = -(-sum(sizes) // 2)
+    # Of an even count, which XLA draws four times as fast on CPU.
+    halves = jax.lax.map(lambda k: jax.random.normal(k, (half + half % 2,)), jax.random.split(key))
+    parts = iter(jnp.split(halves[:, :half].ravel(), np.cumsum(sizes)))
     return _within(lambda _: next(parts), init, key, *arguments)
 
 
