@@ -1,5 +1,6 @@
 """What test_parallel.py starts in processes of its own: python -m tests.parallel_worker devices|process|late FOLDER [FLAGS]."""
 
+import contextlib
 import dataclasses
 import re
 import sys
@@ -18,7 +19,7 @@ from steel_ad.config import Autoencoder, Segmentation
 from steel_ad.data import defects, patches
 from steel_ad.data.datasets import TestImage
 from steel_ad.detectors import autoencoder, segmentation
-from steel_ad.models import blocks, unet
+from steel_ad.models import blocks, initial, unet
 from steel_ad.ops import convolution
 from steel_ad.studies import evaluation, files, runs
 from steel_ad.train import loop
@@ -115,7 +116,10 @@ def batch_norm(mesh) -> dict:
 def unet_in_float64(mesh) -> dict[str, np.ndarray]:
     """Losses of 50 steps of a U-Net, with its batch norm over all devices, and metrics of the maps it makes then."""
     wide = types.SimpleNamespace(**{**vars(jnp), "float32": jnp.float64})  # the networks' own word for their precision
-    with jax.enable_x64(True), mock.patch.object(blocks, "jnp", wide), mock.patch.object(unet, "jnp", wide):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.enable_x64(True))
+        for module in (blocks, initial, unet):
+            stack.enter_context(mock.patch.object(module, "jnp", wide))
         network = unet.UNet(width=2, dtype=np.float64)
 
         def objective(params, extra, data, step, root):

@@ -33,7 +33,8 @@ def sound(name, num=4):
 
 @functools.cache
 def defective(kind, num=4):
-    return tuple(np.asarray(a) for a in plates.render_defective(KEY, "teardrop4", kind, SIZE, num))
+    found = plates.render_defective(KEY, "teardrop4", kind, SIZE, num, among=plates.ANOMALIES)
+    return tuple(np.asarray(a) for a in found)
 
 
 def nearest_lattice_point(lag, vectors):
@@ -86,8 +87,17 @@ def test_second_key_does_not_compile_again():
     sound("teardrop4"), defective("spot")
     before = plates._render._cache_size(), plates._render_defective._cache_size()
     plates.render(jax.random.key(1), "teardrop4", SIZE, 4)
-    plates.render_defective(jax.random.key(1), "teardrop4", "spot", SIZE, 4)
+    for kind in ("spot", "missing_lug"):
+        plates.render_defective(jax.random.key(1), "teardrop4", kind, SIZE, 4, among=plates.ANOMALIES)
     assert (plates._render._cache_size(), plates._render_defective._cache_size()) == before
+
+
+@pytest.mark.parametrize("kind", ["dent", "smear", "worn_lug", "watermark"])
+def test_a_program_of_its_own_draws_the_same(kind):
+    images, masks = defective(kind)
+    alone, masks_alone = plates.render_defective(KEY, "teardrop4", kind, SIZE, 4)
+    np.testing.assert_allclose(alone, images, rtol=0, atol=1e-6)
+    assert (masks_alone != masks).mean() < 1e-4
 
 
 @pytest.mark.parametrize("pattern", plates.PATTERNS)
@@ -189,6 +199,10 @@ def test_mistakes_are_named():
         plates.render_defective(KEY, "teardrop1", "hole")
     with pytest.raises(ValueError, match="no anomaly 'watermark'"):
         plates.render_defective(KEY, "teardrop1", "watermark")
+    with pytest.raises(ValueError, match="no anomaly 'watermark'"):
+        plates.render_defective(KEY, "teardrop1", "dent", among=("dent", "watermark"))
+    with pytest.raises(ValueError, match="'dent' is not among spot, smear"):
+        plates.render_defective(KEY, "teardrop1", "dent", among=("spot", "smear"))
     with pytest.raises(ValueError, match="pixels or more on this line"):
         plates.render_defective(KEY, "teardrop3", "missing_lug", 48)
     with pytest.raises(ValueError, match=r"unknown pattern 'waves'.*diamond"):

@@ -227,10 +227,12 @@ def _procedural(data: str, min_size: int, train: bool, resident: float) -> Datas
         good = enumerate(draw(1, _GOOD))
         test = [TestImage(f"good/{i:03d}", "good", image, np.zeros(image.shape, bool)) for i, image in good]
         kinds = line.anomalies
+        most = -(-_DEFECTIVE // len(kinds))
         for k, kind in enumerate(kinds):
             num = len(range(k, _DEFECTIVE, len(kinds)))
-            drawn, masks = plates.render_defective(jax.random.fold_in(root, 2 + k), line, kind, size, num)
-            pairs = zip(np.asarray(plates.to_uint8(drawn)), np.asarray(masks), strict=True)
+            of_kind = jax.random.fold_in(root, 2 + k)
+            drawn, masks = plates.render_defective(of_kind, line, kind, size, most, among=kinds)
+            pairs = zip(np.asarray(plates.to_uint8(drawn))[:num], np.asarray(masks)[:num], strict=True)
             test += [TestImage(f"{kind}/{i:03d}", kind, image, mask) for i, (image, mask) in enumerate(pairs)]
         return test
 

@@ -301,6 +301,7 @@ def render_defective(
     num: int = 1,
     *,
     shape: tuple[int, int] | None = None,
+    among: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """The plates that `render` gives for the same key, each with one anomaly, from obvious to hard.
 
@@ -315,22 +316,27 @@ def render_defective(
       size: height and width in pixels, at least 32.
       num: number of pictures.
       shape: (h, w) in pixels, instead of `size`.
+      among: kinds, `kind` one of them, that one compiled program draws; else each kind has its own. The pictures are the same.
 
     Returns:
       images: float32 [num, h, w] in [0, 1].
       masks: bool [num, h, w], true on the anomaly, never empty.
 
     Raises:
-      ValueError: the line is unknown, it does not show the kind, or the picture is smaller than 32 pixels or, for the
-        lug kinds, too small to be sure of a lug.
+      ValueError: the line is unknown, it does not show a kind, `kind` is not in `among`, or the picture is smaller than 32
+        pixels or, for the lug kinds, too small to be sure of a lug.
     """
     recipe, shape = _line(line), _shape(size, shape)
-    if kind not in recipe.anomalies:
-        raise ValueError(f"no anomaly {kind!r} on this line; there are {', '.join(recipe.anomalies)}")
+    kinds = among or (kind,)
+    for name in (kind, *kinds):
+        if name not in recipe.anomalies:
+            raise ValueError(f"no anomaly {name!r} on this line; there are {', '.join(recipe.anomalies)}")
+    if kind not in kinds:
+        raise ValueError(f"{kind!r} is not among {', '.join(kinds)}")
     need = math.ceil(2 * _reach(recipe) + recipe.lug_width_px)
     if kind in _LUG_ANOMALIES and min(shape) < need:
         raise ValueError(f"a picture for {kind!r} must be {need} pixels or more on this line, got {shape}")
-    return _render_defective(key, recipe, kind, shape, num)
+    return _render_defective(key, kinds.index(kind), recipe, kinds, shape, num)
 
 
 @functools.partial(jax.jit, static_argnames="line")
@@ -393,16 +399,27 @@ def _picture(key, line, shape):
     return _camera(scene, _photograph(scene, line), line)
 
 
-@functools.partial(jax.jit, static_argnames=("line", "kind", "shape", "num"))
-def _render_defective(key, line, kind, shape, num):
+@functools.partial(jax.jit, static_argnames=("line", "kinds", "shape", "num"))
+def _render_defective(key, which, line, kinds, shape, num):
     def picture(key):
         scene = _scene(key, line, shape)
-        anomaly = _anomaly(jax.random.fold_in(key, _ANOMALY + ANOMALIES.index(kind)), kind, scene, line, shape)
+        streams = jnp.array([_ANOMALY + ANOMALIES.index(kind) for kind in kinds])
+        draws = [functools.partial(_anomaly, kind=kind, scene=scene, line=line, shape=shape) for kind in kinds]
+        if len(kinds) > 1:
+            draws = [functools.partial(_whole, draw, scene) for draw in draws]
+        anomaly = jax.lax.switch(which, draws, jax.random.fold_in(key, streams[which]))
         before, after = _photograph(scene, line), _photograph(scene, line, anomaly)
         mask = _crop(anomaly.support, shape) | (jnp.abs(after - before) > _NOTICEABLE)
         return _camera(scene, after, line), mask
 
     return _map(picture, key, num)
+
+
+def _whole(draw, scene, key):
+    """What `draw` returns for the key with all neutral parts written out, as branches of one program need them."""
+    anomaly = draw(key)
+    shapes = _Anomaly(*[scene.texture.shape] * 6)._replace(lugs=scene.lugs.shape)
+    return _Anomaly(*(jnp.broadcast_to(jnp.asarray(a), s) for a, s in zip(anomaly, shapes, strict=True)))
 
 
 class _Pose(NamedTuple):
