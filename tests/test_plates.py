@@ -53,6 +53,24 @@ def test_pictures_are_greys_of_a_plausible_brightness(name):
     assert ((images <= 0) | (images >= 1)).mean() < 1e-3
 
 
+# Six pixels, mean and standard deviation of a line's first picture.
+GOLDEN = {
+    "teardrop1": (0.3417, 0.3284, 0.3630, 0.3366, 0.4178, 0.3372, 0.3478, 0.0496),
+    "teardrop2": (0.5165, 0.4222, 0.4620, 0.4474, 0.3425, 0.4332, 0.4478, 0.0665),
+    "teardrop3": (0.3304, 0.4181, 0.3441, 0.4842, 0.3572, 0.3356, 0.3238, 0.0630),
+    "teardrop4": (0.3152, 0.2524, 0.2950, 0.2028, 0.3503, 0.3768, 0.3182, 0.0554),
+    "diamond": (0.3564, 0.2956, 0.4021, 0.3411, 0.3953, 0.1818, 0.3325, 0.0581),
+}
+
+
+@pytest.mark.parametrize("name", plates.LINES)
+def test_pictures_stay_what_they_were(name):
+    image = sound(name)[0]
+    found = (*image[10, [20, 57, 93]], *image[77, [5, 60, 111]], image.mean(), image.std())
+    message = "plates have changed: every number measured on them is out of date; if they should, measure again, then update GOLDEN"
+    np.testing.assert_allclose(found, GOLDEN[name], rtol=0, atol=3e-4, err_msg=message)
+
+
 def test_a_picture_depends_on_key_and_index_only():
     np.testing.assert_array_equal(plates.render(KEY, "teardrop4", SIZE, 2), sound("teardrop4")[:2])
     images = sound("teardrop4")
@@ -205,6 +223,8 @@ def test_mistakes_are_named():
         plates.render_defective(KEY, "teardrop1", "dent", among=("spot", "smear"))
     with pytest.raises(ValueError, match="pixels or more on this line"):
         plates.render_defective(KEY, "teardrop3", "missing_lug", 48)
+    with pytest.raises(ValueError, match=r"pixels or more on this line, got \(200, 48\)"):
+        plates.render_defective(KEY, "teardrop3", "missing_lug", shape=(200, 48))
     with pytest.raises(ValueError, match=r"unknown pattern 'waves'.*diamond"):
         dataclasses.replace(plates.LINES["teardrop1"], pattern="waves")
     with pytest.raises(ValueError, match="unknown anomaly kind 'hole'"):
