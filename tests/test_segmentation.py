@@ -190,7 +190,7 @@ def test_ratios_that_are_none(ratio):
 # Stages.
 
 
-@pytest.mark.parametrize("model", ["unet", "compact_cnn"])
+@pytest.mark.parametrize("model", [pytest.param("unet", marks=pytest.mark.slow), "compact_cnn"])
 def test_stages_never_compile_twice_and_classify(good, library, model):
     config = tiny(model=model)
     samples = jax.tree.map(jnp.asarray, Samples(patches.stack(good), library))
