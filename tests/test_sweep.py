@@ -380,6 +380,7 @@ def test_studies_of_another_config_or_data(finished, data, tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_figures")
 def test_some_of_the_training_images(data, tmp_path):
     train, _ = datasets.split(40, 0.2, 0)
