@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from steel_ad.data import plates
+from steel_ad.data import datasets, plates
 
 SIZE = 128
 KEY = jax.random.key(7)
@@ -116,6 +116,17 @@ def test_a_program_of_its_own_draws_the_same(kind):
     alone, masks_alone = plates.render_defective(KEY, "teardrop4", kind, SIZE, 4)
     np.testing.assert_allclose(alone, images, rtol=0, atol=1e-6)
     assert (masks_alone != masks).mean() < 1e-4
+
+
+def test_a_lines_test_pictures_are_shared_among_its_kinds(monkeypatch):
+    for name, count in (("_GOOD", 1), ("_DEFECTIVE", 23)):
+        monkeypatch.setattr(datasets, name, count)
+    test = datasets.load(f"procedural/teardrop4/{SIZE}", train=False).test
+    kinds = [t.kind for t in test if t.kind != "good"]
+    assert {kind: kinds.count(kind) for kind in kinds} == dict(
+        zip(plates.ANOMALIES, (4, 4, 3, 3, 3, 3, 3), strict=True)
+    )
+    assert all(t.mask.any() for t in test if t.kind != "good")
 
 
 @pytest.mark.parametrize("pattern", plates.PATTERNS)

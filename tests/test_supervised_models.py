@@ -211,6 +211,9 @@ def test_kernels_drawn_together_are_independent_numbers_of_their_own_spread(odd)
     assert got["more"] == 5
     rows = [np.asarray(got[name]).ravel() / spread for name, (spread, _) in spreads.items()]
     assert [row.size for row in rows] == [math.prod(shape) for _, shape in spreads.values()]
+    half = -(-sum(row.size for row in rows) // 2)
+    want = np.concatenate([jax.random.normal(key, (half,)) for key in jax.random.split(KEY)])
+    np.testing.assert_allclose(np.concatenate(rows), want[: sum(row.size for row in rows)], rtol=1e-5, atol=1e-6)
     assert stats.kstest(np.concatenate(rows), "norm").pvalue > 1e-3
     assert len(np.unique(np.concatenate(rows))) > 0.99 * sum(row.size for row in rows)
     assert np.abs(np.corrcoef(rows[0][:8000], rows[1][:8000])[0, 1]) < 0.05

@@ -21,16 +21,12 @@ _IMPORTS = "import experiments.autoencoder, steel_ad.report.tables, steel_ad.stu
 def works(*, tiny: bool) -> list[Work]:
     """`cold_start`: the second start of `quick` on procedural plates, and on the same from PNG files; `compile_s` is what the first
     one took."""
-    makers = (
-        {}
-        if tiny
-        else {
-            OURS: functools.partial(_start, cached=True),
-            f"{OURS}_from_files": functools.partial(_start, cached=True, files=True),
-            f"{OURS}_without_cache": functools.partial(_start, cached=False),
-        }
-    )
-    return [Work("cold_start", None, None, makers | {f"{OURS}_import_only": _import})]
+    starts = {
+        OURS: functools.partial(_start, cached=True),
+        f"{OURS}_from_files": functools.partial(_start, cached=True, files=True),
+        f"{OURS}_without_cache": functools.partial(_start, cached=False),
+    }
+    return [Work("cold_start", None, None, ({} if tiny else starts) | {f"{OURS}_import_only": _import})]
 
 
 def _start(*, cached: bool, files: bool = False) -> Program:
