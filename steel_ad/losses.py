@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from steel_ad.errors import InputError
-from steel_ad.ops.ssim import ssim_residual
+from steel_ad.ops.ssim import mean_residual
 
 
 def l2(reconstruction: Array, target: Array) -> Array:
@@ -30,11 +30,10 @@ def l1(reconstruction: Array, target: Array) -> Array:
 
 def ssim(reconstruction: Array, target: Array, **options) -> Array:
     """Mean of 1 - SSIM, `[b]`; options as `ops.ssim.ssim_map`'s."""
-    residual = jax.vmap(lambda x, y: ssim_residual(x, y, **options))(reconstruction, target)
-    return jnp.mean(residual, axis=(1, 2, 3))
+    return jax.vmap(lambda x, y: mean_residual(x, y, **options))(reconstruction, target)
 
 
-_PARAMETERS = inspect.signature(ssim_residual).parameters.values()
+_PARAMETERS = inspect.signature(mean_residual).parameters.values()
 ssim.options = tuple(p.name for p in _PARAMETERS if p.kind is p.KEYWORD_ONLY and p.name != "form")  # type: ignore[attr-defined]
 
 

@@ -446,6 +446,32 @@ def test_ssim_equals_the_form_of_xla(h, w, k, window, padding):
         np.testing.assert_allclose(a, b, atol=2e-3 * np.abs(b).max())
 
 
+@pytest.mark.parametrize("padding", ["reflect", "valid"])
+@pytest.mark.parametrize(
+    ("h", "w", "k", "window"), [(33, 150, 11, "uniform"), (20, 37, 11, "gaussian"), (9, 16, 4, "uniform")]
+)
+def test_mean_ssim_and_its_gradients_in_one_pass_are_those_of_the_map(h, w, k, window, padding):
+    x, y = np.random.default_rng(3).random((2, 3, h, w)).astype(np.float32)
+    x[1, : h // 2] = y[1, : h // 2] = 1.0
+    settings = {"window": window, "window_size": k, "padding": padding, "c1": 1e-4, "c2": 9e-4}
+
+    def of_maps(x, y):
+        return jax.vmap(functools.partial(ssim.ssim_residual, form="native", **settings))(x, y).mean((1, 2)) @ shares
+
+    def in_one_pass(x, y):
+        return jax.vmap(functools.partial(ssim.mean_residual, form="native", **settings))(x, y) @ shares
+
+    # Another weight of each image, so that none gets its neighbour's.
+    shares = np.float32([1, -2, 4])
+    program = jax.jit(jax.value_and_grad(in_one_pass, argnums=(0, 1)))
+    assert "steel_ad_ssim_residual" not in program.lower(x, y).as_text()
+    (found, gradients), (exact, expected) = program(x, y), jax.value_and_grad(of_maps, argnums=(0, 1))(x, y)
+    assert found == pytest.approx(float(exact), rel=1e-5)
+    for a, b in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+    assert in_one_pass(x, y) == pytest.approx(float(exact), rel=1e-5)
+
+
 def test_ssim_of_black_images_with_constants_next_to_nothing():
     """Their product is zero in float32."""
     x = np.zeros((20, 24), np.float32)

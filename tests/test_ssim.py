@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from skimage.metrics import structural_similarity
 
-from steel_ad.ops.ssim import CONSTANTS, ssim_map, ssim_residual
+from steel_ad.ops.ssim import CONSTANTS, mean_residual, ssim_map, ssim_residual
 
 
 def oracle(x, y, *, weights, c1, c2, alpha=1.0, beta=1.0, gamma=1.0, padding="reflect"):
@@ -153,6 +153,16 @@ def test_channels_and_batch():
     batch = jax.vmap(ssim_map)(np.stack([x, y]), np.stack([y, y]))
     np.testing.assert_allclose(batch[0], channels, atol=1e-6)
     np.testing.assert_array_equal(batch[1], 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"alpha": 2.0, "gamma": 0.5}, {"window_size": 7, "padding": "valid"}])
+def test_mean_residual_is_the_mean_over_pixels_and_channels(options):
+    x, y = (np.stack([a, a[::-1]], -1).astype(np.float32) for a in pairs()["noisy"])
+    expected = np.mean(1 - np.float64(ssim_map(x, y, **options)))
+    assert mean_residual(x, y, **options) == pytest.approx(expected, rel=1e-5)
+    assert mean_residual(x[..., 1], y[..., 1], **options) == pytest.approx(
+        np.mean(1 - np.float64(ssim_map(x[..., 1], y[..., 1], **options))), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(

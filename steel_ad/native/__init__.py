@@ -33,7 +33,7 @@ _HEADER = Path(__file__).parent / "common.h"
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
 _TARGETS = (
     *("steel_ad_convolve", "steel_ad_double", "steel_ad_double_to_one", "steel_ad_filter_gradient"),
-    *("steel_ad_ssim_residual", "steel_ad_ssim_residual_gradient"),
+    *("steel_ad_ssim_residual", "steel_ad_ssim_residual_gradient", "steel_ad_ssim_mean"),
 )
 
 _CUDA_TARGETS = ("steel_ad_ssim_residual_cuda", "steel_ad_ssim_residual_gradient_cuda")
@@ -328,3 +328,10 @@ def ssim_residual_gradient(
         return call(x, y, g, reflect=reflect, c1=np.float32(c1), c2=np.float32(c2))
     call = jax.ffi.ffi_call("steel_ad_ssim_residual_gradient", result, vmap_method="broadcast_all")
     return call(x, y, g, np.float32(taps), reflect=reflect, c1=np.float32(c1), c2=np.float32(c2))
+
+
+def ssim_mean(x: Array, y: Array, taps: np.ndarray, *, reflect: bool, c1: float, c2: float) -> tuple[Array, Array]:
+    """Mean `[]` of `ssim_residual` and its gradient of x `[h, w]`, in one pass; on a CPU only."""
+    results = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    call = jax.ffi.ffi_call("steel_ad_ssim_mean", results, vmap_method="broadcast_all")
+    return call(x, y, np.float32(taps), reflect=reflect, c1=np.float32(c1), c2=np.float32(c2))

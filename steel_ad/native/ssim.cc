@@ -341,14 +341,42 @@ ffi::Error Residual(ffi::ThreadPool pool, Buffer x, Buffer y, Buffer taps, bool 
   return ffi::Error::Success();
 }
 
+// What the residual's gradient is in a row: given, or the same everywhere, as that of the mean, whose value is then summed up.
+struct Given {
+  const float* row;
+  Vec At(int64_t i, int64_t left) const {
+    Vec v{};
+    std::memcpy(&v, row + i, std::min<int64_t>(kLanes, left) * sizeof(float));
+    return v;
+  }
+  void Add(Vec, int64_t) {}
+  void EndOfRow() {}
+};
+
+struct Same {
+  float gradient;
+  double sum = 0;
+  Vec of_row{};
+  static Vec First(Vec v, int64_t left) {
+    for (int64_t l = std::max<int64_t>(left, 0); l < kLanes; ++l) v[l] = 0;
+    return v;
+  }
+  Vec At(int64_t, int64_t left) const { return First(Vec{} + gradient, left); }
+  void Add(Vec residuals, int64_t left) { of_row += First(residuals, left); }
+  void EndOfRow() {
+    for (int l = 0; l < kLanes; ++l) sum += of_row[l];
+    of_row = Vec{};
+  }
+};
+
 // Factors of row `p`'s windows for x itself, for the sum and for the difference, `[3, pitch]`, spread over the columns.
-template <typename K>
-void Factors(K kind, const Window& window, const Sizes& s, const float* of, const float* means, int64_t pitch, float offset, float* factors,
+template <typename K, typename Of>
+void Factors(K kind, const Window& window, const Sizes& s, Of& of, const float* means, int64_t pitch, float offset, float* factors,
              int64_t wide, float* to) {
   for (int64_t i = 0; i < s.columns; i += kLanes) {
     Terms t = TermsOf(window, means + i, pitch, offset);
-    Vec gradient{};
-    std::memcpy(&gradient, of + i, std::min<int64_t>(kLanes, s.columns - i) * sizeof(float));
+    const Vec gradient = of.At(i, s.columns - i);
+    of.Add(t.luminance + t.structure - t.luminance * t.structure, s.columns - i);
     Vec l = gradient * (1.0f - t.structure) * t.luminance_scale * t.luminance_scale;
     Vec c = gradient * (1.0f - t.luminance) * t.structure_scale * t.structure_scale;
     // A variance that rounding made negative has no gradient, and one of exactly zero half of it.
@@ -364,13 +392,14 @@ void Factors(K kind, const Window& window, const Sizes& s, const float* of, cons
     Store(factors + wide + s.k - 1 + i, of_var_t);
     Store(factors + 2 * wide + s.k - 1 + i, of_var_d);
   }
+  of.EndOfRow();
   for (int f = 0; f < 3; ++f) Across(kind, window, factors + f * wide, s.padded_columns, to + f * pitch);
 }
 
-// Gradient of x, given g, that of the residual. A row of the window's means gives three rows of factors; each is spread over the
-// windows that it came from.
-template <typename K>
-void GradientOf(K kind, const Window& window, const Sizes& s, const Pair& pair, const float* g, float* out) {
+// Gradient of x; `of(q)` is the gradient of row q of the residual. A row of the window's means gives three rows of factors; each is
+// spread over the windows that it came from.
+template <typename K, typename Of>
+void GradientOf(K kind, const Window& window, const Sizes& s, const Pair& pair, Of of, float* out) {
   const int64_t k = s.k, pitch = Pitch(s.padded_columns), wide = Pitch(s.padded_columns + k - 1);
   const int64_t rows_size = Rows::Floats(k, s.padded_columns), spread_size = 3 * (k + 1) * pitch;
   const int64_t zeroed = 16 * pitch + 3 * wide + spread_size + 2 * pitch;
@@ -388,7 +417,7 @@ void GradientOf(K kind, const Window& window, const Sizes& s, const Pair& pair, 
     if (p < s.rows) Means(kind, window, rows.Window(p), s.columns, s.padded_columns, vertical, pitch, means);
     for (int64_t q = p; q < p + 2; ++q)
       if (q < s.rows)
-        Factors(kind, window, s, g + q * s.columns, means + 4 * (q - p) * pitch, pitch, pair.offset, factors, wide, ring(q));
+        Factors(kind, window, s, of(q), means + 4 * (q - p) * pitch, pitch, pair.offset, factors, wide, ring(q));
       else
         std::memset(ring(q), 0, 3 * pitch * sizeof(float));
     // Taps are symmetric: from the oldest row on, the first k are this row's and the last k the next one's.
@@ -426,7 +455,27 @@ ffi::Error ResidualGradient(ffi::ThreadPool pool, Buffer x, Buffer y, Buffer g, 
     const int64_t image = b * s.height * s.width;
     const Pair pair{x.typed_data() + image, y.typed_data() + image, s.height, s.width, s.before, offsets[b]};
     const float* of = g.typed_data() + b * s.rows * s.columns;
-    WithKind(window, [&](auto kind) { GradientOf(kind, window, s, pair, of, to->typed_data() + image); });
+    Given given{};
+    auto row = [&](int64_t q) -> Given& { return given.row = of + q * s.columns, given; };
+    WithKind(window, [&](auto kind) { GradientOf(kind, window, s, pair, row, to->typed_data() + image); });
+  });
+  return ffi::Error::Success();
+}
+
+// The mean of the residual and its gradient.
+ffi::Error Mean(ffi::ThreadPool pool, Buffer x, Buffer y, Buffer taps, bool reflect, float c1, float c2, Result mean, Result to) {
+  if (!x.element_count()) return ffi::Error::Success();
+  const Window window = WindowOf(taps, c1, c2);
+  const Sizes s = SizesOf(x, window.size, reflect);
+  const auto offsets = Offsets(pool, x.typed_data(), y.typed_data(), s.images, s.height, s.width);
+  ParallelFor(pool, s.images, [&](int64_t b) {
+    const int64_t image = b * s.height * s.width;
+    const Pair pair{x.typed_data() + image, y.typed_data() + image, s.height, s.width, s.before, offsets[b]};
+    const double share = 1.0 / (static_cast<double>(s.rows) * s.columns);
+    Same all{static_cast<float>(share)};
+    auto row = [&](int64_t) -> Same& { return all; };
+    WithKind(window, [&](auto kind) { GradientOf(kind, window, s, pair, row, to->typed_data() + image); });
+    mean->typed_data()[b] = static_cast<float>(all.sum * share);
   });
   return ffi::Error::Success();
 }
@@ -455,4 +504,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(steel_ad_ssim_residual_gradient, ResidualGradient,
                                   .Attr<bool>("reflect")
                                   .Attr<float>("c1")
                                   .Attr<float>("c2")
+                                  .Ret<Buffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(steel_ad_ssim_mean, Mean,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Attr<bool>("reflect")
+                                  .Attr<float>("c1")
+                                  .Attr<float>("c2")
+                                  .Ret<Buffer>()
                                   .Ret<Buffer>());

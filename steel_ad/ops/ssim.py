@@ -156,6 +156,25 @@ def _native_backward(similarity, k, sigma, c1, c2, padding, saved, g):
 _native.defvjp(_native_forward, _native_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
+def _native_mean(x, y, k, sigma, c1, c2, padding):
+    return jnp.mean(_native(x, y, False, k, sigma, c1, c2, padding))
+
+
+def _native_mean_forward(x, y, k, sigma, c1, c2, padding):
+    """Value and gradients from one pass each, of which the compiler drops the one whose gradient nobody asks for."""
+    settings = {"reflect": padding == "reflect", "c1": c1, "c2": c2}
+    (mean, of_x), (_, of_y) = (native.ssim_mean(*pair, _taps(k, sigma), **settings) for pair in ((x, y), (y, x)))
+    return mean, (of_x, of_y)
+
+
+def _native_mean_backward(k, sigma, c1, c2, padding, saved, g):
+    return tuple(g * of for of in saved)
+
+
+_native_mean.defvjp(_native_mean_forward, _native_mean_backward)
+
+
 def _taps(k: int, sigma: float | None) -> np.ndarray:
     return np.full(k, 1 / k) if sigma is None else _gaussian(k, sigma)
 
@@ -196,11 +215,32 @@ def ssim_residual(
 ) -> Array:
     """`1 - ssim_map(x, y)`, computed without the cancellation near 0; arguments, shapes and errors as `ssim_map`'s."""
     given = (window_size, window, sigma, c1, c2, (alpha, beta, gamma), padding, form)
-    return _compared(x, y, False, *given)
+    return _compared(x, y, "residual", *given)
 
 
-def _compared(x, y, similarity, window_size, window, sigma, c1, c2, exponents, padding, form):
-    """`ssim_map` if `similarity`, else `ssim_residual`."""
+def mean_residual(
+    x: Array,
+    y: Array,
+    *,
+    window_size: int = 11,
+    window: str = "uniform",
+    sigma: float = 1.5,
+    c1: float = 0.01,
+    c2: float = 0.03,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    padding: str = "reflect",
+    form: str | None = None,
+) -> Array:
+    """Mean of `ssim_residual(x, y)` over the map and the channels, `[]`, of which value and gradient may come from one pass; arguments
+    and errors as `ssim_map`'s."""
+    given = (window_size, window, sigma, c1, c2, (alpha, beta, gamma), padding, form)
+    return _compared(x, y, "mean", *given)
+
+
+def _compared(x, y, what, window_size, window, sigma, c1, c2, exponents, padding, form):
+    """`what`: "map", "residual" or "mean"."""
     if x.shape != y.shape or x.ndim not in (2, 3):
         raise ValueError(f"ssim takes two images [h, w] or [h, w, c] of one shape, not {x.shape} and {y.shape}")
     if window not in ("uniform", "gaussian") or padding not in ("reflect", "valid"):
@@ -229,7 +269,7 @@ def _compared(x, y, similarity, window_size, window, sigma, c1, c2, exponents, p
             "uniform window of 5, 7, 9 or 11 pixels; leave form out"
         )
     settings = (window_size, None if window == "uniform" else sigma, c1, c2, padding)
-    return _traced(x, y, similarity, settings, None if plain else exponents, form)
+    return _traced(x, y, what, settings, None if plain else exponents, form)
 
 
 def _native_is_ready(x, y, plain, window, window_size) -> bool:
@@ -237,14 +277,21 @@ def _native_is_ready(x, y, plain, window, window_size) -> bool:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def _traced(x, y, similarity, settings, exponents, form):
+def _traced(x, y, what, settings, exponents, form):
     def one(x, y):
+        if form == "native" and what == "mean" and jax.default_backend() == "cpu":
+            return _native_mean(x, y, *settings)
         if form == "native":
-            return _native(x, y, similarity, *settings)
-        residual = _general_residual(x, y, *settings, *exponents) if exponents else _plain_residual(x, y, *settings)
-        return 1 - residual if similarity else residual
+            found = _native(x, y, what == "map", *settings)
+        else:
+            residual = _general_residual(x, y, *settings, *exponents) if exponents else _plain_residual(x, y, *settings)
+            found = 1 - residual if what == "map" else residual
+        return jnp.mean(found) if what == "mean" else found
 
-    return one(x, y) if x.ndim == 2 else jax.vmap(one, in_axes=-1, out_axes=-1)(x, y)
+    if x.ndim == 2:
+        return one(x, y)
+    found = jax.vmap(one, in_axes=-1, out_axes=-1)(x, y)
+    return jnp.mean(found) if what == "mean" else found
 
 
 def ssim_map(
@@ -287,4 +334,4 @@ def ssim_map(
         had.
     """
     given = (window_size, window, sigma, c1, c2, (alpha, beta, gamma), padding, form)
-    return _compared(x, y, True, *given)
+    return _compared(x, y, "map", *given)
