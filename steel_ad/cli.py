@@ -34,16 +34,24 @@ _NATIVE = flags.DEFINE_bool(
 )
 
 
-def run(main: Callable[..., int | None], commands: Sequence[str] = ()) -> None:
+def run(
+    main: Callable[..., int | None],
+    commands: Sequence[str] = (),
+    *,
+    interrupted: str = "run the same command again to go on from the last checkpoint",
+) -> None:
     """Parses flags and calls `main`; its return value is the exit status (None: 0).
 
     With `commands`, exactly one of them is given beside the flags, and `main` is called with it.
 
-    An InputError is printed as one sentence and ends with its status; a flag that does not exist or does not parse, and a
-    command that is missing or none of `commands`, with 2.
+    Ctrl-C ends it with what `interrupted` says. An InputError is printed as one sentence and ends with its status; a flag that does not
+    exist or does not parse, and a command that is missing or none of `commands`, with 2.
     """
+    for flag in flags.FLAGS.get_flags_for_module(__name__):
+        # --help lists what the binary itself defines.
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     app.run(
-        lambda rest: _guarded(functools.partial(main, *rest[1:])),
+        lambda rest: _guarded(functools.partial(main, *rest[1:]), interrupted),
         flags_parser=functools.partial(_parse, commands=commands),
     )
 
@@ -169,7 +177,7 @@ def _fail(message: str, status: int) -> None:
     sys.exit(status)
 
 
-def _guarded(main: Callable[[], int | None]) -> None:
+def _guarded(main: Callable[[], int | None], interrupted: str) -> None:
     keep_freed_memory()
     use_compilation_cache(_CACHE.value)
     if _NATIVE.value:
@@ -195,7 +203,7 @@ def _guarded(main: Callable[[], int | None]) -> None:
         traceback.print_exc()
         _fail("this process has failed, and with it the run", 1)
     except KeyboardInterrupt:
-        _fail("interrupted: run the same command again to go on from the last checkpoint", 130)
+        _fail(f"interrupted: {interrupted}", 130)
     sys.exit(status or 0)
 
 

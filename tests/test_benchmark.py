@@ -1,8 +1,10 @@
+import contextlib
 import functools
 import itertools
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -13,8 +15,8 @@ import optax
 import pytest
 from matplotlib.text import Text
 
+from steel_ad import cli, metrics, native
 from steel_ad import config as configs
-from steel_ad import metrics, native
 from steel_ad.data import datasets, folders
 from steel_ad.data.patches import stack
 from steel_ad.detectors import autoencoder, segmentation
@@ -55,7 +57,24 @@ def tiny(tmp_path_factory):
 @pytest.mark.slow
 def test_the_binary_writes_every_work_and_implementation(tiny):
     _, result, _ = tiny
-    assert set(result) == {"device", "versions", "precision", "flags", "ceilings", "rows"}
+    assert set(result) == {
+        *(
+            "device",
+            "machine",
+            "load",
+            "versions",
+            "native",
+            "precision",
+            "flags",
+            "ceilings",
+            "ceilings_in_turn",
+            "rows",
+        )
+    }
+    assert result["machine"]["cpus"] >= 1
+    assert set(result["native"]) == {"convolutions", "ssim"}
+    first, last = result["ceilings_in_turn"]
+    assert result["ceilings"] == {name: max(first[name], last[name]) for name in first}
     assert result["flags"]["tiny"] is True
     assert result["flags"]["only"] == [name for name in benchmark.GROUPS if name != "cold_start"]
     assert "jax" in result["versions"]
@@ -65,7 +84,11 @@ def test_the_binary_writes_every_work_and_implementation(tiny):
     works = ("ssim_forward_2x32", "ssim_gradient_2x32")
     assert done >= set(itertools.product(works, ("steel_ad", "steel_ad_gaussian", "dm_pix")))
     assert done >= {("train_ssim_b4", "steel_ad"), ("train_ssim_b4", "linen_naive")}
-    assert done >= {("inspection_48", "steel_ad"), ("unet2_train_b2", "steel_ad")}
+    assert done >= {
+        ("inspection_48", "steel_ad"),
+        ("inspection_tiles_48x64", "steel_ad"),
+        ("unet2_train_b2", "steel_ad"),
+    }
     assert done >= set(itertools.product(["sweep_2_seeds_b2"], ("steel_ad", "steel_ad_vmapped")))
     assert done >= {("metrics_4x32", "steel_ad"), ("metrics_4x32", "sklearn_numpy")}
     assert done >= set(itertools.product(["crops_32", "insert_64"], ("steel_ad", "numpy")))
@@ -85,7 +108,11 @@ def test_a_row_has_its_times_in_order_and_what_they_are_measured_by(tiny):
         assert row["roof_share"] > 0
         if row["work"].startswith(("ssim", "train", "inspection", "unet", "sweep")):
             assert row["flops"] > 0
-            if row["impl"] in ("steel_ad", "steel_ad_xla", "linen_naive"):
+            if not row["work"].startswith("inspection_tiles") and row["impl"] in (
+                "steel_ad",
+                "steel_ad_xla",
+                "linen_naive",
+            ):
                 assert row["compile_s"] > 0
                 # XLA counts what it does itself.
                 if row["impl"] != "steel_ad" or "steel_ad_xla" not in timed:
@@ -125,7 +152,9 @@ def test_compare_prints_what_has_changed(tiny):
     assert rows["train_ssim_b4", "steel_ad"]["old_ms"] is None
     assert len(rows) == len(result["rows"]) + 1
     lines = [line.split() for line in table.splitlines()]
-    assert ["ssim_forward_2x32", "forgotten", "2.000", "-", "-"] in lines
+    assert ["ssim_forward_2x32", "forgotten", "2.000", "-", "-", "-", "-"] in lines
+    assert "Another versions: python none and now " in printed
+    assert "Another device: an older machine and now " in printed
 
 
 def test_all_groups_are_measured_where_none_is_named(tmp_path, monkeypatch):
@@ -166,6 +195,28 @@ def test_an_unknown_group_ends_with_one_sentence_and_status_2():
         assert name in done.stderr
 
 
+def test_help_lists_the_flags_of_every_binary_too():
+    said = start("--help").stdout
+    assert all(f"  --{name}: " in said for name in ("only", "compilation_cache", "[no]native"))
+
+
+def test_ctrl_c_says_what_is_left_of_a_run(monkeypatch, capsys):
+    def stopped():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    for name in ("keep_freed_memory", "use_compilation_cache"):
+        monkeypatch.setattr(cli, name, lambda *_: None)
+    monkeypatch.setattr(cli, "_as_one_of_several", contextlib.nullcontext)
+    for name in ("_CACHE", "_NATIVE"):
+        monkeypatch.setattr(cli, name, types.SimpleNamespace(value=""))
+    with pytest.raises(SystemExit) as ended:
+        cli._guarded(stopped, "nothing")
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "error: interrupted: nothing\n"
+
+
 def test_only_the_named_implementations_are_timed(tmp_path):
     """Of works that have none of them there is no row."""
     named = {"only": ["ssim_forward_2x32", "crops_32", "render_64"], "impl": ["numpy", "steel_ad_gaussian"]}
@@ -187,10 +238,14 @@ def test_only_the_named_implementations_are_timed(tmp_path):
         ({"budget_s": 0.0}, "positive"),
         ({"compare": "none.json"}, "no earlier run"),
         ({"compare": "list.json"}, "no benchmark's JSON"),
+        ({"compare": "row.json"}, "no benchmark's JSON"),
+        ({"compare": "torn.json"}, "no benchmark's JSON"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_timed(tmp_path, change, message):
     (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "row.json").write_text('{"device": "a", "rows": [{"work": "ssim"}]}')
+    (tmp_path / "torn.json").write_text('{"device": "a", "ro')
     options = {"only": [], "out": "x.json", "repeats": 3, "budget_s": 1.0, "tiny": True, "compare": None} | change
     for name in ("out", "compare"):
         options[name] = options[name] and tmp_path / options[name]
@@ -297,14 +352,19 @@ def test_latency_is_of_calls_that_are_waited_for(monkeypatch):
     times = iter([50, 40, *range(1, 100), 1000])
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
     program = timing.with_latency(timing.Program(call=lambda: next(times), wait=wait))
-    for _ in range(102):
+    for _ in range(101):
         program.call()
-    assert program.extras() == {"p50_ms": pytest.approx(50.5e3), "p99_ms": pytest.approx(108.01e3)}
+    few = {"p50_ms": pytest.approx(50e3), "max_call_ms": pytest.approx(99e3), "calls": 99}
+    assert program.extras() == few  # too few for a percentile
+    program.call()
+    most = {"p50_ms": pytest.approx(50.5e3), "max_call_ms": pytest.approx(1000e3), "calls": 100}
+    assert program.extras() == {**most, "p99_ms": pytest.approx(108.01e3)}
 
 
 def test_a_cold_start_ends_with_the_first_step(tmp_path):
-    script = "import sys, time; print('train: 1/1 steps', file=sys.stderr, flush=True); time.sleep(60)"
-    cold_start.first_step((sys.executable, "-c", script))
+    script = "import sys, tempfile, time; tempfile.mkdtemp(); print('train: 1/1 steps', file=sys.stderr, flush=True); time.sleep(60)"
+    cold_start.first_step((sys.executable, "-c", script), {"TMPDIR": str(tmp_path)})
+    assert len(list(tmp_path.iterdir())) == 1
     with pytest.raises(timing.Unavailable, match="no step"):
         cold_start.first_step((sys.executable, "-c", "import sys; sys.exit('no step')"))
 
@@ -323,6 +383,7 @@ SIZES = {
     "train_from_files_b16": 20.0,
     **dict.fromkeys(("train_ssim_b32", "train_ssim_b128", "train_l2_b32", "train_l2_b128"), 20.0),
     **dict.fromkeys(("inspection_256", "inspection_1x256", "inspection_2048x4096", "unet16_train_b8"), 20.0),
+    "inspection_tiles_512x1024": 20.0,
     # As much for each of four seeds.
     "sweep_4_seeds_b16": 80.0,
     "cold_start": None,
@@ -331,6 +392,7 @@ AMOUNTS = {
     "inspection_256": {"mpx_s": 8 * 0.065536},
     "inspection_1x256": {"mpx_s": 0.065536},
     "inspection_2048x4096": {"mpx_s": 8.388608},
+    "inspection_tiles_512x1024": {"mpx_s": 0.524288},
     "read_png_1024": {"mpx_s": 16.777216},
     "crops_128": {"patches_s": 512},
     "insert_256": {"images_s": 64},
@@ -380,8 +442,14 @@ def test_implementations_are_those_that_the_machine_has(works, monkeypatch):
     how = {f"torch_{way}_{layout}" for way in ("eager", "compile") for layout in ("nchw", "channels_last")}
     assert more["train_l2_b32"] == more["unet16_train_b8"] == how | {"steel_ad_xla"}
     assert more["inspection_256"] == {"torch_opencv_nchw", "torch_opencv_channels_last", "steel_ad_xla"}
-    pooled = {"torch_avg_pool", "torch_avg_pool_separable", "torch_avg_pool_compiled"}
-    assert more["ssim_gradient_32x128"] == pooled | {"torchmetrics", "pytorch_msssim", "steel_ad_xla"}
+    by_torch = {
+        "torch_avg_pool",
+        "torch_avg_pool_separable",
+        "torch_avg_pool_compiled",
+        "torch_banded",
+        "torch_banded_compiled",
+    }
+    assert more["ssim_gradient_32x128"] == by_torch | {"torchmetrics", "pytorch_msssim", "steel_ad_xla"}
     # A GPU has both precisions, programs recorded as graphs, larger batches and frames under way side by side.
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     on_gpu = works()
@@ -391,6 +459,7 @@ def test_implementations_are_those_that_the_machine_has(works, monkeypatch):
     assert set(on_gpu["unet16_train_b8"].makers) == both | {"steel_ad"}
     assert on_gpu["inspection_256"].amounts == {"mpx_s": 128 * 0.065536}
     assert on_gpu["inspection_8x2048x4096"].amounts == {"mpx_s": 8 * 8.388608}
+    assert set(on_gpu["inspection_tiles_2048x4096"].makers) == {"steel_ad", "steel_ad_bf16"}
     assert on_gpu["train_from_files_b16"].block_s == 30
 
 
@@ -460,12 +529,19 @@ def test_ceilings_are_of_the_fastest_repeat(monkeypatch):
 
 
 def test_what_one_run_lacks_is_compared_with_nothing():
-    new = {"rows": [{"work": "ssim_forward_2x32", "impl": name, "median_ms": 2.0} for name in ("fresh", "steel_ad")]}
+    rows = [("fresh", None), ("steel_ad", 1.0)]
+    new = {"rows": [{"work": "ssim_forward_2x32", "impl": i, "median_ms": 2.0, "ratio": ratio} for i, ratio in rows]}
     assert [tuple(row.values()) for row in benchmark.comparison(OLD, new)] == [
-        ("ssim_forward_2x32", "fresh", None, 2.0, None),
-        ("ssim_forward_2x32", "steel_ad", 0.5, 2.0, 4.0),
-        ("ssim_forward_2x32", "forgotten", 2.0, None, None),
+        ("ssim_forward_2x32", "fresh", None, 2.0, None, None, None),
+        ("ssim_forward_2x32", "steel_ad", 0.5, 2.0, 4.0, None, 1.0),
+        ("ssim_forward_2x32", "forgotten", 2.0, None, None, None, None),
     ]
+
+
+def test_what_differs_between_two_runs_is_named():
+    was, now = {"torch": "2.1", "jax": "0.10"}, {"torch": "2.2", "jax": "0.10", "numpy": "2"}
+    assert benchmark._difference(was, now) == "torch 2.1 and now 2.2, numpy none and now 2"
+    assert benchmark._difference(0.125, None) == "0.125 and now none"
 
 
 def test_read_images_are_those_that_were_written(tmp_path):
@@ -544,6 +620,46 @@ def test_what_cannot_run_here_is_left_out_with_its_reason():
     assert left_out == {"a": "no compiler", "b": "No module named 'no_such_package'"}
 
 
+@pytest.mark.parametrize("when", ["made", "called first", "called later"])
+def test_what_fails_is_left_out_and_the_others_are_timed(when):
+    """As a peer does that the memory is too small for."""
+    calls, closed = [], []
+
+    def fails():
+        calls.append("slow")
+        if len(calls) == {"made": 1, "called first": 2, "called later": 6}[when]:
+            raise RuntimeError("no memory:\n" + 1000 * "x")
+        return timing.Program(call=fails, wait=lambda _: None, close=lambda: closed.append(True))
+
+    work = timing.Work("work", 1, 1, {"slow": fails, "steel_ad": lambda: recorder([], "")})
+    rows, left_out = timing.measure(work, ours="steel_ad", repeats=4, budget_s=1.0, block_s=0.0)
+    assert [(row["impl"], row["repeats"]) for row in rows] == [("steel_ad", 4)]
+    assert left_out["slow"].startswith("RuntimeError: no memory: xxx")
+    assert len(left_out["slow"]) < 350
+    assert closed == ([] if when == "made" else [True])
+
+
+def test_that_ours_failed_is_said_when_all_is_written(tmp_path, monkeypatch):
+    def broken():
+        raise RuntimeError("broken")
+
+    makers = {"steel_ad": broken, "peer": lambda: recorder([], "")}
+    monkeypatch.setattr(benchmark, "GROUPS", {"some": lambda *, tiny: [timing.Work("one", None, None, makers)]})
+    with pytest.raises(InputError, match="one failed") as raised:
+        benchmark.run(only=[], out=tmp_path / "a.json", repeats=3, budget_s=1.0, tiny=True, compare=None)
+    assert raised.value.status == 1
+    assert [row["impl"] for row in json.loads((tmp_path / "a.json").read_text())["rows"]] == ["peer"]
+
+
+def test_flops_of_a_strip_in_tiles_are_those_of_its_windows():
+    config, settings = configs.Autoencoder(), configs.Inspection()
+    flops, moved = inspection.tiles_cost(config, settings, (512, 1024))
+    assert flops == inspection.cost(config, (8, 384, 384))[0]
+    assert moved == inspection.cost(config, (1, 512, 1024))[1]
+    # A strip lower than a window is one.
+    assert inspection.tiles_cost(config, settings, (200, 300))[0] == inspection.cost(config, (2, 200, 300))[0]
+
+
 def test_the_roof_is_the_lower_of_both_ceilings():
     ceilings = {"matmul_tflops": 0.1, "matmul_bf16_tflops": 0.2, "copy_gbs": 10.0}
     row = {"precision": "float32", "flops": 1e9, "bytes": 1e6, "median_ms": 20.0}
@@ -592,7 +708,8 @@ def test_a_work_that_only_a_form_of_ours_did_is_named():
 def test_a_start_that_fails_is_left_out_before_the_first_block(monkeypatch):
     seen = []
 
-    def fails(command):
+    def fails(command, environment):
+        assert Path(environment["TMPDIR"]).is_dir()
         (images,) = (word.removeprefix("--data=") for word in command if word.startswith("--data="))
         seen.append(images if images.startswith("procedural/") else len(folders.good_images(Path(images))))
         raise timing.Unavailable("no step")

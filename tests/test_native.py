@@ -1,5 +1,6 @@
 """Convolutions compiled for the CPU against scipy in float64 and XLA's own; how they are compiled, and when they are not used."""
 
+import ctypes
 import functools
 import os
 import platform
@@ -20,7 +21,7 @@ from steel_ad.models.autoencoder import Autoencoder
 from steel_ad.models.unet import UNet
 from steel_ad.ops import convolution, ssim
 
-COMPILER = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
 LIBRARY = Path(os.environ["STEEL_AD_TEST_CACHE"])
 CPU = Path("/proc/cpuinfo")
@@ -387,6 +388,13 @@ def test_loads_no_library_of_another_user(tmp_path, monkeypatch):
     os.chown(library, 12345, 12345)
     with pytest.raises(PermissionError, match="another user"):
         native.build(tmp_path)
+
+
+def test_the_compiler_may_come_with_arguments(tmp_path, monkeypatch):
+    (tmp_path / "one.cc").write_text('extern "C" int one() { return ONE; }')
+    monkeypatch.setattr(native, "SOURCES", [tmp_path / "one.cc"])
+    monkeypatch.setenv("CXX", f"env {COMPILER} -DONE=1")
+    assert ctypes.CDLL(str(native.build(tmp_path))).one() == 1
 
 
 @pytest.mark.parametrize("how", ["none", "broken", "folder"])

@@ -11,8 +11,10 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -145,7 +147,7 @@ def build_cuda(folder: Path, window_size: int, architecture: str) -> Path:
     if not compiler:
         raise FileNotFoundError("there is no nvcc (CUDA_HOME names the folder of another)")
     flags = (*("-O3", "-std=c++17", "-w", "-shared", "-Xcompiler", "-fPIC,-w"), f"-arch={architecture}")
-    return _build(folder, compiler, (*flags, f"-DSTEEL_AD_WINDOW={window_size}"), [_CUDA_SOURCE], "")
+    return _build(folder, [compiler], (*flags, f"-DSTEEL_AD_WINDOW={window_size}"), [_CUDA_SOURCE], "")
 
 
 def _note(what: str, error: Exception) -> None:
@@ -161,15 +163,17 @@ def build(folder: Path, flags: tuple[str, ...] = _FLAGS) -> Path:
       OSError: no compiler, a folder that cannot be written, or a library there that is another user's.
       subprocess.CalledProcessError: the compiler failed; stderr says why.
     """
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    found = filter(None, map(shutil.which, ("c++", "g++", "clang++")))
+    # As make's CXX, which may have arguments.
+    compiler = shlex.split(os.environ.get("CXX", "")) or list(itertools.islice(found, 1))
     if not compiler:
         raise FileNotFoundError("there is no C++ compiler (c++, g++ or clang++; CXX names another)")
     return _build(folder, compiler, flags, SOURCES, _cpu())
 
 
-def _build(folder: Path, compiler: str, flags: tuple[str, ...], sources: list[Path], machine: str) -> Path:
+def _build(folder: Path, compiler: list[str], flags: tuple[str, ...], sources: list[Path], machine: str) -> Path:
     key = hashlib.sha256(b"".join(path.read_bytes() for path in (_HEADER, *sources)))
-    for part in (compiler, *flags, jax.lib.__version__, platform.machine(), machine):
+    for part in (*compiler, *flags, jax.lib.__version__, platform.machine(), machine):
         key.update(b"\0" + part.encode())
     library = folder / f"native-{key.hexdigest()[:16]}.so"
     if library.exists():
@@ -182,7 +186,7 @@ def _build(folder: Path, compiler: str, flags: tuple[str, ...], sources: list[Pa
         made = Path(temporary) / library.name
 
         def run(*arguments: str | Path) -> None:
-            command = [compiler, *flags, f"-I{jax.ffi.include_dir()}", *map(str, arguments)]
+            command = [*compiler, *flags, f"-I{jax.ffi.include_dir()}", *map(str, arguments)]
             subprocess.run(command, check=True, capture_output=True, text=True)
 
         inputs = sources
@@ -334,4 +338,5 @@ def ssim_mean(x: Array, y: Array, taps: np.ndarray, *, reflect: bool, c1: float,
     """Mean `[]` of `ssim_residual` and its gradient of x `[h, w]`, in one pass; on a CPU only."""
     results = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct(x.shape, jnp.float32)
     call = jax.ffi.ffi_call("steel_ad_ssim_mean", results, vmap_method="broadcast_all")
-    return call(x, y, np.float32(taps), reflect=reflect, c1=np.float32(c1), c2=np.float32(c2))
+    mean, gradient = call(x, y, np.float32(taps), reflect=reflect, c1=np.float32(c1), c2=np.float32(c2))
+    return mean, gradient

@@ -1,12 +1,14 @@
 """From the start of the process to the first training step of `experiments.autoencoder`, its programs compiled before."""
 
 import functools
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +17,8 @@ from steel_ad.studies.benchmark import data
 from steel_ad.studies.benchmark.timing import Program, Unavailable, Work
 
 OURS = "steel_ad"
+# Where the binaries and their recipes are.
+_ROOT = Path(__file__).resolve().parents[3]
 _IMPORTS = "import experiments.autoencoder, steel_ad.report.tables, steel_ad.studies.autoencoder"
 
 
@@ -48,7 +52,9 @@ def _start(*, cached: bool, files: bool = False) -> Program:
                 *(sys.executable, "-m", "experiments.autoencoder", "--config=configs/autoencoder.py:quick"),
                 *(f"--data={images}", "--config.steps=1", f"--compilation_cache={cache}"),
                 f"--workdir={folder.name}/{count}",
-            )
+            ),
+            # What a start leaves behind when it is ended.
+            {"TMPDIR": folder.name},
         )
 
     # What cannot start is left out here; within a block it would end the benchmark.
@@ -59,16 +65,18 @@ def _start(*, cached: bool, files: bool = False) -> Program:
         folder.cleanup()
         raise
     elapsed = time.perf_counter() - start
-    return Program(call=call, wait=lambda _: None, warm=False, compile_s=elapsed if cached else None)
+    compile_s = elapsed if cached else None
+    return Program(call=call, wait=lambda _: None, warm=False, compile_s=compile_s, close=folder.cleanup)
 
 
-def first_step(command: Sequence[str]) -> None:
+def first_step(command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
     """Starts a training binary, waits for the line that reports its only step, and ends it.
 
     Raises:
       Unavailable: it ended before.
     """
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=_ROOT, env={**os.environ, **(environment or {})}, **streams) as process:
         assert process.stderr is not None
         said = ""
         for line in process.stderr:
@@ -81,7 +89,7 @@ def first_step(command: Sequence[str]) -> None:
 
 def _import() -> Program:
     def call():
-        done = subprocess.run((sys.executable, "-c", _IMPORTS), capture_output=True, text=True, check=False)
+        done = subprocess.run((sys.executable, "-c", _IMPORTS), capture_output=True, text=True, check=False, cwd=_ROOT)
         if done.returncode:
             raise Unavailable(f"{_IMPORTS} failed: {done.stderr}")
 

@@ -1,12 +1,13 @@
-"""Inspection with the autoencoder at stride 32: uint8 frames in, float16 maps and scores out, on the host.
+"""Inspection with the autoencoder at stride 32: uint8 frames in, maps and scores out, on the host.
 
-What is timed is `detectors.inspector`, the program of whole frames; `experiments.inspection` runs the same steps tile by tile, each
-with its halo, in float32, and also reads, lists and draws.
+Most works time `detectors.inspector`, the program of whole frames with float16 maps. `inspection_tiles_*` is what
+`experiments.inspection` does between reading and listing: the same steps tile by tile, each with its halo, float32 opened maps.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,12 @@ from steel_ad import config as configs
 from steel_ad.detectors import autoencoder
 from steel_ad.detectors.autoencoder import AutoencoderDetector
 from steel_ad.detectors.inspector import inspector
+from steel_ad.inspection import tiles
 from steel_ad.ops import sliding
+from steel_ad.studies import strips
 from steel_ad.studies.benchmark import peers, ssim
 from steel_ad.studies.benchmark.timing import Program, Work, compiled, with_latency, with_xla_alone
+from steel_ad.studies.trained import Trained
 
 
 def network_flops(config: configs.Autoencoder) -> float:
@@ -55,7 +59,7 @@ def cost(config: configs.Autoencoder, shape: tuple[int, int, int]) -> tuple[floa
 
 def works(*, tiny: bool) -> list[Work]:
     """`inspection_{256,1x256,2048x4096}`: a batch of images, and one image and one frame with their latency; on accelerators also
-    `inspection_8x2048x4096`, frames of which one is fetched while the next are under way."""
+    `inspection_8x2048x4096`, frames of which one is fetched while the next are under way. `inspection_tiles_*`: a strip in tiles."""
     config = configs.Autoencoder()
     if tiny:
         config = dataclasses.replace(config, patch_size=32, latent=4, stride=16)
@@ -76,10 +80,42 @@ def works(*, tiny: bool) -> list[Work]:
         found.append(
             Work(f"inspection_{name}", *cost(config, shape), makers, {"mpx_s": math.prod(shape) / 1e6}, block_s)
         )
+    settings = configs.Inspection(tile_px=32, halo_px=16) if tiny else configs.Inspection()
+    side = (48, 64) if tiny else (512, 1024) if jax.default_backend() == "cpu" else (2048, 4096)
+    strip = functools.partial(_images, side)
+    makers = {"steel_ad": functools.partial(_tiles, config, settings, strip)}
+    if jax.default_backend() == "gpu":
+        half = dataclasses.replace(config, dtype="bfloat16")
+        makers["steel_ad_bf16"] = functools.partial(_tiles, half, settings, strip)
+    amounts = {"mpx_s": math.prod(side) / 1e6}
+    found.append(Work(f"inspection_tiles_{side[0]}x{side[1]}", *tiles_cost(config, settings, side), makers, amounts))
     return found
 
 
-def _images(shape: tuple[int, int, int]) -> np.ndarray:
+def tiles_cost(
+    config: configs.Autoencoder, settings: configs.Inspection, shape: tuple[int, int]
+) -> tuple[float, float]:
+    """FLOPs and least bytes of a strip `[h, w]` in tiles, as `cost`'s of images as large as the tiles' windows."""
+    h, w = (min(settings.tile_px + 2 * settings.halo_px, side) for side in shape)
+    count = math.prod(-(-side // settings.tile_px) for side in shape)
+    flops, _ = cost(config, (count, h, w))
+    return flops, cost(config, (1, *shape))[1]
+
+
+def _tiles(config: configs.Autoencoder, settings: configs.Inspection, strip: Callable[[], np.ndarray]) -> Program:
+    params = autoencoder.initial_state(config, jax.random.key(0)).params
+    detector = AutoencoderDetector(config)
+    trained = Trained(detector, params, config.radius, config.patch_size, None, {}, "", frozenset())
+    view, frame = strips.View(trained, settings), strip()
+
+    def call():
+        bands = tiles.bands([frame], tile=settings.tile_px, halo=settings.halo_px)
+        return [opened for _, _, opened in view.maps((0, band) for band in bands)]
+
+    return Program(call=call, precision=config.dtype)
+
+
+def _images(shape: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 

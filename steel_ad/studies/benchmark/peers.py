@@ -36,19 +36,27 @@ Maps = Callable[[], tuple[np.ndarray, np.ndarray]]
 _C1, _C2 = CONSTANTS["thesis"]
 
 
+def cpus() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def torch_installed() -> bool:
     """Whether PyTorch can be imported."""
     return importlib.util.find_spec("torch") is not None
 
 
 def ssim(images: Images, *, gradient: bool, window_size: int, torch: bool) -> dict[str, Maker]:
-    """Implementations of SSIM, or of the gradient of its mean; PyTorch's on request, if installed."""
+    """Implementations of SSIM, or of its mean and that one's gradient; PyTorch's on request, if installed."""
     makers: dict[str, Maker] = {"dm_pix": functools.partial(_dm_pix, images, gradient, window_size)}
     if not gradient:
         makers["scikit_image"] = functools.partial(_scikit_image, images, window_size)
         makers["cv2_box"] = functools.partial(_cv2_box, images, window_size)
     if torch and torch_installed():
-        for name in ("avg_pool", "avg_pool_separable", "avg_pool_compiled", "torchmetrics", "pytorch_msssim"):
+        for name in (
+            *("avg_pool", "avg_pool_separable", "avg_pool_compiled", "banded", "banded_compiled"),
+            *("torchmetrics", "pytorch_msssim"),
+        ):
             key = name if name in ("torchmetrics", "pytorch_msssim") else f"torch_{name}"
             makers[key] = functools.partial(_torch_ssim, name, images, gradient, window_size)
     return makers
@@ -119,7 +127,7 @@ def _dm_pix(images: Images, gradient: bool, window_size: int) -> Program:
         # dm-pix knows no padding: its map is smaller by the window.
         return pix.ssim(x, y, filter_size=window_size, filter_sigma=1.5, return_map=True)
 
-    function = jax.grad(lambda x, y: maps(x, y).mean()) if gradient else maps
+    function = jax.value_and_grad(lambda x, y: maps(x, y).mean()) if gradient else maps
     x, y = images()
     pair = jnp.asarray(x)[..., None], jnp.asarray(y)[..., None]
     program, compile_s, counted = compiled(jax.jit(function), *pair)
@@ -230,7 +238,7 @@ def _torch() -> tuple[Any, str, Callable[[Any], None]]:
     # One piece of code is compiled for every work, layout and precision; beyond the limit it would run eagerly.
     with contextlib.suppress(AttributeError):  # named otherwise before 2.6
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(cpus())
     if jax.default_backend() != "gpu":
         return torch, "cpu", lambda _: None
     if not torch.cuda.is_available():
@@ -241,14 +249,26 @@ def _torch() -> tuple[Any, str, Callable[[Any], None]]:
     return torch, "cuda", lambda _: torch.cuda.synchronize()
 
 
-def _torch_map(torch, x, y, kernels):
-    """SSIM map `[b, 1, h, w]` by means of pooling with these kernels, one after the other."""
-    pool, pad = torch.nn.functional.avg_pool2d, max(kernels[0]) // 2
-    x, y = (torch.nn.functional.pad(a, (pad,) * 4, mode="reflect") for a in (x, y))
+def _torch_pooled(torch, kernels):
+    """Means of windows `[b, 1, h, w]` by pooling with these kernels, one after the other."""
+    pool = torch.nn.functional.avg_pool2d
+    return lambda a: functools.reduce(lambda a, kernel: pool(a, kernel, 1), kernels, a)
 
-    def mean(a):
-        return functools.reduce(lambda a, kernel: pool(a, kernel, 1), kernels, a)
 
+def _torch_banded(torch, k, side, device):
+    """Means of `[b, 1, side, side]` by products with a banded matrix from both sides, which holds the reflection too."""
+    band = np.zeros((side, side), np.float32)
+    for i in range(side):
+        for j in range(i - k // 2, i + k // 2 + 1):
+            band[i, side - 1 - abs(side - 1 - abs(j))] += 1 / k
+    band = torch.from_numpy(band).to(device)
+    return lambda a: band @ a @ band.T
+
+
+def _torch_map(torch, mean, pad, x, y):
+    """SSIM map `[b, 1, h, w]` by means over windows, after padding by reflection with so many pixels."""
+    if pad:
+        x, y = (torch.nn.functional.pad(a, (pad,) * 4, mode="reflect") for a in (x, y))
     mean_x, mean_y = mean(x), mean(y)
     var_x, var_y = mean(x * x) - mean_x * mean_x, mean(y * y) - mean_y * mean_y
     covariance = mean(x * y) - mean_x * mean_y
@@ -274,10 +294,14 @@ def _torch_ssim(name: str, images: Images, gradient: bool, k: int) -> Program:
 
         # It returns the image's mean alone.
         maps = functools.partial(measure, data_range=1.0, size_average=False, win_size=k)
+    elif name.startswith("banded"):
+        if a.shape[-1] > 512:
+            raise Unavailable("whole rows' products take too long at this size")
+        maps = functools.partial(_torch_map, torch, _torch_banded(torch, k, a.shape[-1], device), 0)
     else:
         kernels = [(k, 1), (1, k)] if name == "avg_pool_separable" else [(k, k)]
-        maps = functools.partial(_torch_map, torch, kernels=kernels)
-    if name == "avg_pool_compiled":
+        maps = functools.partial(_torch_map, torch, _torch_pooled(torch, kernels), k // 2)
+    if name.endswith("compiled"):
         maps = torch.compile(maps, dynamic=False)
 
     def call():
@@ -285,13 +309,14 @@ def _torch_ssim(name: str, images: Images, gradient: bool, k: int) -> Program:
             with torch.no_grad():
                 return maps(a, b)
         a.requires_grad_(True)
-        return torch.autograd.grad(maps(a, b).mean(), a)[0]
+        value = maps(a, b).mean()
+        return value.detach(), torch.autograd.grad(value, a)[0]
 
-    return Program(call=call, wait=wait, compile_s=_torch_compile(call, wait) if name == "avg_pool_compiled" else None)
+    return Program(call=call, wait=wait, compile_s=_torch_compile(call, wait) if name.endswith("compiled") else None)
 
 
 def _torch_compile(call, wait) -> float:
-    """Seconds of the call that compiles.
+    """Seconds of the call that compiles, which it cannot be told from: a compiled program's `first_ms` is its second call's.
 
     Raises:
       Unavailable: the compiler or something it needs is missing.
@@ -344,13 +369,19 @@ def _torch_train(config: configs.Autoencoder, how: str, layout: str, precision: 
         network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
 
+    # The faster one on a CPU; on a GPU products would be in tensor cores' precision, too little for variances.
+    if device == "cpu":
+        maps = functools.partial(_torch_map, torch, _torch_banded(torch, 11, config.patch_size, device), 0)
+    else:
+        maps = functools.partial(_torch_map, torch, _torch_pooled(torch, [(11, 1), (1, 11)]), 5)
+
     def loss(x):
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
             y = network(x)
         y = y.float()
         if config.loss == "l2":
             return torch.nn.functional.mse_loss(y, x)
-        return 1 - _torch_map(torch, y, x, [(11, 1), (1, 11)]).mean()
+        return 1 - maps(y, x).mean()
 
     return _torch_step(torch, how, wait, optimizer, lambda: loss(x), precision)
 
@@ -418,7 +449,7 @@ def _torch_unet(config: configs.Segmentation, how: str, layout: str, precision: 
 
 
 # Windows in a network call, of which PyTorch gets the number that is fastest here.
-_TILES = {"cpu": (8, 16, 25), "cuda": (25, 125, 500)}
+_TILES = {"cpu": (8, 16, 25, 50), "cuda": (25, 125, 500, 1000)}
 
 
 def _torch_inspection(config: configs.Autoencoder, images: Frames, layout: str, precision: str) -> Program:
@@ -477,7 +508,7 @@ def _torch_inspection(config: configs.Autoencoder, images: Frames, layout: str, 
     def trial(at_once):
         x = torch.rand(at_once, 1, size, size, device=device).contiguous(memory_format=memory)
         program = Program(call=lambda: network(x), wait=wait)
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
             seconds(program)
             return min(seconds(program, -(-len(part) // at_once)) for _ in range(3))
 

@@ -15,7 +15,7 @@ from steel_ad.detectors import autoencoder
 from steel_ad.ops.convolution import cpu_compiler_options
 from steel_ad.studies.benchmark import train
 from steel_ad.studies.benchmark.timing import Program, Work, compiled
-from steel_ad.train.step import make_step
+from steel_ad.train.step import make_step, steps_per_call
 
 
 def works(*, tiny: bool) -> list[Work]:
@@ -38,7 +38,7 @@ def _one_by_one(config: configs.Autoencoder, plates: patches.Plates, seeds: int)
     data: Any = jax.tree.map(jnp.asarray, plates)
     roots = list(jax.random.split(jax.random.key(0), seeds))
     states = [autoencoder.initial_state(config, root) for root in roots]
-    step = make_step(autoencoder.objective(config), autoencoder.optimizer(config), mesh=parallel.mesh(1))
+    per_call, step = _step(config)
     program, compile_s, counted = compiled(step, states[0], data, roots[0])
 
     def call():
@@ -49,14 +49,21 @@ def _one_by_one(config: configs.Autoencoder, plates: patches.Plates, seeds: int)
         return metrics
 
     counted = {name: seeds * value for name, value in counted.items() if name in ("flops", "bytes accessed")}
-    return Program(call=call, compile_s=compile_s, counted=counted, precision=config.dtype)
+    return Program(call=call, works=per_call, compile_s=compile_s, counted=counted, precision=config.dtype)
+
+
+def _step(config: configs.Autoencoder) -> tuple[int, Any]:
+    """As many steps a call as training has, and the program of them."""
+    per_call = steps_per_call(config.total_steps, config.checkpoint_every)
+    objective, optimizer = autoencoder.objective(config), autoencoder.optimizer(config)
+    return per_call, make_step(objective, optimizer, steps_per_call=per_call, mesh=parallel.mesh(1))
 
 
 def _vmapped(config: configs.Autoencoder, plates: patches.Plates, seeds: int) -> Program:
     data: Any = jax.tree.map(jnp.asarray, plates)
     roots = jax.random.split(jax.random.key(0), seeds)
     states = jax.vmap(lambda root: autoencoder.initial_state(config, root))(roots)
-    step: Any = make_step(autoencoder.objective(config), autoencoder.optimizer(config), mesh=parallel.mesh(1))
+    per_call, step = _step(config)
     # The function behind the jitted step: an inner program cannot have compiler options.
     many = jax.vmap(step.__wrapped__, in_axes=(0, None, 0))
     jitted = jax.jit(many, donate_argnums=0, compiler_options=cpu_compiler_options())
@@ -67,4 +74,4 @@ def _vmapped(config: configs.Autoencoder, plates: patches.Plates, seeds: int) ->
         states, metrics = program(states, data, roots)
         return metrics
 
-    return Program(call=call, compile_s=compile_s, counted=counted, precision=config.dtype)
+    return Program(call=call, works=per_call, compile_s=compile_s, counted=counted, precision=config.dtype)

@@ -1,4 +1,7 @@
-"""Timing of several implementations of one work, interleaved, so that ratios hold on a shared and noisy machine."""
+"""Timing of several implementations of one work, in turns, so that a machine's slow minutes come to all of them.
+
+Ratios are still not free of neighbours: PyTorch's threads wait for each other at every operation, and lose more to a busy core than ours.
+"""
 
 import contextlib
 import dataclasses
@@ -104,7 +107,8 @@ def seconds(program: Program, calls: int = 1) -> float:
 
 
 def with_latency(program: Program) -> Program:
-    """The program with each call waited for; the row gets the median and the 99th percentile of all calls but the first two."""
+    """The program with each call waited for; the row gets the median, the longest and, of at least a hundred, the 99th percentile of
+    all calls but the first two, and their number."""
     times: list[float] = []
 
     def call():
@@ -116,13 +120,21 @@ def with_latency(program: Program) -> Program:
 
     def extras():
         ms = 1e3 * np.array(times[2:])
-        return {**program.extras(), "p50_ms": float(np.median(ms)), "p99_ms": float(np.percentile(ms, 99))}
+        found = {"p50_ms": float(np.median(ms)), "max_call_ms": float(ms.max()), "calls": len(ms)}
+        if len(ms) >= 100:
+            found["p99_ms"] = float(np.percentile(ms, 99))
+        return {**program.extras(), **found}
 
     return dataclasses.replace(program, call=call, extras=extras)
 
 
 def blocks(
-    programs: Mapping[str, Program], *, repeats: int, budget_s: float, block_s: float
+    programs: Mapping[str, Program],
+    *,
+    repeats: int,
+    budget_s: float,
+    block_s: float,
+    failed: dict[str, str] | None = None,
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """First call and steady state, in turns A B C A B C.
 
@@ -131,31 +143,52 @@ def blocks(
       repeats: blocks of each.
       budget_s: an implementation that has used so much gets no further block, beyond the least number of repeats.
       block_s: least length of a block; a short work is called often enough to fill it.
+      failed: gets implementation -> reason of those that raise, which are then in neither result; without it the error is passed on.
 
     Returns:
       Seconds of the very first call, and of one work in each block in order, both by implementation.
     """
-    first = {name: seconds(p) for name, p in programs.items()}
-    # A call that is slow even with its start-up fills a block; of a quick one the second call tells.
-    calls = {
-        name: 1 if first[name] > 20 * block_s else max(1, math.ceil(block_s / seconds(p)))
-        for name, p in programs.items()
-    }
+    first: dict[str, float] = {}
+    calls: dict[str, int] = {}
     spent = dict.fromkeys(programs, 0.0)
     found: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(repeats):
-        for name, program in programs.items():
-            done = len(found[name])
-            if done >= LEAST_REPEATS and spent[name] * (done + 1) / done > budget_s:
-                continue
-            # OpenMP's idle threads spin for up to 0.2 s after a call, on cores that the next implementation needs.
-            time.sleep(min(0.25, 5 * block_s))
-            if program.warm:
-                seconds(program)
-            elapsed = seconds(program, calls[name])
-            spent[name] += elapsed
-            found[name].append(elapsed / calls[name] / program.works)
-    return first, found
+
+    def begin(name: str, program: Program) -> None:
+        first[name] = seconds(program)
+        # A call that is slow even with its start-up fills a block; of a quick one the second call tells.
+        long = first[name] > 20 * block_s
+        calls[name] = 1 if long else max(1, math.ceil(block_s / seconds(program)))
+
+    def block(name: str, program: Program) -> None:
+        done = len(found[name])
+        if done >= LEAST_REPEATS and spent[name] * (done + 1) / done > budget_s:
+            return
+        # OpenMP's idle threads spin for up to 0.2 s after a call, on cores that the next implementation needs.
+        time.sleep(min(0.25, 5 * block_s))
+        if program.warm:
+            seconds(program)
+        elapsed = seconds(program, calls[name])
+        spent[name] += elapsed
+        found[name].append(elapsed / calls[name] / program.works)
+
+    for run in (begin, *[block] * repeats):
+        for name in list(found):
+            try:
+                run(name, programs[name])
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed[name] = _reason(error)
+                del found[name]
+    return {name: first[name] for name in found}, found
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, Unavailable | ImportError):
+        return text
+    # Compilers' reasons go on for pages.
+    return f"{type(error).__name__}: {text[:300]}"
 
 
 def measure(
@@ -168,18 +201,20 @@ def measure(
       repeats, budget_s, block_s: as `blocks`'.
 
     Returns:
-      One row an implementation, times in ms; and of those that cannot run, why.
+      One row an implementation, times in ms; and of those that cannot run, or fail, as without memory, why.
     """
-    programs, left_out = {}, {}
+    programs: dict[str, Program] = {}
+    left_out: dict[str, str] = {}
     with contextlib.ExitStack() as ending:
         for name, make in work.makers.items():
             try:
                 programs[name] = make()
-            except (Unavailable, ImportError) as error:
-                left_out[name] = " ".join(str(error).split())
+            except Exception as error:
+                left_out[name] = _reason(error)
             else:
                 ending.callback(programs[name].close)
-        first, found = blocks(programs, repeats=repeats, budget_s=budget_s, block_s=block_s)
+        first, found = blocks(programs, repeats=repeats, budget_s=budget_s, block_s=block_s, failed=left_out)
+    programs = {name: program for name, program in programs.items() if name in found}
     rows = []
     for name, program in programs.items():
         times = found[name]
