@@ -376,6 +376,7 @@ def test_a_workdir_of_another_run(finished, data, tmp_path):
 
 
 @pytest.mark.usefixtures("without_pictures")
+@pytest.mark.slow
 def test_images_that_changed_under_a_run(data, tmp_path):
     import shutil
 

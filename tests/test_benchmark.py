@@ -620,6 +620,26 @@ def test_what_cannot_run_here_is_left_out_with_its_reason():
     assert left_out == {"a": "no compiler", "b": "No module named 'no_such_package'"}
 
 
+@pytest.mark.parametrize(("ours", "ratios"), [(("", "_bf16"), [1, 0.5, 4, 8]), (("_bf16",), [1, 4, 8])])
+def test_what_others_do_in_bfloat16_is_relative_to_ours_in_bfloat16(monkeypatch, ours, ratios):
+    now = 0.0
+
+    def maker(seconds, precision):
+        def call():
+            nonlocal now
+            now += seconds
+
+        return lambda: timing.Program(call=call, wait=lambda _: None, precision=precision)
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: None)
+    times = {"": (2.0, "float32"), "_bf16": (1.0, "bfloat16")}
+    makers = {f"steel_ad{form}": maker(*times[form]) for form in ours}
+    makers |= {"a_bf16": maker(4.0, "bfloat16"), "b_bf16": maker(8.0, "bfloat16")}
+    rows, _ = timing.measure(timing.Work("work", 1, 1, makers), ours="steel_ad", repeats=3, budget_s=1e9)
+    assert [row["ratio"] for row in rows] == ratios
+
+
 @pytest.mark.parametrize("when", ["made", "called first", "called later"])
 def test_what_fails_is_left_out_and_the_others_are_timed(when):
     """As a peer does that the memory is too small for."""

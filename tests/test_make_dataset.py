@@ -377,6 +377,7 @@ def test_insertion_refuses_what_it_cannot_use(tmp_path, steels, line):
 # The thesis' sets.
 
 
+@pytest.mark.slow
 def test_thesis_sets(tmp_path, monkeypatch, steels):
     for name, value in (("SIZE_PX", 64), ("PERIOD_PX", 90.0), ("MARKS", 2), ("LIBRARY_SIZE_PX", 40), ("_BATCH", 4)):
         monkeypatch.setattr(dataset, name, value)

@@ -263,7 +263,9 @@ def _first_line(command: str) -> str:
 def _versions() -> dict[str, str]:
     from importlib import metadata
 
-    found = {"python": platform.python_version(), "commit": _first_line("git rev-parse HEAD")}
+    # Of this file's own repository, not of one that it is installed within.
+    commit = _first_line("git ls-files --error-unmatch __init__.py > /dev/null && git rev-parse HEAD")
+    found = {"python": platform.python_version(), "commit": commit}
     # Of accelerators with the driver's and the libraries'.
     found["platform"] = " ".join(jax.devices()[0].client.platform_version.split())
     for name in _PACKAGES:

@@ -197,7 +197,8 @@ def measure(
     """Times all implementations of a work that can run here.
 
     Args:
-      ours: the implementation that `ratio` is relative to: the median over rounds of (its time / ours in that round).
+      ours: the implementation that `ratio` is relative to: the median over rounds of (its time / ours in that round). What others do
+        in bfloat16 is relative to ours in bfloat16, `ours`_bf16.
       repeats, budget_s, block_s: as `blocks`'.
 
     Returns:
@@ -219,7 +220,9 @@ def measure(
     for name, program in programs.items():
         times = found[name]
         counted = program.counted or {}
-        ratios = [theirs / mine for theirs, mine in zip(times, found.get(ours, ()), strict=False)]
+        half = f"{ours}_bf16"
+        mine = half if program.precision == "bfloat16" and half in found and (name != half or ours not in found) else ours
+        ratios = [a / b for a, b in zip(times, found.get(mine, ()), strict=False)]
         rows.append(
             {
                 "work": work.name,
