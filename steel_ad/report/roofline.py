@@ -1,6 +1,5 @@
 """The roofline picture: what each timed work reaches of what the machine can do (Williams et al. 2009)."""
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,7 +57,7 @@ def _roofline(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float], 
 
     impls = list(dict.fromkeys(row["impl"] for row in rows if row["impl"] != ours))
     # Neighbours in the legend differ in shape and in colour.
-    marks, colours = "sD^v<>pPX", figures.SERIES[1:]
+    marks, colours = "sD^v<>pPXhd", figures.SERIES[1:]
     styles = {impl: (marks[i % len(marks)], colours[i % len(colours)]) for i, impl in enumerate(impls)}
     handles = []
     if any(row["impl"] == ours for row in rows):
@@ -84,24 +83,11 @@ def _roofline(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float], 
 def _ceilings(axes: Axes, peaks: Mapping[str, float], copy_gbs: float, left: float, right: float) -> None:
     highest = max(peaks.values())
     axes.plot([left, highest / copy_gbs], [left * copy_gbs, highest], color=figures.BLACK, lw=1.5)
-    axes.text(
-        left * 1.15,
-        left * 1.15 * copy_gbs * 1.3,
-        f"copy {copy_gbs:.4g} GB/s",
-        rotation=math.degrees(math.atan(copy_gbs)),
-        rotation_mode="anchor",
-        transform_rotates_text=True,
-    )
-    for name, peak in peaks.items():
+    for peak in peaks.values():
         axes.plot([peak / copy_gbs, right], [peak, peak], color=figures.BLACK, lw=1.5)
-        axes.annotate(
-            f"matrix product, {name}: {_rate(peak)}",
-            (right, peak),
-            xytext=(-4, -5),  # below, since works in fewer products than they count lie above
-            textcoords="offset points",
-            ha="right",
-            va="top",
-        )
+    # Beside the lines there are points wherever works come near them.
+    said = [f"copy {copy_gbs:.4g} GB/s", *(f"matrix product, {name}: {_rate(peak)}" for name, peak in peaks.items())]
+    axes.set_title(f"ceilings: {'; '.join(said)}", fontsize=10, loc="left")
     figures.plain(axes)
     for axis in (axes.xaxis, axes.yaxis):
         figures.log_ticks(axis)

@@ -220,8 +220,10 @@ def measure(
     for name, program in programs.items():
         times = found[name]
         counted = program.counted or {}
+        # Ours in bfloat16 is itself relative to ours, where both are timed.
         half = f"{ours}_bf16"
-        mine = half if program.precision == "bfloat16" and half in found and (name != half or ours not in found) else ours
+        is_half = program.precision == "bfloat16" and half in found and not (name == half and ours in found)
+        mine = half if is_half else ours
         ratios = [a / b for a, b in zip(times, found.get(mine, ()), strict=False)]
         rows.append(
             {
