@@ -142,6 +142,7 @@ def test_first_states_of_both_stages_are_those_of_their_networks_and_seed(superv
     assert int(first.step) == int(second.step) == 0
 
 
+@pytest.mark.slow
 def test_objectives_of_both_stages_are_the_means_over_their_samples(supervised):
     config, samples, first, second = supervised
     network, frozen = segmentation.network(config), segmentation.variables(first)

@@ -206,7 +206,7 @@ def test_zero_has_the_slope_of_the_right_side():
     ("network", "apply"),
     [
         (Autoencoder(latent=6), {}),
-        (UNet(width=4), {"train": True, "mutable": ["batch_stats"]}),
+        pytest.param(UNet(width=4), {"train": True, "mutable": ["batch_stats"]}, marks=pytest.mark.slow),
         (UNet(width=4, upsampling="nearest"), {}),
     ],
     ids=["autoencoder", "unet", "unet_nearest"],

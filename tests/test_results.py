@@ -279,6 +279,7 @@ def test_accuracies_are_those_of_the_rules_that_the_page_names():
     assert shown("segmentation", "98.0", 0.4) == (None, 0.8)
 
 
+@pytest.mark.slow
 def test_the_page_follows_from_the_files_alone(tmp_path):
     runs = [record(seed=s, maps={"ssim": {"pixel_auroc": 0.9 + 0.01 * s, "image_accuracy": 0.5}}) for s in range(3)]
     methods, _ = results.gather([write(tmp_path / "runs", *runs, record(percentile=90.0))], SETTINGS)
