@@ -665,7 +665,7 @@ def test_that_ours_failed_is_said_when_all_is_written(tmp_path, monkeypatch):
 
     makers = {"steel_ad": broken, "peer": lambda: recorder([], "")}
     monkeypatch.setattr(benchmark, "GROUPS", {"some": lambda *, tiny: [timing.Work("one", None, None, makers)]})
-    with pytest.raises(InputError, match="one failed") as raised:
+    with pytest.raises(InputError, match="steel_ad failed in one ") as raised:
         benchmark.run(only=[], out=tmp_path / "a.json", repeats=3, budget_s=1.0, tiny=True, compare=None)
     assert raised.value.status == 1
     assert [row["impl"] for row in json.loads((tmp_path / "a.json").read_text())["rows"]] == ["peer"]

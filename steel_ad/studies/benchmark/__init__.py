@@ -117,7 +117,7 @@ def run(
     picture = f"; picture: {out.with_suffix('.png')}" if any(r["flops"] and r["bytes"] for r in result["rows"]) else ""
     print(f"\nEvery number: {out}{picture}")
     if failed:
-        raise InputError(f"{', '.join(failed)} failed, which is in {out} without: the lines above say why", status=1)
+        raise InputError(f"{OURS} failed in {', '.join(failed)} (why is said above): {out} has what did not", status=1)
     return result
 
 
