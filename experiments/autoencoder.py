@@ -25,7 +25,7 @@ _EVALUATE_ONLY = flags.DEFINE_bool(
 def main() -> None:
     from steel_ad import config as configs
     from steel_ad.report import tables
-    from steel_ad.studies import autoencoder
+    from steel_ad.runs import autoencoder
 
     config = cli.settings(_CONFIG, configs.Autoencoder)
     workdir = Path(cli.required(_WORKDIR))

@@ -23,7 +23,7 @@ _COMPARE = flags.DEFINE_string("compare", None, "JSON of an earlier run: prints 
 
 
 def main() -> None:
-    from steel_ad.studies import benchmark
+    from steel_ad import benchmark
 
     benchmark.run(
         only=_ONLY.value,

@@ -40,7 +40,8 @@ def main() -> None:
     from steel_ad import config as configs
     from steel_ad.errors import InputError
     from steel_ad.report import tables
-    from steel_ad.studies import detectability
+    from steel_ad.research import detectability
+    from steel_ad.runs import trained
 
     try:
         contrasts = tuple(float(c) for c in _CONTRASTS.value)
@@ -66,7 +67,12 @@ def main() -> None:
         seed=_SEED.value,
     )
     found = detectability.run(
-        config, how, model=Path(model), calibrate_on=calibrate_on, defects_from=_DEFECTS.value, out=Path(out)
+        config,
+        how,
+        trained.load(Path(model), how.map),
+        calibrate_on=calibrate_on,
+        defects_from=_DEFECTS.value,
+        out=Path(out),
     )
     print(tables.table(found["curves"], detectability.COLUMNS))
     print(f"Lengths in {found['unit']}; figure and tables: {out}")

@@ -24,7 +24,7 @@ _THRESHOLD = flags.DEFINE_float(
 
 
 def main() -> None:
-    from steel_ad.studies import export
+    from steel_ad.runs import export
 
     model, out = (Path(cli.required(holder)) for holder in (_MODEL, _OUT))
     record = export.run(

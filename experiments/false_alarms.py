@@ -22,7 +22,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the simulation.", lower_bound=0)
 def main() -> None:
     from steel_ad.errors import InputError
     from steel_ad.report import tables
-    from steel_ad.studies import false_alarms
+    from steel_ad.research import false_alarms
 
     out = Path(cli.required(_OUT))
     try:

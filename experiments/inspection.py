@@ -53,7 +53,9 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the draws of calibration and recurre
 def main() -> int:
     from steel_ad import config as configs
     from steel_ad.errors import InputError
-    from steel_ad.studies import good_tiles, inspection
+    from steel_ad.inspection import good_tiles
+    from steel_ad.inspection import session as inspection
+    from steel_ad.runs import trained
 
     try:
         confidence = None if _CONFIDENCE.value == "average" else float(_CONFIDENCE.value)
@@ -78,7 +80,7 @@ def main() -> int:
     model, source, out = (cli.required(holder) for holder in (_MODEL, _SOURCE, _OUT))
     found = inspection.run(
         config,
-        model=Path(model),
+        trained.load(Path(model), config.map),
         source=source,
         calibrate_on=_CALIBRATION.value,
         out=Path(out),

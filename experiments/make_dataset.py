@@ -64,7 +64,7 @@ def main(command: str) -> None:
         raise InputError(
             f"--{unused[0]} is not a flag of {command}, which has --out, --{', --'.join(_COMMANDS[command])}"
         )
-    from steel_ad.studies import dataset
+    from steel_ad.making import dataset
 
     out = Path(cli.required(_OUT))
     if command == "from_video":

@@ -19,7 +19,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the simulation.", lower_bound=0)
 
 def main() -> None:
     from steel_ad.errors import InputError
-    from steel_ad.studies import recurrence
+    from steel_ad.research import simulated_rolls as recurrence
 
     if _MOST.value < _LEAST.value:
         raise InputError(f"--most_turns={_MOST.value} is below --least_turns={_LEAST.value}: swap them")

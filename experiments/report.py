@@ -18,7 +18,8 @@ _OUT = flags.DEFINE_string("out", "docs/results.md", "The page; CSV files and fi
 def main() -> None:
     from configs import autoencoder, segmentation, spectrum
     from steel_ad import config as configs
-    from steel_ad.studies import page, results
+    from steel_ad.research import results
+    from steel_ad.research import results_page as page
 
     out = Path(_OUT.value)
     supervised = {name: configs.Segmentation(**p) for name, p in segmentation.PRESETS.items()}

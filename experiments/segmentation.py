@@ -32,7 +32,7 @@ _BESIDE = flags.DEFINE_list("beside", [], "Workdirs of other models on the same 
 def main() -> None:
     from steel_ad import config as configs
     from steel_ad.report import tables
-    from steel_ad.studies import segmentation
+    from steel_ad.runs import segmentation
 
     config = cli.settings(_CONFIG, configs.Segmentation)
     workdir = Path(cli.required(_WORKDIR))

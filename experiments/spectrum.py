@@ -23,7 +23,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results; of sever
 def main() -> None:
     from steel_ad import config as configs
     from steel_ad.report import tables
-    from steel_ad.studies import spectrum
+    from steel_ad.runs import spectrum
 
     config = cli.settings(_CONFIG, configs.Spectrum)
     workdir = Path(cli.required(_WORKDIR))

@@ -34,7 +34,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the studies: runs, re
 
 
 def main() -> None:
-    from steel_ad.studies import sweep
+    from steel_ad.research import sweep
 
     experiment, workdir = _EXPERIMENT.value, Path(cli.required(_WORKDIR))
     sweep.run(

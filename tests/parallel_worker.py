@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from steel_ad import cli, losses, metrics, parallel
+from steel_ad import cli, files, losses, metrics, parallel
 from steel_ad.config import Autoencoder, Segmentation
 from steel_ad.data import defects, patches
 from steel_ad.data.datasets import TestImage
 from steel_ad.detectors import autoencoder, segmentation
 from steel_ad.models import blocks, initial, unet
 from steel_ad.ops import convolution
-from steel_ad.studies import evaluation, files, runs
+from steel_ad.runs import evaluation, runs
 from steel_ad.train import loop
 from steel_ad.train.checkpoint import Checkpoints
 from steel_ad.train.state import TrainState, create, stream

@@ -17,12 +17,13 @@ import optax
 import pytest
 
 from steel_ad import config as configs
+from steel_ad import files
 from steel_ad.data import plates, stored
 from steel_ad.detectors import autoencoder
 from steel_ad.errors import InputError
 from steel_ad.report import figures
-from steel_ad.studies import autoencoder as study
-from steel_ad.studies import evaluation, files, runs, trained
+from steel_ad.runs import autoencoder as study
+from steel_ad.runs import evaluation, runs, trained
 from steel_ad.train.checkpoint import Checkpoints
 from steel_ad.train.state import create
 

@@ -15,17 +15,16 @@ import optax
 import pytest
 from matplotlib.text import Text
 
-from steel_ad import cli, metrics, native
+from steel_ad import benchmark, cli, metrics, native
 from steel_ad import config as configs
+from steel_ad.benchmark import ceilings, cold_start, data, inspection, peers, ssim, timing, train, unet
+from steel_ad.benchmark import metrics as metrics_works
 from steel_ad.data import datasets, folders
 from steel_ad.data.patches import stack
 from steel_ad.detectors import autoencoder, segmentation
 from steel_ad.errors import InputError
 from steel_ad.ops import convolution, sliding
 from steel_ad.report import roofline
-from steel_ad.studies import benchmark
-from steel_ad.studies.benchmark import ceilings, cold_start, data, inspection, peers, ssim, timing, train, unet
-from steel_ad.studies.benchmark import metrics as metrics_works
 from steel_ad.train.state import create
 from steel_ad.train.step import make_step
 

@@ -14,17 +14,18 @@ from scipy import special
 from steel_ad.config import Detectability, Inspection
 from steel_ad.data import defects, folders
 from steel_ad.errors import InputError
-from steel_ad.inspection import detectability
-from steel_ad.studies import detectability as study
-from steel_ad.studies import trained
-from steel_ad.studies.trained import Trained
+from steel_ad.research import detectability as study
+from steel_ad.research import pod as detectability
+from steel_ad.runs import trained
+from steel_ad.runs.trained import Trained
 
 ROOT = Path(__file__).parent.parent
 # The binary, with no network and an opening that takes what is thin.
 BINARY = """
 import runpy
 import jax.numpy as jnp
-from steel_ad.studies import good_tiles, trained
+from steel_ad.inspection import good_tiles
+from steel_ad.runs import trained
 
 class Distance:
     def residual(self, state, image):

@@ -11,7 +11,7 @@ import pytest
 from scipy import ndimage
 
 from steel_ad import config as configs
-from steel_ad import metrics
+from steel_ad import files, metrics
 from steel_ad.data import datasets, patches
 from steel_ad.data import plates as drawn
 from steel_ad.detectors import autoencoder, phase_only, segmentation
@@ -20,7 +20,9 @@ from steel_ad.models import compact_cnn, initial, unet
 from steel_ad.ops import sliding
 from steel_ad.ops.ssim import CONSTANTS, ssim_map
 from steel_ad.report import figures
-from steel_ad.studies import evaluation, false_alarms, files, page, results, runs
+from steel_ad.research import false_alarms, results
+from steel_ad.research import results_page as page
+from steel_ad.runs import evaluation, runs
 from steel_ad.train.state import create, stream
 
 ROOT = jax.random.key(3)

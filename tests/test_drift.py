@@ -12,8 +12,9 @@ from scipy import stats
 from steel_ad import config as configs
 from steel_ad.data import folders, plates
 from steel_ad.inspection import drift
-from steel_ad.studies import inspection, trained
-from steel_ad.studies.trained import Trained
+from steel_ad.inspection import session as inspection
+from steel_ad.runs import trained
+from steel_ad.runs.trained import Trained
 
 
 def draw(rng, n):

@@ -17,12 +17,13 @@ import pytest
 from configs.autoencoder import PRESETS as AUTOENCODERS
 from configs.segmentation import PRESETS as SEGMENTATIONS
 from steel_ad import config as configs
+from steel_ad import files
 from steel_ad.data import plates
 from steel_ad.detectors import autoencoder as detectors
 from steel_ad.detectors import segmentation as networks
 from steel_ad.errors import InputError
-from steel_ad.studies import export, files, trained
-from steel_ad.studies.trained import Trained
+from steel_ad.runs import export, trained
+from steel_ad.runs.trained import Trained
 from steel_ad.train.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,7 @@ from scipy import stats
 from steel_ad.data import plates
 from steel_ad.detectors.lattice import LatticeState
 from steel_ad.errors import InputError
-from steel_ad.studies import false_alarms
+from steel_ad.research import false_alarms
 
 ROOT = Path(__file__).parent.parent
 RATES = (0.05, 0.01)

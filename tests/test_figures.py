@@ -12,7 +12,8 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from steel_ad.errors import InputError
-from steel_ad.report import figures, page, roofline, spectra, studies
+from steel_ad.report import figures, roofline, spectra, studies
+from steel_ad.report import inspection_page as page
 
 
 @pytest.mark.parametrize(

@@ -23,15 +23,17 @@ import pytest
 from scipy import ndimage
 
 from steel_ad import config as configs
+from steel_ad import files
 from steel_ad.config import Inspection
 from steel_ad.data import folders, plates, video
 from steel_ad.detectors import autoencoder, segmentation
 from steel_ad.errors import InputError
-from steel_ad.inspection import ledger, tiles
+from steel_ad.inspection import good_tiles, ledger, outcome, strips, tiles, watch
+from steel_ad.inspection import session as inspection
 from steel_ad.ops.morphology import disk
 from steel_ad.report import figures
-from steel_ad.studies import files, good_tiles, inspection, outcome, strips, trained, watch
-from steel_ad.studies.trained import Trained
+from steel_ad.runs import trained
+from steel_ad.runs.trained import Trained
 from steel_ad.train.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parent.parent

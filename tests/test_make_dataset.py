@@ -15,7 +15,7 @@ import pytest
 
 from steel_ad.data import datasets, defects, folders, video
 from steel_ad.errors import InputError
-from steel_ad.studies import dataset
+from steel_ad.making import dataset
 
 ROOT = Path(__file__).parent.parent
 BLANK, BLURRED = 2, 4
@@ -164,7 +164,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from steel_ad.data import folders
-from steel_ad.studies import dataset
+from steel_ad.making import dataset
 
 count, write = 0, os.replace
 def replace(source, target):

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from steel_ad import cli, parallel
 from steel_ad import config as configs
 from steel_ad.errors import InputError
-from steel_ad.studies import autoencoder as study
+from steel_ad.runs import autoencoder as study
 
 ROOT = Path(__file__).parent.parent
 

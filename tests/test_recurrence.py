@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from steel_ad.inspection import recurrence
-from steel_ad.studies import recurrence as study
+from steel_ad.research import simulated_rolls as study
 
 ROOT = Path(__file__).parent.parent
 

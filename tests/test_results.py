@@ -14,8 +14,10 @@ from configs.autoencoder import PRESETS
 from configs.segmentation import PRESETS as SUPERVISED
 from configs.spectrum import PRESETS as SPECTRUM
 from steel_ad import config as configs
+from steel_ad import files
 from steel_ad.errors import InputError
-from steel_ad.studies import claims, files, page, results
+from steel_ad.research import claims, results
+from steel_ad.research import results_page as page
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {

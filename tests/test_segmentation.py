@@ -16,15 +16,14 @@ import numpy as np
 import pytest
 
 from steel_ad import config as configs
-from steel_ad import losses, parallel
+from steel_ad import files, losses, parallel
 from steel_ad.config import Segmentation
 from steel_ad.data import datasets, defects, patches, plates
 from steel_ad.detectors import segmentation
 from steel_ad.detectors.segmentation import Samples
 from steel_ad.errors import InputError
 from steel_ad.report import figures
-from steel_ad.studies import files
-from steel_ad.studies import segmentation as study
+from steel_ad.runs import segmentation as study
 from steel_ad.train.checkpoint import Checkpoints
 from steel_ad.train.state import create
 from steel_ad.train.step import make_step

@@ -23,7 +23,7 @@ from steel_ad.detectors.phase_only import PhaseOnlyDetector
 from steel_ad.detectors.whitening import WhiteningDetector
 from steel_ad.errors import InputError
 from steel_ad.ops import filters, spectrum
-from steel_ad.studies import spectrum as study
+from steel_ad.runs import spectrum as study
 
 ROOT = Path(__file__).parent.parent
 RNG = np.random.default_rng(5)

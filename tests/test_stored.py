@@ -19,7 +19,7 @@ from steel_ad.data import datasets, folders, patches, stored
 from steel_ad.detectors import autoencoder
 from steel_ad.errors import InputError
 from steel_ad.ops import convolution
-from steel_ad.studies import evaluation
+from steel_ad.runs import evaluation
 from steel_ad.train import loop, state, step
 
 TINY = Autoencoder(

@@ -19,7 +19,7 @@ from steel_ad.detectors.segmentation import Samples
 from steel_ad.errors import InputError
 from steel_ad.ops import convolution
 from steel_ad.report import figures
-from steel_ad.studies import segmentation as study
+from steel_ad.runs import segmentation as study
 from steel_ad.train import step as steps
 from steel_ad.train.checkpoint import Checkpoints
 

@@ -21,7 +21,8 @@ from steel_ad.data import datasets, plates
 from steel_ad.detectors import autoencoder as detector
 from steel_ad.errors import InputError
 from steel_ad.report import figures
-from steel_ad.studies import autoencoder, evaluation, reading, results, segmentation, sweep
+from steel_ad.research import reading, results, sweep
+from steel_ad.runs import autoencoder, evaluation, segmentation
 
 ROOT = Path(__file__).parent.parent
 

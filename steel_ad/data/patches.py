@@ -45,14 +45,15 @@ def stack(images: Sequence[np.ndarray]) -> Plates:
     return Plates(np.concatenate([image.ravel() for image in images]), np.append(0, ends[:-1]).astype(np.int32), sizes)
 
 
-def common_size(images: Plates, count: int) -> Iterator[Array]:
-    """Up to `count` of the images, evenly chosen: the middle of each, float32 in [0, 1], all of the smallest one's height and width."""
-    h, w = np.min(images.sizes, axis=0)
-    n = len(images.offsets)
-    for i in np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(int)):
-        height, width = images.sizes[i]
-        image = np.asarray(images.pixels[images.offsets[i] : images.offsets[i] + height * width]).reshape(height, width)
-        top, left = (height - h) // 2, (width - w) // 2
+def common_size(images: Sequence[np.ndarray], count: int) -> Iterator[Array]:
+    """Up to `count` of the images uint8 `[h_i, w_i]`, evenly chosen: the middle of each, float32 in [0, 1], all of the smallest
+    chosen one's height and width."""
+    chosen = [
+        images[i] for i in np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int))
+    ]
+    h, w = np.min([image.shape for image in chosen], axis=0)
+    for image in chosen:
+        top, left = (image.shape[0] - h) // 2, (image.shape[1] - w) // 2
         yield jnp.asarray(image[top : top + h, left : left + w], jnp.float32) / 255
 
 

@@ -18,6 +18,7 @@ from steel_ad import losses, parallel
 from steel_ad.data import patches, stored
 from steel_ad.data.patches import Crops, Plates
 from steel_ad.data.stored import Stored
+from steel_ad.detectors import Detector
 from steel_ad.errors import InputError
 from steel_ad.models import initial
 from steel_ad.models.autoencoder import HEAD, Autoencoder
@@ -311,15 +312,23 @@ def _at_once() -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderDetector:
+class AutoencoderDetector(Detector):
     """Residual between an image and its reconstruction: `map` "ssim" (1 - SSIM, in [0, 2]) or "l2" (absolute difference)."""
 
     config: configs.Autoencoder
     map: str = "ssim"
 
-    def fit(self, images: Plates) -> Any:
+    @property
+    def name(self) -> str:
+        return self.map
+
+    @property
+    def least_px(self) -> int:  # type: ignore[override]
+        return self.config.patch_size
+
+    def fit(self, images: Sequence[np.ndarray]) -> Any:
         """Parameters trained on good images, in memory."""
-        return train(self.config, images).params
+        return train(self.config, patches.stack(images)).params
 
     def residual(self, state: Any, image: Array) -> Array:
         """Residual map `[h, w]` of an image `[h, w]`, both sides at least `patch_size`."""

@@ -6,13 +6,17 @@ pattern looks like at each place of the cell, the median deviation how far sound
 
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from steel_ad.data.patches import Plates, common_size
+from steel_ad import config as configs
+from steel_ad.data.patches import common_size
+from steel_ad.detectors import Detector
 from steel_ad.detectors.whitening import WhiteningDetector
 from steel_ad.errors import InputError
 from steel_ad.ops import spectrum
@@ -31,11 +35,11 @@ class LatticeState:
     vectors rounded to pixels and static, ((y, x), (y, x)), by which programs lay out their arrays."""
 
     vectors: Array
-    amplitude: Array
+    amplitude: dict[str, Array]
     cell: tuple[tuple[int, int], tuple[int, int]]
 
 
-def line_lattice(images: Plates, count: int) -> tuple[spectrum.Lattice | None, Array]:
+def line_lattice(images: Sequence[np.ndarray], count: int) -> tuple[spectrum.Lattice | None, Array]:
     """The lattice that up to `count` good images have in common (None: there is none), and the mean of their autocorrelations."""
     correlations = [spectrum.autocorrelation(image) for image in common_size(images, count)]
     mean = sum(correlations[1:], correlations[0]) / len(correlations)
@@ -43,7 +47,7 @@ def line_lattice(images: Plates, count: int) -> tuple[spectrum.Lattice | None, A
 
 
 @dataclasses.dataclass(frozen=True)
-class LatticeDetector:
+class LatticeDetector(Detector):
     """Root mean square, over a box of `window` pitches, of the deviation from the cell's median in units of the median deviation;
     and, `detail` times, the whitened energy: fine marks on a smooth plate, beside which its lugs differ more than the marks do.
 
@@ -62,7 +66,18 @@ class LatticeDetector:
     detail: float = 1.0
     whitening: WhiteningDetector = dataclasses.field(default_factory=WhiteningDetector)
 
-    def fit(self, images: Plates) -> LatticeState:
+    name = "lattice"
+
+    @property
+    def least_px(self) -> int:  # type: ignore[override]
+        return max(32, self.whitening.least_px)
+
+    @classmethod
+    def configured(cls, config: configs.Spectrum) -> "LatticeDetector":
+        whitening = WhiteningDetector.configured(config)
+        return cls(config.images, config.background, config.window, config.floor, config.detail, whitening)
+
+    def fit(self, images: Sequence[np.ndarray]) -> LatticeState:
         """The line's lattice.
 
         Raises:
@@ -74,8 +89,13 @@ class LatticeDetector:
                 "the good images show no pattern that repeats in two directions, which the map 'lattice' needs: "
                 "use larger images, or leave it out with --config.maps=phase_only,whitening"
             )
-        (a, b), (c, d) = (tuple(round(float(x)) for x in vector) for vector in found.vectors)
-        return LatticeState(jnp.asarray(found.vectors, jnp.float32), self.whitening.fit(images), ((a, b), (c, d)))
+        return _state(found.vectors, self.whitening.fit(images))
+
+    def to_arrays(self, state: LatticeState) -> dict[str, np.ndarray]:
+        return {"vectors": np.asarray(state.vectors), **self.whitening.to_arrays(state.amplitude)}
+
+    def from_arrays(self, arrays: Mapping[str, np.ndarray]) -> LatticeState:
+        return _state(arrays["vectors"], {"amplitude": jnp.asarray(arrays["amplitude"])})
 
     def residual(self, state: LatticeState, image: Array) -> Array:
         """Map float32 `[h, w]` of an image `[h, w]`, both sides at least 32 and the whitening's tile."""
@@ -109,6 +129,11 @@ class LatticeDetector:
         deviation = (x - expected) / scale
         coarse = jnp.sqrt(box_mean(deviation * deviation, _odd(self.window * pitch, min(h, w))))
         return coarse + self.detail * self.whitening.residual(state.amplitude, image)
+
+
+def _state(vectors: Any, amplitude: dict[str, Array]) -> LatticeState:
+    (a, b), (c, d) = (tuple(round(float(x)) for x in vector) for vector in vectors)
+    return LatticeState(jnp.asarray(vectors, jnp.float32), amplitude, ((a, b), (c, d)))
 
 
 def _odd(size: float, limit: int) -> int:

@@ -19,6 +19,7 @@ from steel_ad.data import defects, patches, stored
 from steel_ad.data.defects import Library
 from steel_ad.data.patches import Crops, Plates
 from steel_ad.data.stored import Masks, Stored
+from steel_ad.detectors import Detector
 from steel_ad.models import compact_cnn, initial, unet
 from steel_ad.train import loop, optimizers
 from steel_ad.train.state import TrainState, create, stream
@@ -395,20 +396,28 @@ def classify(config: configs.Segmentation, stages: tuple[Any, Any], image: Array
 
 
 @dataclasses.dataclass(frozen=True)
-class SegmentationDetector:
+class SegmentationDetector(Detector):
     """The segmentation map as residual: tanh or sigmoid of the logits, a quarter-size one enlarged bilinearly."""
 
     config: configs.Segmentation
     library: Library | None = None
 
-    def fit(self, images: Plates) -> Any:
+    name = "segmentation"
+    least_px = 16
+
+    @property
+    def side_multiple(self) -> int:  # type: ignore[override]
+        # Tiles of CompactCNN's large kernels are found while tracing.
+        return 16 if self.config.model == "unet" else 0
+
+    def fit(self, images: Sequence[np.ndarray]) -> Any:
         """Variables trained on good images with the library's defects inserted, in memory."""
         config = self.config
         state = initial_segmentation(config, config.total_steps)
         rule = optimizer(config, config.total_steps)
         if self.library is None:
             raise ValueError("fit needs a library of defects to insert into the good images")
-        data = Samples(images, self.library)
+        data = Samples(patches.stack(images), self.library)
         return variables(
             train(
                 segmentation_objective(config),

@@ -213,13 +213,13 @@ def _one_image(folder: Path) -> None:
 
 
 def _video(folder: Path) -> None:
-    from steel_ad.studies import dataset
+    from steel_ad.making import dataset
 
     dataset.from_video(folder / "x.avi", folder / "out", size=16, min_contrast=0, min_sharpness=0)
 
 
 def _cut(folder: Path) -> None:
-    from steel_ad.studies import dataset
+    from steel_ad.making import dataset
 
     dataset.from_video(kept() / "cut.avi", folder / "out", size=16, min_contrast=0, min_sharpness=0)
 
@@ -239,7 +239,7 @@ def _link(folder: Path) -> None:
 
 
 def _cameras(folder: Path) -> None:
-    from steel_ad.studies import strips
+    from steel_ad.inspection import strips
 
     path = folder / "CAMERAS.json"
     found = strips.cameras(path, 0.1)
@@ -264,9 +264,12 @@ class _Contrast:
 def inspect(folder: Path) -> None:
     """An inspection by a detector without a network, and with figures of one pixel, as far as the binary prints it."""
     from steel_ad import config as configs
+    from steel_ad import files
     from steel_ad.data import folders
+    from steel_ad.inspection import good_tiles
+    from steel_ad.inspection import session as inspection
     from steel_ad.report import figures
-    from steel_ad.studies import files, good_tiles, inspection, trained
+    from steel_ad.runs import trained
 
     def draw(path, *_, **__):
         files.write_bytes(path, folders.png(np.zeros((1, 1), np.uint8)))
@@ -303,7 +306,7 @@ def _going_on(*without: str) -> Callable[[Path], None]:
 
 
 def _model(folder: Path) -> None:
-    from steel_ad.studies import trained
+    from steel_ad.runs import trained
 
     trained.load(folder)
 
@@ -311,8 +314,9 @@ def _model(folder: Path) -> None:
 def _run(folder: Path) -> None:
     """What the training binary reads before it goes on, and what it prints of a finished run."""
     from steel_ad import config as configs
+    from steel_ad import files
     from steel_ad.report import tables
-    from steel_ad.studies import autoencoder, files, runs
+    from steel_ad.runs import autoencoder, runs
 
     settings = json.loads((kept() / "inputs" / "model" / "config.json").read_text())
     if result := runs.begin(folder, settings, evaluate_only=False, reading=autoencoder.READING):
@@ -327,7 +331,7 @@ def _run(folder: Path) -> None:
 def _results(folder: Path) -> None:
     from configs import autoencoder
     from steel_ad import config as configs
-    from steel_ad.studies import results
+    from steel_ad.research import results
 
     presets = {"autoencoder": {n: configs.Autoencoder(**p) for n, p in autoencoder.PRESETS.items()}}
     found, studies = results.gather([folder], presets)
@@ -335,14 +339,14 @@ def _results(folder: Path) -> None:
 
 
 def _split(folder: Path) -> None:
-    from steel_ad.studies import segmentation
+    from steel_ad.runs import segmentation
 
     segmentation._kept_for_tests(str(folder))
 
 
 def _settings(folder: Path) -> None:
     from steel_ad import config as configs
-    from steel_ad.studies import files
+    from steel_ad import files
 
     configs.from_mapping(configs.Segmentation, files.read_json(folder / "settings.json", dict))
 
@@ -438,7 +442,7 @@ def make_whole(work: Path, names: list[str]) -> None:
 
 
 def _make_by_reading(whole: Path, names: list[str]) -> None:
-    from steel_ad.studies import results
+    from steel_ad.research import results
 
     for name in ("frames", "manifest", "set"):
         _cut(whole / name)

@@ -1,0 +1,227 @@
+"""Good images that calibrate an inspection: which of them count, what their tiles score, and the threshold from that."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from steel_ad import config as configs
+from steel_ad import files
+from steel_ad.data import folders
+from steel_ad.detectors import Fitted
+from steel_ad.errors import InputError
+from steel_ad.inspection import calibration, drift, tiles
+from steel_ad.inspection import strips as sources
+from steel_ad.inspection.ledger import Camera
+from steel_ad.inspection.strips import Strip, View
+from steel_ad.progress import progress
+
+# Images that the pattern's lattice is read from.
+_PATTERN_OF = 32
+_COUNTS = ("images", "left_out_as_trained_on", "left_out_as_copies", "tiles", "groups")
+
+
+class Limit(NamedTuple):
+    """The threshold, the independent good scores behind it `[n]` (none without calibration), a record of both, and what drift
+    is measured against: of each quantity its values `[n]` in the same tiles, and their pattern's lattice, if they have one."""
+
+    threshold: float
+    scores: np.ndarray
+    record: dict[str, Any]
+    good: dict[str, np.ndarray]
+    lattice: list[list[float]] | None
+
+
+def limit(
+    config: configs.Inspection,
+    detector: Fitted,
+    view: View,
+    good: Sequence[Path],
+    folder: str,
+    settings: dict[str, Any],
+    out: Path,
+) -> Limit:
+    if not good:
+        if detector.threshold is None:
+            raise InputError(
+                "the model has no threshold of its own, its run is not finished: give --calibration=FOLDER"
+            )
+        return Limit(detector.threshold, np.zeros(0), {"form": "none", "threshold": detector.threshold}, {}, None)
+    path = out / "calibration.json"
+    names = ("model_sha256", "calibration_files", "calibration_strips", "tile_px", "halo_px", "seed", "drift")
+    made_of = {k: settings[k] for k in names}
+    known = files.read_json(path, dict) if path.exists() else {}
+    if known.get("made_of") != made_of:
+        found = good_scores(config, detector, view, good, Path(folder), strips=settings["calibration_strips"])
+        known = {"made_of": made_of, **found}
+        files.write_json(path, known)
+    with files.understood(path, "delete it and run again"):
+        if known["lattice"] is not None:
+            vectors = np.array(known["lattice"], np.float64)
+            if vectors.shape != (2, 2) or not np.isfinite(vectors).all():
+                raise ValueError("no lattice")
+            known["lattice"] = vectors.tolist()
+        looks = (*drift.LOOKS, *(drift.PITCHES if known["lattice"] else ()))
+        # No pitch, NaN, is null in the file.
+        found = {k: np.array([np.nan if v is None else float(v) for v in known[k]]) for k in ("scores", *looks)}
+        for k in _COUNTS:
+            known[k] = int(known[k])
+        if np.isnan(found["scores"]).any():
+            raise ValueError("a score is none")
+    scores = found.pop("scores")
+    good_tiles = {"score": scores, **found}
+    record = {k: v for k, v in known.items() if k not in ("made_of", "scores", "lattice", *looks)}
+    if config.false_alarms_per_m2:
+        tile_m2 = (config.tile_px * config.mm_per_px / 1000) ** 2
+        modelled = calibration.tail(scores, config.false_alarms_per_m2 * tile_m2)
+        per_m2 = [rate / tile_m2 for rate in modelled.rate_interval]
+        record |= {"form": "model", "per_m2": config.false_alarms_per_m2, "per_m2_interval": per_m2}
+        return Limit(
+            modelled.threshold, scores, {**record, **dataclasses.asdict(modelled)}, good_tiles, known["lattice"]
+        )
+    try:
+        promised = calibration.promise(scores, config.false_alarm_rate, config.confidence)
+    except InputError as error:
+        if known["groups"] == known["images"]:
+            raise
+        raise InputError(
+            f"{error}; the {known['images']} images lie in {known['groups']} places, and those of one subfolder of {folder} count "
+            "once: where they are no strip, name the subfolder itself"
+        ) from None
+    form = "average" if config.confidence is None else "confidence"
+    record |= {"form": form, **dataclasses.asdict(promised)}
+    return Limit(promised.threshold, scores, record, good_tiles, known["lattice"])
+
+
+def good_images(folder: str) -> list[Path]:
+    """The calibration images below a folder.
+
+    Raises:
+      InputError: there are none, or the folder is a whole data set, with its defective images.
+    """
+    if (Path(folder) / "ground_truth").exists():
+        raise InputError(
+            f"{folder} is a data set with defective images: name its folder of good ones, such as test/good"
+        )
+    return folders.list_images(folder, recursive=True)
+
+
+def untrained(good: Sequence[Path], detector: Fitted) -> list[Path]:
+    """The images that the detector was not trained on.
+
+    Raises:
+      InputError: there is none.
+    """
+    found = []
+    for path in good:
+        # A data set in memory is known by its pixels.
+        pixels = hashlib.sha256(folders.read_image(path).tobytes()).hexdigest()
+        if not {folders.fingerprint(path), pixels} & detector.trained_on:
+            found.append(path)
+    if not found:
+        raise InputError(f"all {len(good)} images in {good[0].parent} were trained on: calibrate on others")
+    return found
+
+
+def good_scores(
+    config: configs.Inspection,
+    detector: Fitted,
+    view: View,
+    good: Sequence[Path],
+    root: Path,
+    *,
+    strips: bool = False,
+) -> dict[str, Any]:
+    """Scores and what drift compares of one tile of each group of good images that were not trained on, and counts.
+
+    Args:
+      root: the folder of the images; a group is what lies in one of its subfolders.
+      strips: the images of a group follow each other along a strip, else each is a plate.
+    """
+    fresh = untrained(good, detector)
+    single = list({folders.fingerprint(path): path for path in reversed(fresh)}.values())[::-1]
+    parts = _parts(good, set(single), root, strips)
+    small = view.tile < drift.LEAST_TILE_PX
+    lattice = None if small else drift.pattern(_first_tiles([strip for _, strip in parts], view))
+    scores: list[float] = []
+    seen: dict[str, list[float]] = {}
+    owners: list[str] = []
+    with progress("calibrate", len(single), "images") as update:
+        for i, band in sources.ahead(sources.bands([strip for _, strip in parts], view, update)):
+            # What is smaller than a tile is not the unit.
+            if band.offset + band.height == view.tile <= band.pixels.shape[1]:
+                pieces = view.cut(band)
+                maps = view.cores(pieces)
+                scores += maps.max((1, 2)).tolist()
+                for name, values in drift.measure(pieces.tiles(view.tile), lattice).items():
+                    seen.setdefault(name, []).extend(values.tolist())
+                owners += [parts[i][0]] * len(maps)
+    if not scores:
+        raise InputError(f"no image in {root} is as large as a tile of {view.tile} pixels: use a smaller --tile_px")
+    drawn = calibration.one_per_group(np.arange(len(scores)), owners, seed=config.seed).astype(int)
+    return {
+        "images": len(single),
+        "left_out_as_trained_on": len(good) - len(fresh),
+        "left_out_as_copies": len(fresh) - len(single),
+        "tiles": len(scores),
+        "groups": len(drawn),
+        "scores": np.array(scores)[drawn].tolist(),
+        "lattice": None if lattice is None else lattice.tolist(),
+        **{name: np.array(values)[drawn].tolist() for name, values in seen.items()},
+    }
+
+
+def _first_tiles(parts: Sequence[Strip], view: View) -> np.ndarray:
+    """The first tile of each of up to 32 strips or images, uint8 `[n, tile, tile]`."""
+    found = []
+    for part in parts[:: -(-len(parts) // _PATTERN_OF)]:
+        band = next(tiles.bands(part.frames(), tile=view.tile, halo=view.halo))
+        found += list(view.whole(band)[:1])
+    return np.array(found, np.uint8).reshape(-1, view.tile, view.tile)
+
+
+def _parts(good: Sequence[Path], used: set[Path], root: Path, strips: bool) -> list[tuple[str, Strip]]:
+    """Groups and what is inspected of them as one: images that follow each other, or each image.
+
+    Raises:
+      InputError: names of a strip's images are not in order.
+    """
+    groups: dict[str, list[Path]] = {}
+    for path in good:
+        groups.setdefault(path.relative_to(root).parts[0], []).append(path)
+    found = []
+    for group, members in groups.items():
+        if strips:
+            sources.check_order(members, root)
+        run: list[Path] = []
+        # An image that is left out is a gap.
+        for path, following in zip(members, [*members[1:], None], strict=True):
+            run += [path] if path in used else []
+            if run and not (strips and path in used and following in used):
+                found.append((group, Strip(Camera(), "", tuple(run))))
+                run = []
+    return found
+
+
+def promise_sentence(record: dict[str, Any]) -> str:
+    """What a summary's `calibration` promises, in one or two sentences."""
+    if record["form"] == "none":
+        return "No calibration images were given, so nothing is promised of false alarms: the threshold is the training run's."
+    copies = f", {record['left_out_as_copies']} as copies" if record.get("left_out_as_copies") else ""
+    counted = (
+        f"{record['groups']} independent good tiles, one of each of {record['groups']} groups ({record['images']} images, "
+        f"{record['left_out_as_trained_on']} more left out because they were trained on{copies})"
+    )
+    if record["form"] == "model":
+        low, high = record["per_m2_interval"]
+        return (
+            f"By a model of the tail, which no set of good images can prove: {record['per_m2']:g} false alarms per square metre "
+            f"(95 % interval {low:.2g} to {high:.2g}), fitted to the highest {record['exceedances']} of {counted}."
+        )
+    return (
+        f"Of good tiles, at most {record['average_rate']:.3g} raise a false alarm on average over calibrations; with confidence "
+        f"{record['confidence']:g}, at most {record['confident_rate']:.3g}. From {counted}."
+    )

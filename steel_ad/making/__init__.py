@@ -1,0 +1,1 @@
+"""Data sets that the project makes: from video, with inserted defects, the thesis' five."""

@@ -1,0 +1,1 @@
+"""Questions about methods: sweeps, results, claims, the results page, simulations."""

@@ -1,0 +1,213 @@
+"""The results page and its figures, made of `methods.csv` and `studies.csv` alone: the same bytes from the same files."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from steel_ad import files
+from steel_ad.errors import InputError
+from steel_ad.report import studies as figures
+from steel_ad.report import tables
+from steel_ad.research import claims, results, sweep
+
+_METHODS, _STUDIES = "methods.csv", "studies.csv"
+Rows = Sequence[Mapping[str, Any]]
+# Column -> header of the tables of methods.
+_COLUMNS = {
+    "pixel_auroc": "pixel AUROC",
+    "aupro_30": "AU-PRO",
+    "image_auroc": "image AUROC",
+    "accuracy": "accuracy",
+    "image_accuracy_calibrated": "accuracy, calibrated",
+    "false_regions_per_image": "false regions an image",
+    "test_megapixels_per_second": "Mpx/s",
+    "train_seconds": "training, s",
+    "parameters": "parameters",
+}
+_HEAD = """# Results
+
+Written by `python -m experiments.report` from the CSV files in `{folder}/`; no number is typed by hand. To make the page again
+from these files: `python -m experiments.report --out={out}`.
+
+A cell is the median over seeds, in brackets the least and the greatest. AU-PRO is taken up to a false-positive rate of 0.3.
+"accuracy" is the thesis' rule: an image is defective where anything is left after threshold and opening, the threshold being the
+98th percentile of good residuals for an autoencoder or a detector without training, 0.5 for a network trained on defects.
+"calibrated" calls an image defective where its score is above the 98th percentile of good images' scores. Of runs with another
+percentile or threshold both are left out. Times are of the
+machines named, some of them busy with other work. Numbers in square brackets name the command, at the end of the page.
+
+Devices: {devices}.
+"""
+
+
+def write(out: Path, methods: Rows, studies: Rows) -> None:
+    """The CSV files that `render` reads, in the folder named as the page; raises as `files.write_text`."""
+    files.write_csv(out.with_suffix("") / _METHODS, methods)
+    files.write_csv(out.with_suffix("") / _STUDIES, studies)
+
+
+def render(out: Path) -> Path:
+    """The page and its figures.
+
+    Args:
+      out: the Markdown file; CSV files and figures are in the folder of the same name without the suffix.
+
+    Raises:
+      InputError: a CSV file is missing or damaged, or the page cannot be written.
+    """
+    folder = out.with_suffix("")
+    for name in (_METHODS, _STUDIES):
+        if not (folder / name).exists():
+            raise InputError(f"there is no {folder / name}: give --runs=FOLDER[,FOLDER...] to make it")
+    methods, studies = results.read(folder / _METHODS), results.read(folder / _STUDIES)
+    commands = _Commands()
+    # A study that is no longer in the files would be left to speak for them.
+    for old in (*folder.glob("study_*.png"), folder / "methods.png"):
+        old.unlink(missing_ok=True)
+    devices = ", ".join(sorted({row["device"] for row in (*methods, *studies) if row["device"]})) or "not recorded"
+    parts = [
+        _HEAD.format(folder=folder.name, out=_relative(out), devices=devices),
+        *_methods(methods, folder, commands),
+        *_claims(methods, studies),
+        *_published(methods),
+        *_studies(studies, folder, commands),
+        commands.text(),
+    ]
+    files.write_text(out, "\n".join(parts))
+    return out
+
+
+def _relative(out: Path) -> str:
+    return out.name if out.is_absolute() else out.as_posix()
+
+
+class _Commands:
+    """Numbers of the commands behind the page, without the seed, in the order in which they come."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def of(self, rows: Rows) -> str:
+        names = dict.fromkeys(seedless(row["command"]) for row in rows)
+        return " ".join(f"[{self._numbers.setdefault(n, len(self._numbers) + 1)}]" for n in names)
+
+    def text(self) -> str:
+        lines = [f"{number}. `{command}`" for command, number in self._numbers.items()]
+        return "\n".join(
+            [
+                "## Commands",
+                "",
+                "Seeds other than the first come with `--config.seed=N`; folders are named by their last part.",
+                "",
+                *lines,
+                "",
+            ]
+        )
+
+
+def seedless(command: str) -> str:
+    """A command line without --config.seed."""
+    return re.sub(r" --config\.seed=\d+", "", command)
+
+
+def _methods(methods: Rows, folder: Path, commands: _Commands) -> list[str]:
+    if not methods:
+        return []
+    rows = [{**row, "made by": seedless(row["command"]), **_accuracies(row)} for row in methods]
+    parts = ["## Methods\n"]
+    drawn: dict[str, dict[str, dict[str, list[float]]]] = {}
+    shown = {"pixel_auroc": "pixel AUROC", "aupro_30": "AU-PRO to FPR 0.3", "image_auroc": "image AUROC"}
+    for (dataset,), of_dataset in sorted(results.series(rows, "dataset").items()):
+        lines = []
+        for (method, _), same in results.series(of_dataset, "method", "made by").items():
+            line = {"method": method, **{label: results.spread(same, m) for m, label in _COLUMNS.items()}}
+            lines.append({**line, "seeds": len({row["seed"] for row in same}), "by": commands.of(same)})
+            # Of a method with several settings the figure shows all.
+            kept = drawn.setdefault(method, {}).setdefault(dataset, {m: [] for m in shown})
+            for m in shown:
+                kept[m] += [row[m] for row in same if row[m] is not None]
+        parts.append(f"### {dataset}\n\n{tables.markdown(lines, list(lines[0]))}\n")
+    figures.methods(
+        folder / "methods.png",
+        drawn,
+        metrics=shown,
+        title="Methods: median over seeds and settings, bar from least to greatest",
+    )
+    return [parts[0], f"![Methods]({folder.name}/methods.png)\n", *parts[1:]]
+
+
+def _accuracies(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Only where percentile and threshold are those that the page names."""
+    usual = row["percentile"] in ("98.0", "98")
+    trained_on_defects = row["experiment"] in ("segmentation", "transfer")
+    # A classifier has no map that a threshold could be of.
+    whole = row["threshold"] in (None, 0.5) if trained_on_defects else usual
+    return {
+        "accuracy": row["image_accuracy"] if whole else None,
+        "image_accuracy_calibrated": row["image_accuracy_calibrated"] if usual else None,
+    }
+
+
+def _claims(methods: Rows, studies: Rows) -> list[str]:
+    parts = [
+        "## Claims\n\nA is compared with B by one metric, run against run of the same data set, settings and seed. "
+        "A claim holds on a data set where the\n95 % confidence interval of the mean difference A - B lies above minus the "
+        "margin, fails where it lies below, and is open else or with\nfewer than three seeds. Where A or B is the better of "
+        "several, all of them must be there; each pair's interval then has a level of\n5 % divided by the number of pairs, and "
+        "the best of A is held against the best of B. Every data set is judged by itself, without a\ncorrection for their "
+        "number: a claim is confirmed if it holds on each with at least three seeds, refuted if it fails on one,\nundecided "
+        "else.\n"
+    ]
+    for claim in claims.CLAIMS:
+        verdict, found = claims.judge(claim, methods, studies)
+        margin = f", margin {claim.margin:g}" if claim.margin else ""
+        text = f"### {claim.text}: {verdict}\n\n{claim.compared}; {claim.metric}{margin}.\n"
+        lines = [
+            {
+                "data": j.dataset,
+                "seeds": j.seeds,
+                "mean A - B": f"{j.mean:+.4f}",
+                "95 % interval": f"{j.low:+.4f} to {j.high:+.4f}" if j.seeds > 1 else "-",
+                "": j.verdict,
+            }
+            for j in found
+        ]
+        text += "\n" + (tables.markdown(lines, list(lines[0])) if lines else "No runs to compare.") + "\n"
+        parts.append(text)
+    return parts
+
+
+def _published(methods: Rows) -> list[str]:
+    lines = [
+        {
+            "method": p.method,
+            "published on": p.data,
+            "pixel AUROC": f"{p.pixel_auroc:g}",
+            "source": p.source,
+            "ours, on our data": claims.ours(p, methods),
+        }
+        for p in claims.PUBLISHED
+    ]
+    return [
+        "## Published figures\n\nMeasured by others on other data, which are not here: beside ours for orientation, not "
+        "as a comparison. Ours: median of the data sets'\nmedians over seeds, in brackets the least and the greatest.\n",
+        tables.markdown(lines, list(lines[0])) + "\n",
+    ]
+
+
+def _studies(studies: Rows, folder: Path, commands: _Commands) -> list[str]:
+    parts = []
+    taken: set[str] = set()
+    alike = [{**row, "shared": results.shared(row["command"])} for row in studies]
+    for (experiment, study, _), rows in results.series(alike, "experiment", "study", "shared").items():
+        name = f"study_{experiment}_{study}"
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        figures.study(folder / f"{name}.png", **sweep.figure(rows))
+        table = sweep.markdown(rows).partition("\n\n")[2]
+        parts.append(
+            f"### {experiment}: {study} {commands.of(rows)}\n\n![{study}]({folder.name}/{name}.png)\n\n{table}"
+        )
+    return ["## Studies\n", *parts] if parts else []

@@ -1,0 +1,1 @@
+"""Runs: a working directory, and what each experiment does in one."""

@@ -1,0 +1,256 @@
+"""One file to deploy: a trained detector as a compiled-anywhere program, with everything from grey values to the mask inside.
+
+For jax, or as ONNX for programs that know nothing of jax.
+"""
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from steel_ad import files, native
+from steel_ad.data import plates
+from steel_ad.detectors import Fitted, segmentation
+from steel_ad.detectors.segmentation import SegmentationDetector
+from steel_ad.errors import InputError
+from steel_ad.ops.convolution import cpu_compiler_options
+from steel_ad.ops.morphology import grey_opening
+from steel_ad.runs import evaluation, trained
+from steel_ad.versions import versions
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+TOLERANCE = 1e-4
+_SIDE_PX = 256
+# uint8 [h, w] -> outputs by name
+Program = Callable[[Array], dict[str, Array]]
+# Height and width, px: numbers, or as jax.export.symbolic_shape takes them.
+Shape = tuple[int | str, ...]
+
+
+def run(
+    model: Path,
+    out: Path,
+    *,
+    map_name: str = "",
+    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
+    height: int = 0,
+    width: int = 0,
+    threshold: float | None = None,
+) -> dict[str, Any]:
+    """Exports a trained model to `out`, and what has to be known of it to a JSON file of that name.
+
+    A name that ends in `.onnx` is written as ONNX by jax2onnx, of one image at a time and of fixed size. The program takes
+    uint8 `[b, h, w]`, any b, and returns `map` (the opened residual map, float32 `[b, h, w]`), `score` (its maximum, float32
+    `[b]`), `mask` (bool `[b, h, w]`: the map above the threshold), and of a supervised model `probability` (float32 `[b]`, of
+    the classification stage). It is written only if, read back, it agrees with the trained model.
+
+    Args:
+      model: the workdir of a training run.
+      map_name: of an autoencoder, "ssim" or "l2"; "" for the run's first.
+      platforms: of `PLATFORMS`; the one of this process must be among them. ONNX names none.
+      height, width: of the images, px. 0: a U-Net takes every multiple of 16 (256 as ONNX), other detectors 256.
+      threshold: of the mask; None for the run's own.
+
+    Returns:
+      What the JSON file holds.
+
+    Raises:
+      InputError: a model, platform or size that cannot be used, no converter to ONNX, a file that does not agree or cannot be
+        written.
+    """
+    onnx = out.suffix == ".onnx"
+    if onnx:
+        _check_onnx()
+    here = jax.export.default_export_platform()
+    if unknown := sorted(set(platforms) - set(PLATFORMS)):
+        raise InputError(f"--platforms has {unknown[0]!r}: use a list of {', '.join(PLATFORMS)}")
+    if here not in platforms:
+        raise InputError(f"--platforms lacks {here}, where this process runs and checks the file: add it")
+    if out.suffix == ".json":
+        raise InputError(f"--out={out} is the name of the JSON file beside it: use another, such as detector.stablehlo")
+    detector = trained.load(model, map_name)
+    if threshold is None:
+        threshold = detector.threshold
+    if threshold is None:
+        raise InputError("the model has no threshold of its own, its run is not finished: give --threshold")
+    classifier = _classifier(model, detector)
+    shape = _shape(detector, height, width)
+    if onnx:
+        shape = tuple(n if isinstance(n, int) else _SIDE_PX for n in shape)
+    program = _program(detector, classifier, threshold)
+    with native.suspended():  # the file is for other machines
+        data = _to_onnx(program, shape) if onnx else _to_stablehlo(program, shape, platforms)
+        made_with = versions()
+    call = _from_onnx(data) if onnx else jax.jit(jax.export.deserialize(bytearray(data)).call)
+    difference = check(call, detector, classifier, threshold, shape)
+    record = {
+        "format": "onnx" if onnx else "stablehlo",
+        "input": {"dtype": "uint8", "shape": [1 if onnx else "b", *shape]},
+        "outputs": {
+            "map": "float32 [b, h, w], the opened residual map",
+            "score": "float32 [b], the map's maximum",
+            "mask": "bool [b, h, w], map > threshold",
+            **({"probability": "float32 [b], of being defective"} if classifier is not None else {}),
+        },
+        "map": getattr(detector.detector, "map", "segmentation"),
+        "threshold": threshold,
+        "radius_px": detector.radius,
+        "platforms": None if onnx else list(platforms),
+        "model_sha256": detector.sha256,
+        "file_sha256": hashlib.sha256(data).hexdigest(),
+        "largest_difference": difference,
+        "versions": made_with,
+        "settings": detector.settings,
+    }
+    files.write_bytes(out, data)
+    files.write_json(out.with_suffix(".json"), record)
+    return record
+
+
+def _to_stablehlo(program: Program, shape: Shape, platforms: Sequence[str]) -> bytes:
+    b, h, w = jax.export.symbolic_shape(f"b, {shape[0]}, {shape[1]}")
+    # Full float32 products everywhere: accelerators would round to 10 bits or fewer, and score otherwise than the threshold knows.
+    with jax.default_matmul_precision("highest"):
+        exported = jax.export.export(jax.jit(jax.vmap(program)), platforms=platforms)(
+            jax.ShapeDtypeStruct((b, h, w), jnp.uint8)
+        )
+    return bytes(exported.serialize())
+
+
+def _check_onnx() -> None:
+    for package in ("jax2onnx", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(
+                f"ONNX needs the package {package}: pip install 'steel_ad[onnx]', or give --out=FILE.stablehlo"
+            )
+
+
+def _to_onnx(program: Program, shape: Shape) -> bytes:
+    import jax2onnx
+
+    names = list(jax.eval_shape(program, jax.ShapeDtypeStruct(shape, jnp.uint8)))
+
+    # The converter has no rule for an enlargement under vmap.
+    def of_one(images: Array) -> tuple[Array, ...]:
+        found = program(images[0])
+        return tuple(found[name][None] for name in names)
+
+    model = jax2onnx.to_onnx(
+        of_one, [jax.ShapeDtypeStruct((1, *shape), jnp.uint8)], input_names=["images"], output_names=names
+    )
+    return model.SerializeToString()
+
+
+def _from_onnx(data: bytes) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # constants that the converter left unused
+    session = onnxruntime.InferenceSession(data, options)
+    names = [output.name for output in session.get_outputs()]
+
+    def call(images: np.ndarray) -> dict[str, np.ndarray]:
+        each = [session.run(names, {"images": image[None]}) for image in images]
+        return {name: np.concatenate(values) for name, values in zip(names, zip(*each, strict=True), strict=True)}
+
+    return call
+
+
+def _classifier(model: Path, detector: Fitted) -> Any:
+    """Variables of a supervised model's classification stage; None where there is none."""
+    if not isinstance(detector.detector, SegmentationDetector):
+        return None
+    config = detector.detector.config
+    like = jax.eval_shape(lambda: segmentation.initial_classifier(config, detector.state))
+    state = trained.newest(model / "checkpoints_classifier", like)
+    return None if state is None else segmentation.variables(state)
+
+
+def _shape(detector: Fitted, height: int, width: int) -> Shape:
+    """Height and width as `jax.export.symbolic_shape` takes them."""
+    free = isinstance(detector.detector, SegmentationDetector) and detector.detector.config.model == "unet"
+    for name, side in (("height", height), ("width", width)):
+        if side and side < detector.least_px:
+            raise InputError(
+                f"--{name}={side} is smaller than the detector's least image of {detector.least_px} pixels"
+            )
+    # Window positions and the tiles of large kernels are found while tracing, which takes numbers.
+    default = max(_SIDE_PX, detector.least_px)
+    return height or ("16*h" if free else default), width or ("16*w" if free else default)
+
+
+def _program(detector: Fitted, classifier: Any, threshold: float) -> Program:
+    """uint8 `[h, w]` -> the outputs that `run` lists, without their first axis."""
+    # A float32 is above the threshold if it is above the greatest float32 that is not.
+    limit = np.float32(threshold)
+    if float(limit) > threshold:
+        limit = np.nextafter(limit, np.float32(-np.inf))
+
+    def one(pixels: Array) -> dict[str, Array]:
+        image = pixels.astype(jnp.float32) / 255
+        opened = grey_opening(detector.detector.residual(detector.state, image), radius=detector.radius)
+        found = {"map": opened, "score": jnp.max(opened), "mask": opened > limit}
+        if classifier is not None and isinstance(detector.detector, SegmentationDetector):
+            stages = (detector.state, classifier)
+            found["probability"] = segmentation.classify(detector.detector.config, stages, image)
+        return found
+
+    return one
+
+
+def check(
+    call: Callable[[np.ndarray], dict[str, Any]], detector: Fitted, classifier: Any, threshold: float, shape: Shape
+) -> float:
+    """The largest difference between an exported file, read anew, and the trained model, of maps, scores and probabilities.
+
+    Args:
+      call: the file's program, uint8 `[b, h, w]` -> its outputs.
+      shape: height and width of its images, as given to `jax.export.symbolic_shape`.
+
+    Raises:
+      InputError: above `TOLERANCE`, or a mask that differs where the map is not that close to the threshold.
+    """
+    images = _golden(shape)
+    found = jax.device_get(call(images))
+    maps = evaluation.Mapper({"": detector.detector}, detector.radius)(
+        {"": detector.state}, list(images), label="check"
+    )[""]
+    opened = np.stack(maps.opened)
+    expected = {"map": opened, "score": maps.scores}
+    if classifier is not None and isinstance(detector.detector, SegmentationDetector):
+        expected["probability"] = _probabilities(detector.detector, (detector.state, classifier), images)
+    # A NaN is no agreement.
+    largest = max(float(np.nan_to_num(np.abs(found[k] - v), nan=np.inf).max()) for k, v in expected.items())
+    above = opened - np.float64(threshold)
+    differs = (found["mask"] != (above > 0)) & (np.abs(above) > TOLERANCE)
+    if largest > TOLERANCE or differs.any():
+        raise InputError(
+            f"the exported program differs from the trained model, by {largest:.2g} in its maps and in {differs.sum()} pixels "
+            f"of its masks, where {TOLERANCE:g} and none are allowed: nothing was written; export with another version of jax",
+            status=1,
+        )
+    return largest
+
+
+def _probabilities(detector: SegmentationDetector, stages: tuple[Any, Any], images: np.ndarray) -> np.ndarray:
+    one = jax.jit(
+        lambda image: segmentation.classify(detector.config, stages, image.astype(jnp.float32) / 255),
+        compiler_options=cpu_compiler_options(),
+    )
+    return np.array([one(image) for image in images])
+
+
+def _golden(shape: Shape) -> np.ndarray:
+    """Three procedural plates, each with a defect, uint8 `[3, h, w]`."""
+    h, w = (n if isinstance(n, int) else free for n, free in zip(shape, (160, 112), strict=True))
+    rendered, _ = plates.render_defective(jax.random.key(0), "teardrop1", "spot", size=_SIDE_PX, num=3)
+    images = np.asarray(plates.to_uint8(rendered))
+    larger = ((0, 0), (0, max(0, h - _SIDE_PX)), (0, max(0, w - _SIDE_PX)))
+    return np.pad(images, larger, mode="reflect")[:, :h, :w]

@@ -1,1 +1,0 @@
-"""What an experiment does from data to report: fit, calibrate, score, write."""
