@@ -1,6 +1,8 @@
 """Settings of the experiments as frozen dataclasses, made once from the ConfigDict that flags may have changed."""
 
 import dataclasses
+import hashlib
+import json
 import math
 import sys
 import typing
@@ -359,6 +361,25 @@ def _called(kind: Any) -> str:
 def to_dict(config: Any) -> dict[str, Any]:
     """The dataclass as a dict that JSON can hold and `from_mapping` reads back."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+
+
+def canonical(config: Any) -> str:
+    """A dataclass or a dict of settings as one JSON text: equal settings have the same text, in whatever order they came."""
+
+    def exact(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: exact(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [exact(v) for v in value]
+        # A flag gives 0 where a preset has 0.0.
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    return json.dumps(exact(config if isinstance(config, Mapping) else to_dict(config)), sort_keys=True)
+
+
+def identity(settings: Mapping[str, Any]) -> str:
+    """A name for settings: the first 16 hexadecimal digits of the SHA-256 of their canonical text."""
+    return hashlib.sha256(canonical(settings).encode()).hexdigest()[:16]
 
 
 def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:

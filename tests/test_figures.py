@@ -4,6 +4,9 @@ import itertools
 import resource
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib.image
 import numpy as np
@@ -29,6 +32,25 @@ def test_a_figure_is_what_was_drawn_and_lies_where_it_says(monkeypatch, tmp_path
     assert function(**arguments) == tmp_path / "deep" / "a.png"
     height, width = matplotlib.image.imread(tmp_path / "deep" / "a.png").shape[:2]
     assert 2.5 < width / height < 3.5
+
+
+def test_threads_draw_one_after_the_other(monkeypatch, tmp_path):
+    save, under_way, most = Figure.savefig, [], []
+
+    def watched(figure, *arguments, **options):
+        under_way.append(threading.get_ident())
+        most.append(len(under_way))
+        time.sleep(0.01)
+        save(figure, *arguments, **options)
+        under_way.pop()
+
+    monkeypatch.setattr(Figure, "savefig", watched)
+    series = {("a", "ssim"): {"1": {"m": [0.25]}, "2": {"m": [0.5]}}}
+    shown = {"values": ["1", "2"], "metrics": {"m": "metric"}, "axis": "latent"}
+    with ThreadPoolExecutor(4) as pool:
+        drawn = [pool.submit(studies.study, tmp_path / f"{i}.png", series, title="t", **shown) for i in range(8)]
+    assert len({d.result().read_bytes() for d in drawn}) == 1
+    assert most == [1] * 8
 
 
 def disk(shape, row, column, radius):

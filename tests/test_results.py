@@ -1,5 +1,6 @@
 """The results page: what is gathered, that the page follows from the CSV files alone, and how claims are judged."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -56,6 +57,17 @@ def write(folder, *records):
     for i, r in enumerate(records):
         files.write_json(folder / str(i) / "metrics.json", r)
     return folder
+
+
+def test_the_identity_of_settings():
+    base = configs.Autoencoder(loss_options={"weight": 0.5, "alpha": 1})
+    same = configs.Autoencoder(weight_decay=1e-5, percentile=98, loss_options={"alpha": 1.0, "weight": 0.5})
+    assert configs.canonical(base) == configs.canonical(same) == configs.canonical(configs.to_dict(base))
+    assert json.loads(configs.canonical(base))["maps"] == ["ssim", "l2"]
+    others = [{"seed": 1}, {"percentile": 98.5}, {"maps": ("l2", "ssim")}, {"loss_options": {"weight": 0.5}}]
+    texts = {configs.identity(configs.to_dict(dataclasses.replace(base, **o))) for o in ({}, *others)}
+    assert len(texts) == 1 + len(others)
+    assert configs.identity({"b": [1.5], "a": True}) == "b20a7c9ce40647a6"
 
 
 def test_a_run_as_rows():

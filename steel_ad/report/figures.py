@@ -9,6 +9,7 @@ import contextlib
 import io
 import itertools
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ RESIDUAL_COLOURS = matplotlib.colormaps["viridis"]
 
 WIDTH_IN = 10.0
 DPI = 120
+# Matplotlib draws in one thread at a time; runs side by side on several devices draw theirs in threads.
+_DRAWING = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +264,8 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     # Encoded in memory first: Pillow reports a full disk as "encoder error", the file system gives the reason.
     png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.05, metadata={"Software": None})
+    with _DRAWING:
+        figure.savefig(png, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.05, metadata={"Software": None})
     # Always the same, so that what a killed process left is written over and renamed.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
