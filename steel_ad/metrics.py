@@ -276,14 +276,17 @@ def false_regions(masks: Images, predicted: Images) -> float:
     return (count - int(np.count_nonzero(touching))) / len(masks)
 
 
-def evaluate(raw: Images, opened: Images, masks: Images, *, threshold: float, image_threshold: float) -> dict[str, Any]:
+def evaluate(
+    raw: Images, opened: Images, masks: Images, labels: Sequence[bool], *, threshold: float, image_threshold: float
+) -> dict[str, Any]:
     """Every metric of a detector that gives a map.
 
     Args:
       raw: real [n, h, w], or a sequence of [h, w]; the residual maps, finite.
       opened: real, the same shapes; the maps after post-processing. The mask is `opened > threshold`, the score of an
         image is its maximum.
-      masks: bool, the same shapes; the truth. An image is anomalous if its mask holds any pixel.
+      masks: bool, the same shapes; the truth.
+      labels: bool [n], True is anomalous.
       threshold: of the pixels; an image with any pixel above it counts as anomalous (the thesis' rule).
       image_threshold: of the images' scores, calibrated separately.
 
@@ -303,7 +306,7 @@ def evaluate(raw: Images, opened: Images, masks: Images, *, threshold: float, im
     _check_shapes(opened, masks)
     _check_finite(_flat(opened))
     scores = np.array([image.max() for image in opened], np.float64)
-    labels = np.array([mask.any() for mask in masks])
+    labels = np.asarray(labels, bool)
     # A Python float would be rounded to the maps' type before the comparison.
     exact_threshold = np.float64(threshold)
     predicted = opened > exact_threshold if isinstance(opened, np.ndarray) else [o > exact_threshold for o in opened]

@@ -260,7 +260,10 @@ def test_rows_of_scores_tell_what_each_image_is_and_what_each_map_says_of_it():
         | {"score_a": 0.0, "defect_a": 0, "score_b": 0.0, "defect_b": 0, "score_p": 0.5},
     ]
     found = evaluation.measure(maps["a"], test, limits["a"])
-    want = metrics.evaluate(maps["a"].raw, maps["a"].opened, [t.mask for t in test], threshold=0.5, image_threshold=0.4)
+    assert [t.defective for t in test] == [False, True, True]
+    want = metrics.evaluate(
+        *(maps["a"].raw, maps["a"].opened, [t.mask for t in test], [0, 1, 1]), threshold=0.5, image_threshold=0.4
+    )
     np.testing.assert_equal(found, want)
     assert found["pixel_auroc"] == 1.0
 

@@ -275,9 +275,13 @@ def _maps():
     return raw, opened, masks
 
 
+def evaluate(raw, opened, masks, **thresholds):
+    return metrics.evaluate(raw, opened, masks, [mask.any() for mask in masks], **thresholds)
+
+
 def test_evaluate_by_hand():
     raw, opened, masks = _maps()
-    results = metrics.evaluate(raw, opened, masks, threshold=0.3, image_threshold=0.9)
+    results = evaluate(raw, opened, masks, threshold=0.3, image_threshold=0.9)
     assert set(results) == KEYS
     assert {type(value) for key, value in results.items() if key != "defects_found"} == {float}
     ranking = metrics.rank(raw, masks)
@@ -297,18 +301,27 @@ def test_evaluate_by_hand():
     assert (results["threshold"], results["image_threshold"]) == (0.3, 0.9)
 
 
+def test_the_labels_say_which_images_are_anomalous():
+    raw, opened, masks = _maps()
+    results = metrics.evaluate(raw, opened, masks, [0, 0, 1, 1], threshold=0.3, image_threshold=0.9)
+    assert (results["image_auroc"], results["image_tnr"], results["false_regions_per_good_image"]) == (1 / 4, 0, 1 / 2)
+    assert results["pixel_auroc"] == evaluate(raw, opened, masks, threshold=0.3, image_threshold=0.9)["pixel_auroc"]
+    with pytest.raises(ValueError, match="label"):
+        metrics.evaluate(raw, opened, masks, [0, 1, 1], threshold=0.3, image_threshold=0.9)
+
+
 def test_evaluate_takes_images_of_different_sizes():
     raw, opened, masks = _maps()
-    stacked = metrics.evaluate(raw, opened, masks, threshold=0.3, image_threshold=0.45)
+    stacked = evaluate(raw, opened, masks, threshold=0.3, image_threshold=0.45)
     cut = [slice(None), slice(None), slice(4), slice(6)]
     listed = [[image[:, s] for image, s in zip(maps, cut, strict=True)] for maps in (raw, opened, masks)]
-    results = metrics.evaluate(*listed, threshold=0.3, image_threshold=0.45)
+    results = evaluate(*listed, threshold=0.3, image_threshold=0.45)
     image_keys = [key for key in KEYS if key.startswith(("image_", "defects_", "false_"))]
     assert {key: results[key] for key in image_keys} == {key: stacked[key] for key in image_keys}
     flat, _, truth = (np.concatenate([image.ravel() for image in images]) for images in listed)
     assert results["pixel_auroc"] == pytest.approx(sk.roc_auc_score(truth, flat))
     assert results["aupro_30"] == pytest.approx(_oracle_area(*_oracle_pro(listed[0], listed[2]), 0.3))
-    assert metrics.evaluate(list(raw), list(opened), list(masks), threshold=0.3, image_threshold=0.45) == stacked
+    assert evaluate(list(raw), list(opened), list(masks), threshold=0.3, image_threshold=0.45) == stacked
 
 
 def test_thresholds_are_not_rounded_to_the_maps_type():
@@ -316,25 +329,25 @@ def test_thresholds_are_not_rounded_to_the_maps_type():
     value = np.float16(0.3)
     opened = np.where(opened == 0.3, value, 0).astype(np.float16)
     just_below = float(value) - 1e-6
-    results = metrics.evaluate(raw, opened, masks, threshold=just_below, image_threshold=1.0)
+    results = evaluate(raw, opened, masks, threshold=just_below, image_threshold=1.0)
     assert results["image_tnr"] == 1 / 2
     assert results["false_regions_per_image"] == 1 / 4
 
 
 def test_image_metrics_are_those_of_evaluate():
     raw, opened, masks = _maps()
-    results = metrics.evaluate(raw, opened, masks, threshold=0.3, image_threshold=0.3)
+    results = evaluate(raw, opened, masks, threshold=0.3, image_threshold=0.3)
     alone = metrics.image_metrics(opened.max((1, 2)), masks.any((1, 2)), 0.3)
     assert alone == {key: value for key, value in results.items() if key.startswith("image_")}
 
 
 def test_without_defects_or_without_good_images_the_rest_is_still_given():
     raw, opened, masks = _maps()
-    no_defect = metrics.evaluate(raw, opened, masks & False, threshold=0.3, image_threshold=0.45)
+    no_defect = evaluate(raw, opened, masks & False, threshold=0.3, image_threshold=0.45)
     assert np.isnan(list(no_defect.pop("defects_found").values())).all()
     both = {"pixel_auroc", "pixel_auroc_fpr30", "aupro_30", "aupro_05", "image_auroc"}
     assert {key for key, value in no_defect.items() if np.isnan(value)} == both | {"pixel_ap", "image_tpr"}
-    bad = metrics.evaluate(raw, opened, masks | True, threshold=0.3, image_threshold=0.45)
+    bad = evaluate(raw, opened, masks | True, threshold=0.3, image_threshold=0.45)
     assert bad.pop("defects_found") == {"iou_0": 3 / 4, "iou_30": 0}
     assert {key for key, value in bad.items() if np.isnan(value)} == both | {
         "image_tnr",
@@ -354,7 +367,7 @@ def test_scores_that_are_not_finite_are_refused(bad):
     with pytest.raises(ValueError, match="NaN or infinite"):
         metrics.rank(broken, masks)
     with pytest.raises(ValueError, match="NaN or infinite"):
-        metrics.evaluate(raw, broken, masks, threshold=0.3, image_threshold=0.3)
+        evaluate(raw, broken, masks, threshold=0.3, image_threshold=0.3)
     with pytest.raises(ValueError, match="NaN or infinite"):
         metrics.image_auroc(np.array([0.0, bad]), np.array([True, False]))
 
@@ -364,7 +377,7 @@ def test_wrong_shapes_and_types_are_refused():
     with pytest.raises(ValueError, match="differ"):
         metrics.rank(raw[:, :4], masks)
     with pytest.raises(ValueError, match="differ"):
-        metrics.evaluate(raw, opened[:3], masks, threshold=0.3, image_threshold=0.3)
+        evaluate(raw, opened[:3], masks, threshold=0.3, image_threshold=0.3)
     with pytest.raises(ValueError, match="differ"):
         metrics.confusion(np.ones(1, bool), np.ones(3, bool))
     for measure in (metrics.false_regions, metrics.defects_found):
@@ -381,4 +394,4 @@ def test_wrong_shapes_and_types_are_refused():
     with pytest.raises(ValueError, match="label"):
         metrics.image_auroc(np.zeros(3), np.zeros(4, bool))
     with pytest.raises(ValueError, match="threshold is NaN"):
-        metrics.evaluate(raw, opened, masks, threshold=float("nan"), image_threshold=0.3)
+        evaluate(raw, opened, masks, threshold=float("nan"), image_threshold=0.3)

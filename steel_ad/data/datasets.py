@@ -30,6 +30,11 @@ class TestImage:
     image: np.ndarray
     mask: np.ndarray
 
+    @property
+    def defective(self) -> bool:
+        """Whether it counts as defective; what reads a data set checks that the masks of defective kinds mark something."""
+        return self.kind != "good"
+
 
 class _StoredTestImage(TestImage):
     """A test image of the file `path`, which is read whenever `image` is asked for."""

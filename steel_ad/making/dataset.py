@@ -472,7 +472,7 @@ def _hold_out(data: str, dataset: datasets.Dataset, count: int, seed: int) -> tu
             for name, image in named
         }
 
-    test = unique((f"test/{t.name}", t.image) for t in dataset.test if t.kind == "good")
+    test = unique((f"test/{t.name}", t.image) for t in dataset.test if not t.defective)
     train = unique(zip((row["path"] for row in dataset.manifest), dataset.train, strict=True))
     rng = np.random.default_rng([seed, 0x7E57])
     pool = [list(group)[i] for group in (test, train) for i in rng.permutation(len(group))]

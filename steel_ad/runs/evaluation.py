@@ -193,9 +193,8 @@ def thresholds(good: Maps, percentile: float) -> Thresholds:
 
 def measure(maps: Maps, test: Sequence[TestImage], limits: Thresholds) -> dict[str, Any]:
     """All metrics of SPEC section 6 of one detector's maps of the test images; NaN where one is not defined."""
-    return metrics.evaluate(
-        maps.raw, maps.opened, [t.mask for t in test], threshold=limits.pixel, image_threshold=limits.image
-    )
+    masks, labels = [t.mask for t in test], [t.defective for t in test]
+    return metrics.evaluate(maps.raw, maps.opened, masks, labels, threshold=limits.pixel, image_threshold=limits.image)
 
 
 def score_rows(
@@ -208,7 +207,7 @@ def score_rows(
     scores = {name: m.scores for name, m in maps.items()}
     rows = []
     for i, t in enumerate(test):
-        row: dict[str, Any] = {"image": t.name, "kind": t.kind, "defective": int(t.mask.any() or t.kind != "good")}
+        row: dict[str, Any] = {"image": t.name, "kind": t.kind, "defective": int(t.defective)}
         for name in maps:
             row[f"score_{name}"] = float(scores[name][i])
             row[f"defect_{name}"] = int(np.float64(scores[name][i]) > limits[name].pixel)

@@ -320,7 +320,7 @@ def _evaluate(
     elapsed = time.perf_counter() - start
     megapixels = sum(h * w for h, w in stored.shapes(images)) / 1e6
     scores, good_scores = classifier_scores(config, stages, [images, line.validation])
-    labels = np.array([t.kind != "good" for t in test], bool)
+    labels = np.array([t.defective for t in test], bool)
     classification = {}
     if test:
         classification = metrics.image_metrics(scores, labels, 0.5)
