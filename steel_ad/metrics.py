@@ -277,7 +277,7 @@ def false_regions(masks: Images, predicted: Images) -> float:
 
 
 def evaluate(
-    raw: Images, opened: Images, masks: Images, labels: Sequence[bool], *, threshold: float, image_threshold: float
+    raw: Images, opened: Images, masks: Images, labels: np.ndarray, *, threshold: float, image_threshold: float
 ) -> dict[str, Any]:
     """Every metric of a detector that gives a map.
 

@@ -193,7 +193,7 @@ def thresholds(good: Maps, percentile: float) -> Thresholds:
 
 def measure(maps: Maps, test: Sequence[TestImage], limits: Thresholds) -> dict[str, Any]:
     """All metrics of SPEC section 6 of one detector's maps of the test images; NaN where one is not defined."""
-    masks, labels = [t.mask for t in test], [t.defective for t in test]
+    masks, labels = [t.mask for t in test], np.array([t.defective for t in test], bool)
     return metrics.evaluate(maps.raw, maps.opened, masks, labels, threshold=limits.pixel, image_threshold=limits.image)
 
 
