@@ -41,7 +41,7 @@ def main() -> None:
     from steel_ad.errors import InputError
     from steel_ad.report import tables
     from steel_ad.research import detectability
-    from steel_ad.runs import trained
+    from steel_ad.runs.run import Run
 
     try:
         contrasts = tuple(float(c) for c in _CONTRASTS.value)
@@ -69,7 +69,7 @@ def main() -> None:
     found = detectability.run(
         config,
         how,
-        trained.load(Path(model), how.map),
+        Run.open(Path(model)).detector(how.map),
         calibrate_on=calibrate_on,
         defects_from=_DEFECTS.value,
         out=Path(out),

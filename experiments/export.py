@@ -25,12 +25,12 @@ _THRESHOLD = flags.DEFINE_float(
 
 def main() -> None:
     from steel_ad.runs import export
+    from steel_ad.runs.run import Run
 
     model, out = (Path(cli.required(holder)) for holder in (_MODEL, _OUT))
     record = export.run(
-        model,
+        Run.open(model).detector(_MAP.value),
         out,
-        map_name=_MAP.value,
         platforms=tuple(_PLATFORMS.value),
         height=_HEIGHT.value,
         width=_WIDTH.value,

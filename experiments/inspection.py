@@ -55,7 +55,7 @@ def main() -> int:
     from steel_ad.errors import InputError
     from steel_ad.inspection import good_tiles
     from steel_ad.inspection import session as inspection
-    from steel_ad.runs import trained
+    from steel_ad.runs.run import Run
 
     try:
         confidence = None if _CONFIDENCE.value == "average" else float(_CONFIDENCE.value)
@@ -80,7 +80,7 @@ def main() -> int:
     model, source, out = (cli.required(holder) for holder in (_MODEL, _SOURCE, _OUT))
     found = inspection.run(
         config,
-        trained.load(Path(model), config.map),
+        Run.open(Path(model)).detector(config.map),
         source=source,
         calibrate_on=_CALIBRATION.value,
         out=Path(out),

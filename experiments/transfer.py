@@ -32,11 +32,11 @@ _EVALUATE_ONLY = flags.DEFINE_bool(
 def main() -> None:
     from steel_ad import config as configs
     from steel_ad.report import tables
-    from steel_ad.runs import segmentation
+    from steel_ad.runs import transfer
 
     config = cli.settings(_CONFIG, configs.Segmentation)
     workdir = Path(cli.required(_WORKDIR))
-    result = segmentation.transfer(
+    result = transfer.run(
         config,
         source=_SOURCE.value,
         target=_TARGET.value,

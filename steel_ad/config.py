@@ -20,6 +20,7 @@ class Autoencoder:
 
     seed: int = 0
     # Model and patches.
+    model: str = "bergmann"  # a name in steel_ad.models.AUTOENCODERS, or module:Class
     patch_size: int = 128  # pixels, a multiple of 16
     latent: int = 100  # z
     dtype: str = "float32"  # of the arithmetic: "float32" or "bfloat16"; parameters are float32
@@ -108,7 +109,7 @@ class Segmentation:
 
     seed: int = 0
     # Model.
-    model: str = "unet"  # or "compact_cnn"
+    model: str = "unet"  # a name in steel_ad.models.SEGMENTERS, or module:Class
     width: int = 64  # of the U-Net's first block
     upsampling: str = "learned"  # of the U-Net: or "nearest"
     dtype: str = "float32"  # of the arithmetic: "float32" or "bfloat16"; parameters are float32
@@ -155,7 +156,6 @@ class Segmentation:
     checkpoint_every: int = 100
 
     def __post_init__(self):
-        _choice(self, "model", "unet", "compact_cnn")
         _choice(self, "upsampling", "learned", "nearest")
         _choice(self, "dtype", "float32", "bfloat16")
         _choice(self, "data_path", "auto", "device", "grain")
@@ -237,9 +237,8 @@ class Spectrum:
     radius: int = 4  # pixels, of the opening's disk
 
     def __post_init__(self):
-        names = ("phase_only", "whitening", "lattice")
-        if not self.maps or set(self.maps) - set(names) or len(set(self.maps)) < len(self.maps):
-            raise InputError(f"--config.maps={','.join(self.maps)} must name some of {', '.join(names)}, each once")
+        if not self.maps or len(set(self.maps)) < len(self.maps):
+            raise InputError(f"--config.maps={','.join(self.maps)} must name at least one detector, each once")
         _least(self, 0, "seed", "radius", "detail")
         _least(self, 1, "images", "smoothing_px")
         if self.smoothing_px % 2 == 0:

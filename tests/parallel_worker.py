@@ -18,7 +18,7 @@ from steel_ad import cli, files, losses, metrics, parallel
 from steel_ad.config import Autoencoder, Segmentation
 from steel_ad.data import defects, patches
 from steel_ad.data.datasets import TestImage
-from steel_ad.detectors import autoencoder, segmentation
+from steel_ad.detectors import Detector, autoencoder, opened, segmentation
 from steel_ad.models import blocks, initial, unet
 from steel_ad.ops import convolution
 from steel_ad.runs import evaluation, runs
@@ -154,8 +154,13 @@ def parts() -> np.ndarray:
     return np.arange(2 * 8 * 3, dtype=np.uint8).reshape(2, 8, 3)
 
 
-class Small:
+class Small(Detector):
     """The small autoencoder as a detector of what it cannot reconstruct."""
+
+    name = "small"
+
+    def fit(self, images):
+        return small_state().params
 
     def residual(self, params, image):
         y = jax.nn.leaky_relu(
@@ -174,10 +179,9 @@ def measured(mesh) -> dict[str, float]:
         mask[8 * i : 8 * i + 8, 20:28] = i % 2
         shown = np.where(mask, image // 2 + 60, image).astype(np.uint8)
         test.append(TestImage(name=f"{i}", kind="bad" if i % 2 else "good", image=shown, mask=mask))
-    mapper = evaluation.Mapper({"small": Small()}, radius=1)
-    states = {"small": state.params}
-    limits = mapper.thresholds(states, good, 90, label="calibrate")["small"]
-    maps = mapper(states, [t.image for t in test], label="test")["small"]
+    mapper = evaluation.Mapper(Small(), radius=1)
+    limits = mapper.thresholds(state.params, good, 90, label="calibrate")[0]["small"]
+    maps = mapper(state.params, [t.image for t in test], label="test")[0]["small"]
     return {**evaluation.measure(maps, test, limits), **dataclasses.asdict(limits)}
 
 
@@ -185,7 +189,9 @@ def observe(mesh) -> tuple[dict, TrainState]:
     """What must not depend on the number of devices, and a state to save."""
     state = train_small(small_state(), 1, mesh=mesh)
     images = [np.full((20 + i % 2, 24), 10 * i, np.uint8) for i in range(7)]
-    means = evaluation.Program(lambda offset, image: image.mean() + offset)(jnp.float32(1), images, label="means")
+    means = opened.Program(lambda offset, pixels: opened.scaled(pixels).mean() + offset)(
+        jnp.float32(1), images, label="means"
+    )
     mine = parallel.spread_parts(parts()[:, parallel.part(8, mesh)], mesh)
     found = {
         "gradient": state.opt_state[0].mu,

@@ -23,7 +23,8 @@ from steel_ad.detectors import autoencoder
 from steel_ad.errors import InputError
 from steel_ad.report import figures
 from steel_ad.runs import autoencoder as study
-from steel_ad.runs import evaluation, runs, trained
+from steel_ad.runs import evaluation, runs
+from steel_ad.runs.run import Run
 from steel_ad.train.checkpoint import Checkpoints
 from steel_ad.train.state import create
 
@@ -126,17 +127,17 @@ def test_a_finished_run_says_so_and_stays(finished, data):
 
 def test_a_finished_run_is_restored_as_a_detector(finished):
     workdir, _ = finished
-    model = trained.load(workdir)
+    model = Run.open(workdir).detector()
     manifest = json.loads((workdir / "manifest.json").read_text())
     assert model.trained_on == {r["sha256"] for r in manifest if r["use"] == "train"}
     assert model.threshold == json.loads((workdir / "metrics.json").read_text())["thresholds"]["ssim"]["pixel"]
-    assert trained.load(workdir, "l2").sha256 != model.sha256 == trained.load(workdir, "ssim").sha256
+    assert Run.open(workdir).detector("l2").sha256 != model.sha256 == Run.open(workdir).detector("ssim").sha256
     config = tiny()
     like = autoencoder.initial_state(config, jax.random.key(1))
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         kept, _ = checkpoints.restore(like)
     jax.tree.map(np.testing.assert_array_equal, model.state, kept.params)
-    assert (model.radius, model.least_px, model.detector.map) == (config.radius, config.patch_size, "ssim")
+    assert (model.radius, model.least_px, model.detector.name) == (config.radius, config.patch_size, "ssim")
 
 
 def tiny(**settings):
@@ -149,12 +150,12 @@ def test_trained_parameters_are_those_of_the_newest_checkpoint(tmp_path, monkeyp
     small = create({"w": jnp.zeros(3)}, optax.sgd(0.1))  # the network takes its time to compile
     monkeypatch.setattr(autoencoder, "initial_state", lambda *_: small)
     with pytest.raises(InputError, match="there is no checkpoint in"):
-        study.trained(tiny(), tmp_path)
+        autoencoder.AutoencoderDetector(tiny()).restore(tmp_path)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         for step in (2, 4):
             state = small.replace(step=jnp.int32(step), params={"w": jnp.full(3, 0.5 * step)})
             checkpoints.save(step, state, {"seconds": 0.0})
-    np.testing.assert_array_equal(study.trained(tiny(), tmp_path)["w"], [2, 2, 2])
+    np.testing.assert_array_equal(autoencoder.AutoencoderDetector(tiny()).restore(tmp_path)["w"], [2, 2, 2])
 
 
 @pytest.mark.usefixtures("without_pictures")
@@ -177,9 +178,9 @@ def test_the_threshold_is_the_percentile_of_good_residuals(finished, data):
     manifest = json.loads((workdir / "manifest.json").read_text())
     (held_out,) = [r["path"] for r in manifest if r["use"] == "validation"]
     image = cv2.imread(str(data / held_out), cv2.IMREAD_GRAYSCALE)
-    residual = autoencoder.AutoencoderDetector(config, "l2").residual(params, image.astype(np.float32) / 255)
-    mapper = evaluation.Mapper({"l2": autoencoder.AutoencoderDetector(config, "l2")}, config.radius)
-    maps = mapper({"l2": params}, [image], label="maps")["l2"]
+    residual = autoencoder.AutoencoderDetector(config).only("l2").residual(params, image.astype(np.float32) / 255)
+    mapper = evaluation.Mapper(autoencoder.AutoencoderDetector(config).only("l2"), config.radius)
+    maps = mapper(params, [image], label="maps")[0]["l2"]
     np.testing.assert_allclose(maps.raw[0], residual, atol=1e-5)
     found = evaluation.thresholds(maps, 98)
     assert found.pixel == pytest.approx(np.percentile(np.float64(maps.raw[0]), 98))
@@ -188,18 +189,21 @@ def test_the_threshold_is_the_percentile_of_good_residuals(finished, data):
     assert said == pytest.approx({"pixel": found.pixel, "image": found.image}, rel=1e-4)
 
 
-def test_maps_of_one_network_share_its_work(data):
-    """Both maps in one program reconstruct once: as many convolutions as for one map."""
+def test_an_evaluation_reconstructs_an_image_once():
+    """The compiled program of both maps, openings and scores has as many convolutions as one reconstruction."""
     config = tiny()
+    detector = autoencoder.AutoencoderDetector(config)
     params = autoencoder.initial_state(config, jax.random.key(0)).params
 
-    def convolutions(*names):
-        detectors = [autoencoder.AutoencoderDetector(config, n) for n in names]
-        program = jax.jit(lambda p, x: [d.residual(p, x) for d in detectors])
-        text = program.lower(params, np.zeros((64, 64), np.float32)).compile().as_text()
-        return text.count(" convolution(")
+    def convolutions(function, state, image):
+        return jax.jit(function).lower(state, image).compile().as_text().count(" convolution(")
 
-    assert convolutions("ssim", "l2") == convolutions("ssim") > 0
+    image = np.zeros((64, 64), np.float32)
+    once = convolutions(lambda p, x: autoencoder.reconstruct(config, p, x), params, image)
+    program = evaluation.Mapper(detector, config.radius)._program
+    text = program.lower(params, np.zeros((1, 64, 64), np.uint8)).compile().as_text()
+    assert len(config.maps) == 2
+    assert text.count(" convolution(") == once > 0
 
 
 def run_until(step, config, data, workdir):
@@ -228,8 +232,13 @@ def test_evaluating_half_a_run_does_not_finish_it(data, tmp_path):
     whole = study.run(config, data=str(data), workdir=tmp_path / "w")
     assert (whole["steps"], whole["finished"]) == (8, True)
     assert (tmp_path / "w" / "figures" / "training.png").exists()
+    before = Run.open(tmp_path / "w").detector()
     other = study.run(tiny(percentile=50.0), data=str(data), workdir=tmp_path / "w")  # as good as --evaluate_only
     assert other["percentile"] == 50
+    assert len(list((tmp_path / "w" / "evaluations").glob("*/metrics.json"))) == 1
+    # What an inspection uses is the run's own evaluation still.
+    after = Run.open(tmp_path / "w").detector()
+    assert (after.threshold, after.sha256) == (before.threshold, before.sha256)
     assert study.run(config, data=str(data), workdir=tmp_path / "w")["percentile"] == 98
 
 
@@ -243,11 +252,11 @@ def test_large_and_mixed_images(data, tmp_path):
         patch.setattr(autoencoder, "_TILES_ON_CPU", 10**6)
         at_once = jax.jit(lambda p, x: autoencoder.reconstruct(config, p, x))(params, image)
         np.testing.assert_allclose(at_once, whole, atol=1e-6)
-    mapper = evaluation.Mapper({"l2": autoencoder.AutoencoderDetector(config, "l2")}, 2)
+    mapper = evaluation.Mapper(autoencoder.AutoencoderDetector(config).only("l2"), 2)
     images = [np.uint8(255 * image), np.uint8(255 * image[:40, :50]), np.uint8(255 * image[:40, :50])[::-1]]
-    maps = mapper({"l2": params}, images, label="maps")["l2"]
+    maps = mapper(params, images, label="maps")[0]["l2"]
     assert [m.shape for m in maps.raw] == [m.shape for m in maps.opened] == [i.shape for i in images]
-    residual = jax.jit(autoencoder.AutoencoderDetector(config, "l2").residual)
+    residual = jax.jit(autoencoder.AutoencoderDetector(config).only("l2").residual)
     for m, i in zip(maps.raw, images, strict=True):
         expected = residual(params, i.astype(np.float32) / 255)
         np.testing.assert_allclose(m, expected, atol=1e-5)
@@ -463,14 +472,31 @@ def test_a_damaged_record_of_the_steps_is_named(tmp_path, content):
 
 @pytest.mark.parametrize("content", ["[]", '{"finished": 1, "config": []}', '{"finished": 1, "config": 3}', '"x"'])
 def test_a_damaged_end_of_a_run_is_named(tmp_path, content):
-    files.write_json(tmp_path / "config.json", {"a": 1})
+    def begin():
+        return Run.begin(tmp_path, "autoencoder", tiny(), {"data": "d"}, evaluate_only=False)
+
+    this = begin()
+    this.claim()
     (tmp_path / "metrics.json").write_text(content)
     with pytest.raises(InputError, match=r"metrics\.json (is damaged|cannot be read)"):
-        runs.begin(tmp_path, {"a": 1}, evaluate_only=False, reading=())
+        begin().finished()
     for maps in ({"maps": {"l2": 3}}, {"maps": [1]}, {}):
-        files.write_json(tmp_path / "metrics.json", {"finished": True, "config": {"a": 1}, **maps})
+        files.write_json(tmp_path / "metrics.json", {"finished": True, "config": this.settings, **maps})
         with pytest.raises(InputError, match=r"metrics\.json is damaged"):
-            runs.begin(tmp_path, {"a": 1}, evaluate_only=False, reading=())
+            begin().finished()
+
+
+def test_a_record_without_a_new_setting_is_the_run_with_its_default(tmp_path):
+    """Records written before a setting, or the name of the experiment, existed."""
+    settings = configs.to_dict(tiny())
+    for name in ("model", "resident_mb"):
+        del settings[name]
+    files.write_json(tmp_path / "config.json", {**settings, "data": "d"})
+    this = Run.begin(tmp_path, "autoencoder", tiny(), {"data": "d"}, evaluate_only=False)
+    assert this.settings["model"] == "bergmann"
+    assert Run.open(tmp_path).config == tiny()
+    with pytest.raises(InputError, match=r"differs in resident_mb \(7 here, 1024 there\)"):
+        Run.begin(tmp_path, "autoencoder", tiny(resident_mb=7), {"data": "d"}, evaluate_only=False)
 
 
 def test_an_error_is_one_line_whatever_names_are_in_it():

@@ -14,7 +14,7 @@ from steel_ad import config as configs
 from steel_ad import files, metrics
 from steel_ad.data import datasets, patches
 from steel_ad.data import plates as drawn
-from steel_ad.detectors import autoencoder, phase_only, segmentation
+from steel_ad.detectors import Detector, autoencoder, phase_only, segmentation
 from steel_ad.errors import InputError
 from steel_ad.models import compact_cnn, initial, unet
 from steel_ad.ops import sliding
@@ -186,11 +186,12 @@ def test_maps_and_probabilities_of_images_whose_sides_are_no_multiples(supervise
     padded = jnp.asarray(np.pad(image, ((0, 11), (0, 14)), mode="reflect"))[None, :, :, None]
     network = segmentation.network(config)
     features, logits = jax.jit(network.apply)(frozen, padded)
-    found = jax.jit(segmentation.SegmentationDetector(config).residual)(frozen, image)
+    found = jax.jit(segmentation.SegmentationDetector(config).residual)({"segmenter": frozen}, image)
     assert found.shape == (37, 50)
     np.testing.assert_allclose(found, jax.nn.sigmoid(logits)[0, :37, :50, 0], atol=1e-6)
     logit = jax.jit(compact_cnn.Classifier().apply)(classifier, features, jax.nn.sigmoid(logits))
-    probability = jax.jit(lambda *stages: segmentation.classify(config, stages, image))(frozen, classifier)
+    stages = {"segmenter": frozen, "classifier": classifier}
+    probability = jax.jit(segmentation.SegmentationDetector(config).probability)(stages, image)
     np.testing.assert_allclose(probability, jax.nn.sigmoid(logit)[0], atol=1e-6)
 
 
@@ -199,7 +200,7 @@ def test_a_map_of_a_quarter_of_the_size_is_enlarged():
     frozen = segmentation.variables(segmentation.initial_segmentation(config, 4))
     image = jax.random.uniform(ROOT, (32, 48))
     _, logits = jax.jit(segmentation.network(config).apply)(frozen, image[None, :, :, None])
-    found = jax.jit(segmentation.SegmentationDetector(config).residual)(frozen, image)
+    found = jax.jit(segmentation.SegmentationDetector(config).residual)({"segmenter": frozen}, image)
     want = jax.image.resize(jax.nn.sigmoid(logits)[0, :, :, 0], (32, 48), "bilinear")
     np.testing.assert_allclose(found, want, atol=1e-6)
 
@@ -218,26 +219,27 @@ def test_reconstructions_are_those_of_windows_averaged_and_compared():
     found = jax.jit(lambda image: autoencoder.reconstruct(config, params, image))(image)
     np.testing.assert_allclose(found, total / count, atol=1e-6)
     for name in ("l2", "ssim"):
-        detector = autoencoder.AutoencoderDetector(config, name)
-        want = detector.compare(found, image)
+        detector = autoencoder.AutoencoderDetector(config).only(name)
+        want = detector.compare(found, image)[name]
         np.testing.assert_allclose(jax.jit(detector.residual)(params, image), want, atol=1e-5)
         assert want.shape == image.shape
     np.testing.assert_allclose(
-        autoencoder.AutoencoderDetector(config, "l2").compare(found, image), np.abs(found - image)
+        autoencoder.AutoencoderDetector(config).only("l2").compare(found, image)["l2"], np.abs(found - image)
     )
 
 
 @pytest.mark.slow
 def test_fitting_trains_with_the_settings_seed(plates):
     config = autoencoder_settings(steps=2, checkpoint_every=2)
-    found = autoencoder.AutoencoderDetector(config).fit(jax.device_get(plates))
+    images = list(np.random.default_rng(0).integers(0, 256, (3, 40, 48), np.uint8))
+    found = autoencoder.AutoencoderDetector(config).fit(images)
     jax.tree.map(np.testing.assert_array_equal, found, autoencoder.train(config, jax.device_get(plates)).params)
     before = autoencoder.initial_state(config, jax.random.key(config.seed)).params
     assert all(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (found, before)), strict=True))
 
 
-def test_phase_only_has_nothing_to_fit(plates):
-    assert phase_only.PhaseOnlyDetector().fit(plates) == ()
+def test_phase_only_has_nothing_to_fit():
+    assert phase_only.PhaseOnlyDetector().fit([np.zeros((16, 16), np.uint8)]) == {}
 
 
 def test_rows_of_scores_tell_what_each_image_is_and_what_each_map_says_of_it():
@@ -268,18 +270,26 @@ def test_rows_of_scores_tell_what_each_image_is_and_what_each_map_says_of_it():
     assert found["pixel_auroc"] == 1.0
 
 
-class Brightness:
-    """A detector whose map is the image, brighter by its state."""
+class Brightness(Detector):
+    """Two maps, the image and the image brighter by its state."""
+
+    name = "a"
+
+    def fit(self, images):
+        return {"factor": np.float32(2)}
 
     def residual(self, state, image):
-        return image * state
+        return image
+
+    def maps(self, state, image):
+        return {"a": image, "b": image * state["factor"]}
 
 
 def test_maps_and_their_openings_come_in_the_order_of_images_of_any_shape():
     rng, cross = np.random.default_rng(5), ndimage.generate_binary_structure(2, 1)
     images = [np.pad(rng.integers(0, 256, shape, np.uint8), 2) for shape in ((6, 9), (8, 5), (6, 9), (6, 9))]
-    mapper = evaluation.Mapper({"a": Brightness(), "b": Brightness()}, 1)
-    found = mapper({"a": np.float32(1), "b": np.float32(2)}, images, label="maps")
+    found, probabilities = evaluation.Mapper(Brightness(), 1)(Brightness().fit(images), images, label="maps")
+    assert probabilities is None
     for name, factor in (("a", 1 / 255), ("b", 2 / 255)):
         for raw, opened, image in zip(found[name].raw, found[name].opened, images, strict=True):
             np.testing.assert_allclose(raw, factor * image, rtol=1e-6)

@@ -19,11 +19,12 @@ from configs.segmentation import PRESETS as SEGMENTATIONS
 from steel_ad import config as configs
 from steel_ad import files
 from steel_ad.data import plates
+from steel_ad.detectors import Detector, Fitted
 from steel_ad.detectors import autoencoder as detectors
 from steel_ad.detectors import segmentation as networks
 from steel_ad.errors import InputError
-from steel_ad.runs import export, trained
-from steel_ad.runs.trained import Trained
+from steel_ad.runs import export
+from steel_ad.runs.run import Run, completed
 from steel_ad.train.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parent.parent
@@ -67,7 +68,9 @@ def random_state(make):
 def keep(workdir, settings, thresholds, **states):
     files.write_json(workdir / "config.json", settings)
     files.write_json(workdir / "manifest.json", [])
-    files.write_json(workdir / "metrics.json", {"thresholds": {k: {"pixel": v} for k, v in thresholds.items()}})
+    limits = {k: {"pixel": v} for k, v in thresholds.items()}
+    config = completed("segmentation" if "defects" in settings else "autoencoder", settings)
+    files.write_json(workdir / "metrics.json", {"config": config, "maps": {}, "thresholds": limits})
     for folder, state in states.items():
         with Checkpoints(workdir / folder) as checkpoints:
             checkpoints.save(1, state, {"seconds": 0.0, "settings": settings})
@@ -78,11 +81,13 @@ def exported(models, tmp_path_factory):
     """Exported files by name, the U-Net's by the binary."""
     root = tmp_path_factory.mktemp("files")
     found = {name: root / f"{name}.stablehlo" for name in ("autoencoder", "unet", "compact_cnn")}
-    export.run(models / "autoencoder", found["autoencoder"], map_name="ssim", height=48, width=40)
+    export.run(Run.open(models / "autoencoder").detector("ssim"), found["autoencoder"], height=48, width=40)
     with pytest.MonkeyPatch.context() as patch:
         # Compiling its large kernels takes long, and agreement is tested with the others.
         patch.setattr(export, "check", lambda *_: 0.0)
-        export.run(models / "compact_cnn", found["compact_cnn"], height=33, width=40, threshold=0.25)
+        export.run(
+            Run.open(models / "compact_cnn").detector(), found["compact_cnn"], height=33, width=40, threshold=0.25
+        )
     cache = f"--compilation_cache={os.environ['STEEL_AD_TEST_CACHE']}"
     line = [sys.executable, "-m", "experiments.export", cache, f"--model={models / 'unet'}", f"--out={found['unet']}"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
@@ -124,7 +129,7 @@ except ImportError:
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("without steel_ad\n")
     found = np.load(tmp_path / "found.npz")
-    detector = trained.load(models / "unet")
+    detector = Run.open(models / "unet").detector()
     expected = opened(detector, image)
     np.testing.assert_allclose(found["map"][0], expected, atol=1e-4)
     np.testing.assert_allclose(found["score"][0], expected.max(), atol=1e-4)
@@ -164,22 +169,23 @@ def test_products_are_full_float32_on_every_platform(exported):
         assert all("HIGHEST" in line for line in products)
 
 
-class Brightness:
+class Brightness(Detector):
     """A detector whose map is the image."""
+
+    name = "brightness"
+    least_px = 32
+
+    def fit(self, images):
+        return {}
 
     def residual(self, state, image):
         return image
 
 
-@pytest.fixture
-def plain(monkeypatch):
-    """In place of a network, where none is tested."""
-    detector = Trained(Brightness(), {}, 1, 32, 0.5, {}, "", frozenset())
-    monkeypatch.setattr(trained, "load", lambda workdir, map_name: detector)
-    return detector
+# In place of a network, where none is tested.
+PLAIN = Fitted(Brightness(), {}, 1, 0.5, "", {}, frozenset())
 
 
-@pytest.mark.usefixtures("plain")
 def test_no_file_is_written_that_does_not_agree(tmp_path, monkeypatch):
     whole = export._program
 
@@ -190,7 +196,7 @@ def test_no_file_is_written_that_does_not_agree(tmp_path, monkeypatch):
         return program
 
     def run():
-        return export.run(tmp_path, tmp_path / "a.stablehlo", height=40, width=300)
+        return export.run(PLAIN, tmp_path / "a.stablehlo", height=40, width=300)
 
     for key, change in (("map", lambda v: v + 2e-4), ("score", lambda v: v - 2e-4), ("map", lambda v: v * jnp.nan)):
         monkeypatch.setattr(export, "_program", changed(key, change))
@@ -205,7 +211,6 @@ def test_no_file_is_written_that_does_not_agree(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.stablehlo"]
 
 
-@pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -219,22 +224,22 @@ def test_what_is_wrong_is_said(tmp_path, arguments, message):
     arguments = dict(arguments)
     out = tmp_path / arguments.pop("out", "a.stablehlo")
     with pytest.raises(InputError, match=message):
-        export.run(tmp_path, out, **arguments)
+        export.run(PLAIN, out, **arguments)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_pixel_at_the_threshold_is_no_defect(plain):
+def test_a_pixel_at_the_threshold_is_no_defect():
     image = jnp.full((8, 8), 51, jnp.uint8)
-    level = float(export._program(plain, None, 0.5)(image)["map"].max())
+    level = float(export._program(PLAIN, 0.5)(image)["map"].max())
     for threshold, above in ((level, False), (level - 1e-12, True), (level + 1e-12, False)):
-        assert bool(export._program(plain, None, threshold)(image)["mask"].any()) is above
+        assert bool(export._program(PLAIN, threshold)(image)["mask"].any()) is above
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "unet", "compact_cnn"])
 def test_an_onnx_file_agrees_with_the_model(models, plates_64, tmp_path, name):
     pytest.importorskip("jax2onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
-    record = export.run(models / name, tmp_path / "a.onnx", height=48, width=64)
+    record = export.run(Run.open(models / name).detector(), tmp_path / "a.onnx", height=48, width=64)
     assert record["input"]["shape"] == [1, 48, 64]
     assert record["largest_difference"] < 1e-5
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
@@ -249,5 +254,5 @@ def test_an_onnx_file_agrees_with_the_model(models, plates_64, tmp_path, name):
 def test_onnx_without_its_converter_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'steel_ad\[onnx\]'"):
-        export.run(tmp_path / "none", tmp_path / "a.onnx")
+        export.run(PLAIN, tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())

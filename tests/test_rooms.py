@@ -35,6 +35,7 @@ ROOMS = [
     ["steel_ad.cli"],
     ["steel_ad.versions"],
     ["steel_ad.native"],
+    ["steel_ad.named"],
     ["steel_ad.progress"],
     ["steel_ad.files"],
     ["steel_ad.parallel"],
@@ -100,7 +101,7 @@ def step_program():
 
 def residual_program(kind):
     params = autoencoder.initial_state(TINY, jax.random.key(0)).params
-    detector = AutoencoderDetector(TINY, kind)
+    detector = AutoencoderDetector(TINY).only(kind)
     return jax.jit(jax.vmap(detector.residual, in_axes=(None, 0))), (params, jnp.zeros((2, 48, 40)))
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import functools
 import json
 import os
 import subprocess
@@ -24,6 +23,8 @@ from steel_ad.detectors.segmentation import Samples
 from steel_ad.errors import InputError
 from steel_ad.report import figures
 from steel_ad.runs import segmentation as study
+from steel_ad.runs import transfer
+from steel_ad.runs.run import Run
 from steel_ad.train.checkpoint import Checkpoints
 from steel_ad.train.state import create
 from steel_ad.train.step import make_step
@@ -170,11 +171,11 @@ def test_the_new_line_is_mixed_in_as_good(good, library):
 def test_a_detector_learns_from_good_images_and_a_library(good, library):
     config = tiny()
     with pytest.raises(ValueError, match="needs a library"):
-        segmentation.SegmentationDetector(config).fit(patches.stack(good))
+        segmentation.SegmentationDetector(config).fit(good)
     detector = segmentation.SegmentationDetector(config, library)
-    learnt = detector.fit(patches.stack(good))
+    learnt = detector.fit(good)
     untrained = segmentation.variables(segmentation.initial_segmentation(config, 4))
-    assert jax.tree.structure(learnt) == jax.tree.structure(untrained)
+    assert jax.tree.structure(learnt) == jax.tree.structure({"segmenter": untrained})
     moved = [bool((a != b).any()) for a, b in zip(jax.tree.leaves(learnt), jax.tree.leaves(untrained), strict=True)]
     assert sum(moved) > len(moved) / 2
     assert detector.residual(learnt, jnp.zeros((20, 24))).shape == (20, 24)
@@ -216,9 +217,9 @@ def test_stages_never_compile_twice_and_classify(good, library, model):
 
     detector = segmentation.SegmentationDetector(config)
     image = jnp.asarray(good[0][:50, :37]).astype(jnp.float32) / 255
-    assert jax.jit(detector.residual)(frozen, image).shape == (50, 37)
-    classify = jax.jit(functools.partial(segmentation.classify, config))
-    probability = classify((frozen, segmentation.variables(second)), image)
+    state = {"segmenter": frozen, "classifier": segmentation.variables(second)}
+    assert jax.jit(detector.residual)(state, image).shape == (50, 37)
+    probability = jax.jit(detector.probability)(state, image)
     assert probability.shape == ()
     assert 0 < float(probability) < 1
 
@@ -383,14 +384,11 @@ def test_stage_1_is_what_it_was_after_stage_2(data, tmp_path):
         with pytest.raises(Stopped):
             study.run(tiny(), **given)
     before = contents(tmp_path / "w" / "checkpoints")
-    evaluated = []
-    with pytest.MonkeyPatch.context() as patch:
-        scores = study.classifier_scores
-        patch.setattr(study, "classifier_scores", lambda c, stages, g: evaluated.append(stages) or scores(c, stages, g))
-        assert study.run(tiny(), **given)["finished"]
+    assert study.run(tiny(), **given)["finished"]
     assert contents(tmp_path / "w" / "checkpoints") == before
     stage_1 = last(tmp_path / "w" / "checkpoints", segmentation.initial_segmentation(tiny(), 4))
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(evaluated[0][0]), segmentation.variables(stage_1))
+    state = Run.open(tmp_path / "w").detector().state
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state["segmenter"]), segmentation.variables(stage_1))
 
 
 @pytest.mark.slow
@@ -409,7 +407,7 @@ def test_interrupted_transfer_ends_as_an_undisturbed_one_and_adapts_to_the_targe
             return train(objective, rule, samples, *arguments, stage=stage, **rest)
 
         patch.setattr(segmentation, "train", seen)
-        whole = study.transfer(tiny(), **given, workdir=tmp_path / "a")
+        whole = transfer.run(tiny(), **given, workdir=tmp_path / "a")
     assert mixed["pretrain"] is None
     assert mixed["classifier_before"] is None
     for stage in ("adapt", "classifier_after"):
@@ -419,8 +417,8 @@ def test_interrupted_transfer_ends_as_an_undisturbed_one_and_adapts_to_the_targe
         with pytest.MonkeyPatch.context() as patch:
             stopped_after(patch, folder, 2)
             with pytest.raises(Stopped):
-                study.transfer(tiny(), **given, workdir=tmp_path / "b")
-    again = study.transfer(tiny(), **given, workdir=tmp_path / "b")
+                transfer.run(tiny(), **given, workdir=tmp_path / "b")
+    again = transfer.run(tiny(), **given, workdir=tmp_path / "b")
     for when in ("before", "after"):
         assert again[when]["source"]["maps"] == whole[when]["source"]["maps"]
         assert again[when]["target"]["maps"] == {}
@@ -444,12 +442,12 @@ def no_training(good, monkeypatch):
     }
     short, seen = set(), {}
 
-    def stage_1(config, samples, workdir, settings, stage="train", *, start=None, evaluate_only):
+    def stage_1(this, config, samples, stage="train", *, start=None, evaluate_only):
         seen[stage] = samples, start
         state = create({"w": jnp.full(2, float(len(seen)))}, segmentation.optimizer(config, 4))
         return state.replace(step=np.int32(4 - (stage in short))), seconds[stage]
 
-    def stage_2(config, samples, stage_1, workdir, settings, stage="classifier", *, evaluate_only):
+    def stage_2(this, config, samples, stage_1, stage="classifier", *, evaluate_only):
         seen[stage] = samples, stage_1
         return stage, seconds[stage], stage not in short
 
@@ -458,10 +456,10 @@ def no_training(good, monkeypatch):
         files.write_json(workdir / "metrics.json", found)
         return found
 
-    monkeypatch.setattr(study, "_stage_1", stage_1)
-    monkeypatch.setattr(study, "_stage_2", stage_2)
-    monkeypatch.setattr(study, "_evaluate", evaluate)
-    monkeypatch.setattr(study, "_samples", lambda config, line, *_: (Samples(study._plates(line.training)), ["d"]))
+    monkeypatch.setattr(study, "stage_1", stage_1)
+    monkeypatch.setattr(study, "stage_2", stage_2)
+    monkeypatch.setattr(study, "evaluate", evaluate)
+    monkeypatch.setattr(study, "samples_of", lambda config, line, *_: (Samples(study.plates(line.training)), ["d"]))
     return {"load": lambda data, **_: dataclasses.replace(line, name=data)}, short, seen
 
 
@@ -473,7 +471,7 @@ def test_a_run_is_finished_with_both_its_stages(no_training, tmp_path, unfinishe
     record = study.run(tiny(), **given)
     assert (record["finished"], record["train_seconds"], record["experiment"]) == (not unfinished, 301, "segmentation")
     assert record["config"] == {**configs.to_dict(tiny()), "data": "a/b", "defects": "labelled"}
-    assert files.read_json(tmp_path / "config.json") == record["config"]
+    assert files.read_json(tmp_path / "config.json") == {"experiment": "segmentation", **record["config"]}
     assert files.read_json(tmp_path / "defects.json") == ["d"]
     assert [row["use"] for row in files.read_json(tmp_path / "manifest.json")].count("train") == 5
     seen.clear()
@@ -487,10 +485,11 @@ def test_a_transfer_is_finished_with_all_its_stages(no_training, tmp_path, unfin
     short.add(unfinished)
     lines = {"source": "old", "target": "new"}
     given = {**lines, "defects_from": "", "workdir": tmp_path, **given}
-    record = study.transfer(tiny(), **given)
+    record = transfer.run(tiny(), **given)
     assert (record["finished"], record["experiment"]) == (not unfinished, "transfer")
     assert record == files.read_json(tmp_path / "metrics.json")
-    assert files.read_json(tmp_path / "config.json") == {**configs.to_dict(tiny()), **lines, "defects": ""}
+    settings = {**configs.to_dict(tiny()), **lines, "defects": ""}
+    assert files.read_json(tmp_path / "config.json") == {"experiment": "transfer", **settings}
     for where in lines:
         assert files.read_json(tmp_path / where / "defects.json") == ["d"]
     # What came after pretraining took it as well.
@@ -507,14 +506,14 @@ def test_a_transfer_is_finished_with_all_its_stages(no_training, tmp_path, unfin
     assert samples.new_line is seen["classifier_after"][0].new_line is not None
     assert [int(seen[f"classifier_{when}"][1].params["w"][0]) for when in ("before", "after")] == [1, 2]
     seen.clear()
-    assert study.transfer(tiny(), **given) == record
+    assert transfer.run(tiny(), **given) == record
     assert bool(seen) == bool(unfinished)
 
 
 def test_stages_of_a_batch_that_the_devices_do_not_divide_are_only_evaluated(no_training, tmp_path, monkeypatch):
     given = {"defects_from": "", "workdir": tmp_path / "w", **no_training[0]}
     monkeypatch.setattr(parallel, "mesh", lambda: jax.sharding.AbstractMesh((3,), ("data",)))
-    for run, data in ((study.run, {"data": "a"}), (study.transfer, {"source": "a", "target": "b"})):
+    for run, data in ((study.run, {"data": "a"}), (transfer.run, {"source": "a", "target": "b"})):
         with pytest.raises(InputError, match="a batch of 2 cannot be divided among 3 devices"):
             run(tiny(), **data, **given)
         with pytest.raises(InputError, match="there is no run in"):
@@ -545,16 +544,16 @@ def test_defects_kept_for_testing_are_not_trained_on(data, tmp_path):
     train, test = defects.split(library, 0.5, seed=0)
     (tmp_path / "line").mkdir()
     (tmp_path / "line" / "split.json").write_text(json.dumps(defects.split_record(train, test, 0.5, 0)))
-    line = study._load_line(tiny(), str(data / "line"))
+    line = study.load_line(tiny(), str(data / "line"), datasets.load)
     other = str(tmp_path / "elsewhere")  # in transfer, any of the lines may hold defects back
-    found, record = study._samples(tiny(), line, str(data / "defects"), [other, str(tmp_path / "line")])
+    found, record = study.samples_of(tiny(), line, str(data / "defects"), [other, str(tmp_path / "line")])
     assert {r["sha256"] for r in record} == set(train.sha256)
     defects.check_disjoint(found.library, test)
-    every, _ = study._samples(tiny(), line, str(data / "defects"), [other])
+    every, _ = study.samples_of(tiny(), line, str(data / "defects"), [other])
     assert set(every.library.sha256) == set(library.sha256)
     (tmp_path / "line" / "split.json").write_text("[]")
     with pytest.raises(InputError, match=r"split\.json"):
-        study._samples(tiny(), line, str(data / "defects"), [str(tmp_path / "line")])
+        study.samples_of(tiny(), line, str(data / "defects"), [str(tmp_path / "line")])
     with pytest.raises(InputError, match="kept for testing"):
         defects.without(library, library.sha256)
 
@@ -593,7 +592,6 @@ def test_labelled_data_trains_without_defects_from_elsewhere(good, data, tmp_pat
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"model": "resnet"}, "unet, compact_cnn"),
         ({"patch_size": 40}, "multiple of 16"),
         ({"classifier_ratio": "1:0"}, "no good sample"),
         ({"steps": 0, "epochs": 0}, "no step"),
@@ -606,11 +604,13 @@ def test_settings_that_are_refused(settings, said):
         tiny(**settings)
 
 
-def test_a_wrong_loss_leaves_no_workdir(data, tmp_path):
+def test_a_wrong_loss_or_model_leaves_no_workdir(data, tmp_path):
+    with pytest.raises(InputError, match="no model 'resnet': use one of unet, compact_cnn"):
+        study.run(tiny(model="resnet"), data=str(data / "line"), defects_from="procedural", workdir=tmp_path / "w")
     with pytest.raises(InputError, match="no loss 'l2': use one of mse"):
         study.run(tiny(loss="l2"), data=str(data / "line"), defects_from="procedural", workdir=tmp_path / "w")
     with pytest.raises(InputError, match="no loss 'l2': use one of mse"):
-        study.transfer(tiny(loss="l2"), source="none", target="none", defects_from="", workdir=tmp_path / "w")
+        transfer.run(tiny(loss="l2"), source="none", target="none", defects_from="", workdir=tmp_path / "w")
     assert not (tmp_path / "w").exists()
 
 
@@ -629,35 +629,22 @@ def test_a_loss_is_tried_on_masks_of_the_size_that_the_network_gives(monkeypatch
 # What is read off trained stages.
 
 
-def test_each_group_of_images_gets_its_own_probabilities(good, monkeypatch):
-    monkeypatch.setattr(segmentation, "classify", lambda config, stages, image: stages[0] * image.mean())
-    groups = [good[:2], [], [good[2][:40, :56]], good[3:]]
-    found = study.classifier_scores(tiny(), (jnp.float32(0.5), None), groups)
-    assert [scores.dtype for scores in found] == [np.float32] * 4
-    for scores, group in zip(found, groups, strict=True):
-        np.testing.assert_allclose(scores, [image.mean() / 510 for image in group], rtol=1e-5)
-
-
 def test_models_are_drawn_side_by_side_on_two_images_of_each_kind(good, tmp_path, monkeypatch):
     kinds = ["pit", "good", "dent", "arc", "good", "spot", "pit", "pit", "dent", "arc", "good", "dent"]
     test = [datasets.TestImage(f"{i}", kind, good[i % 6], good[i % 6] > 128) for i, kind in enumerate(kinds)]
     monkeypatch.setattr(datasets, "load", lambda *_, **__: datasets.Dataset("line", [], [], test, []))
-    # A model's map is the image, brighter by what was learnt.
+    # A model's map is the image, brighter by what was learnt, which is its probability too.
     learnt = {"a": 1.0, "b": 2.0, "c": 3.0}
-    monkeypatch.setattr(segmentation.SegmentationDetector, "residual", lambda self, state, image: image + state)
-    monkeypatch.setattr(study, "_stage_1", lambda config, samples, workdir, *_, **how: ((workdir.name, how), 0.0))
-
-    def stage_2(config, samples, stage_1, workdir, *_, **how):
-        assert (stage_1, how) == ((workdir.name, how), {"evaluate_only": True})
-        return (np.float32(learnt[workdir.name]), None), 0.0, True
-
-    monkeypatch.setattr(study, "_stage_2", stage_2)
-    monkeypatch.setattr(segmentation, "classify", lambda config, stages, image: stages[0] + 0 * image.mean())
+    kind = segmentation.SegmentationDetector
+    monkeypatch.setattr(kind, "residual", lambda self, state, image: image + state)
+    monkeypatch.setattr(kind, "probability", lambda self, state, image: state + 0 * image.mean())
+    monkeypatch.setattr(kind, "restore", lambda self, folder: np.float32(learnt[folder.name]))
     drawn = []
     monkeypatch.setattr(figures, "predictions", lambda path, rows, *, title: drawn.extend(rows) or path)
     for name, model in (("a", "unet"), ("b", "compact_cnn"), ("c", "unet")):
         settings = {**configs.to_dict(tiny(model=model)), "data": "x", "defects": ""}
         files.write_json(tmp_path / name / "config.json", settings)
+        files.write_json(tmp_path / name / "manifest.json", [])
     picture = study.predictions([tmp_path / name for name in learnt])
     assert picture == tmp_path / "a" / "figures" / "predictions.png"
     # Good ones first, then by name, and no more than eight.

@@ -256,10 +256,10 @@ def test_the_tail_keeps_no_more_than_it_needs():
 def test_thresholds_without_maps(files, images):
     config = dataclasses.replace(TINY, stride=16)
     params = autoencoder.initial_state(config, jax.random.key(0)).params
-    mapper = evaluation.Mapper({"l2": autoencoder.AutoencoderDetector(config, "l2")}, 1)
-    whole = evaluation.thresholds(mapper({"l2": params}, images[1:3], label="maps")["l2"], 90.0)
+    mapper = evaluation.Mapper(autoencoder.AutoencoderDetector(config).only("l2"), 1)
+    whole = evaluation.thresholds(mapper(params, images[1:3], label="maps")[0]["l2"], 90.0)
     few = files.take(np.array([1, 2]))
-    assert mapper.thresholds({"l2": params}, few, 90.0, label="calibrate") == {"l2": whole}
+    assert mapper.thresholds(params, few, 90.0, label="calibrate") == ({"l2": whole}, None)
 
 
 def test_grain_is_imported_only_where_it_is_used():

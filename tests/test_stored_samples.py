@@ -20,6 +20,7 @@ from steel_ad.errors import InputError
 from steel_ad.ops import convolution
 from steel_ad.report import figures
 from steel_ad.runs import segmentation as study
+from steel_ad.runs import transfer
 from steel_ad.train import step as steps
 from steel_ad.train.checkpoint import Checkpoints
 
@@ -91,7 +92,7 @@ def samples(root, library, what):
     for resident in (float("inf"), -1):
         data = datasets.load(str(root), resident=resident)
         line = datasets.load(str(root.parent / "line"), resident=resident)
-        good, new_line = (study._plates(d.train) for d in (data, line))
+        good, new_line = (study.plates(d.train) for d in (data, line))
         if "labelled" in what:
             images, masks, _ = study._labelled(data.labelled)
             made = segmentation.labelled(good, images, masks, seed=0)
@@ -196,9 +197,9 @@ def test_transfer_reads_both_lines_from_their_files(root, tmp_path, monkeypatch)
         return state
 
     monkeypatch.setattr(segmentation, "train", train)
-    monkeypatch.setattr(study, "_evaluate", lambda *_: {})
+    monkeypatch.setattr(study, "evaluate", lambda *_: {})
     given = {"source": str(root), "target": str(root.parent / "line"), "defects_from": ""}
-    study.transfer(dataclasses.replace(TINY, data_path="grain"), **given, workdir=tmp_path / "w")
+    transfer.run(dataclasses.replace(TINY, data_path="grain"), **given, workdir=tmp_path / "w")
     assert list(held) == ["pretrain", "adapt", "classifier_before", "classifier_after"]
     for data in held.values():
         assert all(isinstance(s, stored.Stored) for s in (data.good, data.labelled, data.masks))

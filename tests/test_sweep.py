@@ -22,7 +22,8 @@ from steel_ad.detectors import autoencoder as detector
 from steel_ad.errors import InputError
 from steel_ad.report import figures
 from steel_ad.research import reading, results, sweep
-from steel_ad.runs import autoencoder, evaluation, segmentation
+from steel_ad.runs import autoencoder, evaluation, segmentation, transfer
+from steel_ad.runs.run import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -153,18 +154,16 @@ def test_reading_again_is_evaluating_again(finished, data):
     dataset = datasets.load(data)
     _, validation = datasets.split(6, 0.2, 0)
     good = [dataset.train[i] for i in validation]
-    params = autoencoder.trained(tiny(), folder)
+    params = Run.open(folder).detector().state
     reader = reading.Reader(tiny(), params, good, dataset.test, [8, 16])
     reader.read(tiny())
     for change in ({"radius": 1, "percentile": 60.0}, {"window_size": 5}, {"stride": 8, "residual_constants": "wang"}):
         config = tiny(**change)
-        detectors = {name: detector.AutoencoderDetector(config, name) for name in config.maps}
-        mapper = evaluation.Mapper(detectors, config.radius)
-        states = dict.fromkeys(config.maps, params)
-        maps = mapper(states, [t.image for t in dataset.test], label="test")
+        mapper = evaluation.Mapper(detector.AutoencoderDetector(config), config.radius)
+        maps, _ = mapper(params, [t.image for t in dataset.test], label="test")
         found, limits = reader.read(config)
         assert list(found) == ["ssim", "l2"]
-        for name, calibrating in mapper(states, good, label="calibrate").items():
+        for name, calibrating in mapper(params, good, label="calibrate")[0].items():
             expected = evaluation.thresholds(calibrating, config.percentile)
             assert limits[name].pixel == pytest.approx(expected.pixel, rel=1e-4)
             assert limits[name].image == pytest.approx(expected.image, rel=1e-4)
@@ -253,14 +252,14 @@ def test_supervised_studies(data, tmp_path, monkeypatch):
     assert rows[1]["pixel_auroc"] is None
     seen = []
 
-    def transfer(config, *, source, target, **options):
+    def transferred(config, *, source, target, **options):
         seen.append((config.optimizer, config.adadelta, source, target))
         part = {"dataset": "line", "train_seconds": 1.0, "maps": {"segmentation": {"pixel_auroc": 0.5}}}
         parts = {w: {"experiment": "transfer, x", **part} for w in ("source", "target")}
         parts["target"]["dataset"] = Path(target).name
         return {"experiment": "transfer", "config": {"seed": 0}, "before": parts, "after": parts}
 
-    monkeypatch.setattr(segmentation, "transfer", transfer)
+    monkeypatch.setattr(transfer, "run", transferred)
     rows = run(data, tmp_path / "t", "adadelta", experiment="transfer", config=config, source=data + "/")
     assert json.loads((tmp_path / "t" / "sweep.json").read_text())["source"] == data
     assert seen == [("adadelta", k, data + "/", data) for k in ("tf_keras", "old_keras", "pytorch")]

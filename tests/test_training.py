@@ -311,7 +311,7 @@ def test_a_cosine_of_one_step_ends_at_its_end():
 
 
 def test_the_absolute_difference_is_a_map():
-    detector = autoencoder.AutoencoderDetector(TINY, "l2")
+    detector = autoencoder.AutoencoderDetector(TINY).only("l2")
     np.testing.assert_allclose(
         detector.compare(jnp.array([[0.2, 0.9]]), jnp.array([[0.5, 0.8]])), [[0.3, 0.1]], atol=1e-6
     )

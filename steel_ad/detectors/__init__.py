@@ -7,7 +7,6 @@ A new detector is a subclass of `Detector` in a file of its own and one line in 
 import abc
 import dataclasses
 import hashlib
-import importlib
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from steel_ad import files
+from steel_ad import files, named
 from steel_ad.errors import InputError
 
 # The name of a detector without training is the name of its map, and what --config.maps takes.
@@ -131,19 +130,9 @@ def detector_class(name: str) -> type[Detector]:
     Raises:
       InputError: there is none, it cannot be imported, or it is no `Detector`.
     """
-    if name not in REGISTRY and ":" not in name:
-        raise InputError(
-            f"there is no detector {name!r}: use one of {', '.join(REGISTRY)}, or your own as module:Class"
-        )
-    module, _, attribute = REGISTRY.get(name, name).partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever a user's module raises while it is imported
-        raise InputError(
-            f"the detector {name} cannot be loaded ({error}): give module:Class as Python imports it"
-        ) from None
+    found = named.find(name, REGISTRY, "detector", "--config.maps")
     if not (isinstance(found, type) and issubclass(found, Detector)):
-        raise InputError(f"{name} is no detector: give a subclass of steel_ad.detectors.Detector")
+        raise InputError(f"--config.maps={name} is no detector: give a subclass of steel_ad.detectors.Detector")
     return found
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,17 +15,16 @@ from jax import Array
 from jax.sharding import Mesh
 
 from steel_ad import config as configs
-from steel_ad import losses, parallel
+from steel_ad import losses, models, parallel
 from steel_ad.data import patches, stored
 from steel_ad.data.patches import Crops, Plates
 from steel_ad.data.stored import Stored
 from steel_ad.detectors import Detector
 from steel_ad.errors import InputError
 from steel_ad.models import initial
-from steel_ad.models.autoencoder import HEAD, Autoencoder
 from steel_ad.ops import sliding
 from steel_ad.ops.ssim import CONSTANTS, ssim_residual
-from steel_ad.train import loop, optimizers
+from steel_ad.train import checkpoint, loop, optimizers
 from steel_ad.train.state import TrainState, create, stream
 from steel_ad.train.step import make_step, steps_per_call
 
@@ -43,9 +43,9 @@ _DRAWN = 64
 OnStep = Callable[[int, dict[str, float]], None]
 
 
-def model(config: configs.Autoencoder) -> Autoencoder:
-    """The network of these settings."""
-    return Autoencoder(latent=config.latent, dtype=jnp.dtype(config.dtype))
+def model(config: configs.Autoencoder) -> Any:
+    """The network of these settings: patches `[b, p, p, 1]` to their reconstructions."""
+    return models.build(models.AUTOENCODERS, config)
 
 
 def optimizer(config: configs.Autoencoder) -> optax.GradientTransformation:
@@ -299,12 +299,15 @@ def _network(
 ) -> tuple[Callable[[Array], Array] | None, Callable[[Array], Array]]:
     """Windows `[n, p, p]` to their reconstructions: all of it, or, where overlapping windows share its head, head and rest."""
 
-    def apply(x: Array, first: int = 0, last: int | None = None) -> Array:
-        return jnp.asarray(model(config).apply(params, x, first=first, last=last))
-
-    if jax.default_backend() != "cpu":
-        return None, lambda tiles: apply(tiles[..., None])[..., 0]
-    return lambda tiles: apply(tiles[..., None], last=HEAD), lambda x: apply(x, first=HEAD)[..., 0]
+    network = model(config)
+    # Layers that overlapping windows can share; another network has none.
+    head = getattr(network, "head", 0)
+    if jax.default_backend() != "cpu" or not head:
+        return None, lambda tiles: jnp.asarray(network.apply(params, tiles[..., None]))[..., 0]
+    return (
+        lambda tiles: network.apply(params, tiles[..., None], last=head),
+        lambda x: network.apply(params, x, first=head)[..., 0],
+    )
 
 
 def _at_once() -> int:
@@ -313,14 +316,16 @@ def _at_once() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderDetector(Detector):
-    """Residual between an image and its reconstruction: `map` "ssim" (1 - SSIM, in [0, 2]) or "l2" (absolute difference)."""
+    """Residuals between an image and its reconstruction: "ssim" (1 - SSIM, in [0, 2]) and "l2" (absolute difference).
+
+    Its maps are `config.maps`; the state is the network's parameters.
+    """
 
     config: configs.Autoencoder
-    map: str = "ssim"
 
     @property
     def name(self) -> str:
-        return self.map
+        return self.config.maps[0]
 
     @property
     def least_px(self) -> int:  # type: ignore[override]
@@ -331,12 +336,25 @@ class AutoencoderDetector(Detector):
         return train(self.config, patches.stack(images)).params
 
     def residual(self, state: Any, image: Array) -> Array:
-        """Residual map `[h, w]` of an image `[h, w]`, both sides at least `patch_size`."""
+        """The first map `[h, w]` of an image `[h, w]`, both sides at least `patch_size`."""
+        return self.maps(state, image)[self.name]
+
+    def maps(self, state: Any, image: Array) -> dict[str, Array]:
         return self.compare(reconstruct(self.config, state, image), image)
 
-    def compare(self, reconstruction: Array, image: Array) -> Array:
-        """Residual map `[h, w]` of an image and its reconstruction, both `[h, w]`."""
-        if self.map == "l2":
-            return jnp.abs(reconstruction - image)
+    def compare(self, reconstruction: Array, image: Array) -> dict[str, Array]:
+        """All maps of an image and its reconstruction, both `[h, w]`."""
         c1, c2 = CONSTANTS[self.config.residual_constants]
-        return ssim_residual(reconstruction, image, window_size=self.config.window_size, c1=c1, c2=c2)
+        ssim = functools.partial(ssim_residual, window_size=self.config.window_size, c1=c1, c2=c2)
+        residuals: dict[str, Callable[[Array, Array], Array]] = {"ssim": ssim, "l2": lambda x, y: jnp.abs(x - y)}
+        return {name: residuals[name](reconstruction, image) for name in self.config.maps}
+
+    def only(self, name: str) -> "AutoencoderDetector":
+        if name not in ("ssim", "l2"):
+            raise InputError(f"--map={name} must be ssim or l2")
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, maps=(name,)))
+
+    def restore(self, folder: Path) -> Any:
+        """The parameters of the newest checkpoint of a run in `folder`."""
+        like = jax.eval_shape(lambda: initial_state(self.config, jax.random.key(self.config.seed)))
+        return checkpoint.newest(folder / "checkpoints", like).params

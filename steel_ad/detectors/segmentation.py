@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,14 +15,14 @@ from jax import Array
 from jax.sharding import Mesh
 
 from steel_ad import config as configs
-from steel_ad import losses, parallel
+from steel_ad import losses, models, parallel
 from steel_ad.data import defects, patches, stored
 from steel_ad.data.defects import Library
 from steel_ad.data.patches import Crops, Plates
 from steel_ad.data.stored import Masks, Stored
 from steel_ad.detectors import Detector
-from steel_ad.models import compact_cnn, initial, unet
-from steel_ad.train import loop, optimizers
+from steel_ad.models import compact_cnn, initial
+from steel_ad.train import checkpoint, loop, optimizers
 from steel_ad.train.state import TrainState, create, stream
 from steel_ad.train.step import make_step, steps_per_call
 
@@ -203,17 +204,9 @@ def labelled(
     return Samples(good, None, patches.stack(images), marked, places)
 
 
-def network(config: configs.Segmentation) -> unet.UNet | compact_cnn.Segmenter:
-    """The segmentation network of these settings."""
-    dtype = jnp.dtype(config.dtype)
-    if config.model == "unet":
-        return unet.UNet(width=config.width, upsampling=config.upsampling, dtype=dtype)  # type: ignore[arg-type]
-    return compact_cnn.Segmenter(dtype=dtype)
-
-
-def _apply(model: unet.UNet | compact_cnn.Segmenter, variables: Any, image: Array) -> tuple[Array, Array]:
-    """Features and logits with the statistics of training."""
-    return model.apply(variables, image)  # type: ignore[return-value]
+def network(config: configs.Segmentation) -> Any:
+    """The segmentation network of these settings: images `[b, h, w, 1]` to features and logits."""
+    return models.build(models.SEGMENTERS, config)
 
 
 def _classifier(config: configs.Segmentation) -> compact_cnn.Classifier:
@@ -255,7 +248,7 @@ def classifier_objective(config: configs.Segmentation):
     def objective(params, extra, data, step, root):
         samples, frozen = data
         batch = draw(config, share, samples, step, root)
-        features, logits = _apply(stage_1, frozen, batch.image)
+        features, logits = stage_1.apply(frozen, batch.image)
         logit, updated = model.apply(
             {"params": params, **extra}, features, activation(logits), train=True, mutable=["batch_stats"]
         )
@@ -388,53 +381,75 @@ def _padded(image: Array) -> Array:
     return jnp.pad(image, ((0, -h % 16), (0, -w % 16)), mode="reflect")[None, :, :, None]
 
 
-def classify(config: configs.Segmentation, stages: tuple[Any, Any], image: Array) -> Array:
-    """Probability `[]` that an image `[h, w]` in [0, 1] is defective; `stages` are both stages' variables."""
-    segmenter, classifier = stages
-    features, logits = _apply(network(config), segmenter, _padded(image))
-    return jax.nn.sigmoid(_classifier(config).apply(classifier, features, losses.activation(config.loss)(logits))[0])
-
-
 @dataclasses.dataclass(frozen=True)
 class SegmentationDetector(Detector):
-    """The segmentation map as residual: tanh or sigmoid of the logits, a quarter-size one enlarged bilinearly."""
+    """The segmentation map as residual: tanh or sigmoid of the logits, a smaller one enlarged bilinearly.
+
+    The state has the variables of "segmenter" and, where that stage is trained, of "classifier".
+
+    Attributes:
+      library: defects that `fit` inserts.
+      stages: names of the stages of a run that `restore` reads, segmentation and classification.
+    """
 
     config: configs.Segmentation
     library: Library | None = None
+    stages: tuple[str, str] = ("train", "classifier")
 
     name = "segmentation"
     least_px = 16
 
     @property
     def side_multiple(self) -> int:  # type: ignore[override]
-        # Tiles of CompactCNN's large kernels are found while tracing.
-        return 16 if self.config.model == "unet" else 0
+        # A network with tiles, such as CompactCNN's, finds their places while it is traced.
+        return getattr(network(self.config), "side_multiple", 0)
 
     def fit(self, images: Sequence[np.ndarray]) -> Any:
-        """Variables trained on good images with the library's defects inserted, in memory."""
+        """The segmentation stage trained on good images with the library's defects inserted, in memory."""
         config = self.config
-        state = initial_segmentation(config, config.total_steps)
-        rule = optimizer(config, config.total_steps)
         if self.library is None:
             raise ValueError("fit needs a library of defects to insert into the good images")
-        data = Samples(patches.stack(images), self.library)
-        return variables(
-            train(
-                segmentation_objective(config),
-                rule,
-                data,
-                state,
-                config=config,
-                stage="train",
-                steps=config.total_steps,
-            )
+        trained = train(
+            segmentation_objective(config),
+            optimizer(config, config.total_steps),
+            Samples(patches.stack(images), self.library),
+            initial_segmentation(config, config.total_steps),
+            config=config,
+            stage="train",
+            steps=config.total_steps,
         )
+        return {"segmenter": variables(trained)}
 
     def residual(self, state: Any, image: Array) -> Array:
         """Map `[h, w]` of an image `[h, w]` of any size from 16x16."""
         padded = _padded(image)
-        _, logits = _apply(network(self.config), state, padded)
-        found = losses.activation(self.config.loss)(logits)[0, :, :, 0]
+        _, map_ = self._features_and_map(state, padded)
+        found = map_[0, :, :, 0]
         if found.shape != padded.shape[1:3]:
             found = jax.image.resize(found, padded.shape[1:3], "bilinear", antialias=False)
         return found[: image.shape[0], : image.shape[1]]
+
+    def probability(self, state: Any, image: Array) -> Array | None:
+        if "classifier" not in state:
+            return None
+        logit = _classifier(self.config).apply(state["classifier"], *self._features_and_map(state, _padded(image)))
+        return jax.nn.sigmoid(jnp.asarray(logit)[0])
+
+    def _features_and_map(self, state: Any, padded: Array) -> tuple[Array, Array]:
+        features, logits = network(self.config).apply(state["segmenter"], padded)
+        return features, losses.activation(self.config.loss)(logits)
+
+    def restore(self, folder: Path) -> Any:
+        """The stages' newest checkpoints of a run in `folder`; without a classifier where that has not begun."""
+        first, second = (stage_folder(folder, stage) for stage in self.stages)
+        like = jax.eval_shape(lambda: initial_segmentation(self.config, self.config.total_steps))
+        state = {"segmenter": variables(checkpoint.newest(first, like))}
+        if second.is_dir():
+            like = jax.eval_shape(lambda: initial_classifier(self.config, state["segmenter"]))
+            state["classifier"] = variables(checkpoint.newest(second, like))
+        return state
+
+
+def stage_folder(workdir: Path, stage: str) -> Path:
+    """Where a run keeps the checkpoints of a stage."""
+    return workdir / ("checkpoints" if stage == "train" else f"checkpoints_{stage}")

@@ -1,15 +1,13 @@
 """Convolutional autoencoder of Bergmann et al. 2018 as the thesis uses it (SPEC section 4)."""
 
 import functools
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
 from steel_ad.models import layers
-
-# Of the encoder's first layers, those that `ops.sliding.heads` can share between overlapping patches.
-HEAD = 2
 
 
 class Autoencoder(nn.Module):
@@ -25,6 +23,9 @@ class Autoencoder(nn.Module):
 
     latent: int = 100
     dtype: jnp.dtype = jnp.float32
+
+    # Layers of the encoder that `ops.sliding.heads` can share between overlapping patches.
+    head: ClassVar[int] = 2
 
     @nn.compact
     def __call__(self, x: Array, first: int = 0, last: int | None = None) -> Array:

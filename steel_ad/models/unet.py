@@ -1,6 +1,6 @@
 """U-Net of Ronneberger et al. 2015 with batch norm and padded convolutions, full resolution (SPEC section 2)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -47,6 +47,9 @@ class UNet(nn.Module):
     width: int = 64
     upsampling: Literal["learned", "nearest"] = "learned"
     dtype: jnp.dtype = jnp.float32
+
+    # An exported program takes images of any sides that are multiples of it.
+    side_multiple: ClassVar[int] = 16
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> tuple[Array, Array]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from scipy import stats
@@ -20,14 +19,13 @@ from steel_ad import config as configs
 from steel_ad import files
 from steel_ad.data import plates
 from steel_ad.data.plates import Line
-from steel_ad.detectors import Detector
+from steel_ad.detectors import Detector, detector_class
+from steel_ad.detectors.opened import open_maps
 from steel_ad.errors import InputError
 from steel_ad.inspection import calibration
 from steel_ad.ops.convolution import cpu_compiler_options
-from steel_ad.ops.morphology import grey_opening
 from steel_ad.progress import progress
 from steel_ad.report import studies
-from steel_ad.runs.spectrum import detectors
 
 COLUMNS = ("plates", "calibrated_on", "form", "rate", "cases", "promised", "observed", "error", "held", "bar", "kept")
 _BATCH = 128
@@ -108,7 +106,7 @@ def _render(key: Array, recipe: Line, values: dict[str, Array], size: int) -> Ar
 @functools.partial(jax.jit, static_argnames=("detector", "radius"), compiler_options=cpu_compiler_options())
 def _scores(detector: Detector, state: Any, images: Array, radius: int) -> Array:
     def one(image: Array) -> Array:
-        return grey_opening(detector.residual(state, image.astype(jnp.float32) / 255), radius=radius).max()
+        return open_maps(detector, state, image, radius=radius)[detector.name].score
 
     # One by one the lattice's large intermediates stay in a CPU's caches.
     return jax.lax.map(one, images, batch_size=1 if jax.default_backend() == "cpu" else len(images))
@@ -260,9 +258,10 @@ def run(
         "size": size,
         "seed": seed,
     }
-    known = detectors(configs.Spectrum(tile=size // 4 * 2))
-    if not maps or set(maps) - set(known) or len(set(maps)) < len(maps):
-        raise InputError(f"--maps={','.join(maps)} must name some of {', '.join(known)}, each once")
+    if not maps or len(set(maps)) < len(maps):
+        raise InputError(f"--maps={','.join(maps)} must name at least one detector, each once")
+    spectrum = configs.Spectrum(tile=size // 4 * 2)
+    known = {name: detector_class(name).configured(spectrum) for name in maps}
     if not rates or not all(0 < rate < 1 for rate in rates):
         raise InputError(f"--rates={','.join(map(str, rates))} must be numbers between 0 and 1")
     if calibrate < (least := calibration.needed(min(rates), _CONFIDENCE)):
@@ -272,7 +271,7 @@ def run(
     done: dict[str, Any] = files.read_json(out, dict) if out.exists() else {"settings": settings, "lines": []}
     if not isinstance(done, dict) or done.get("settings") != settings:
         raise InputError(f"{out} holds results of other settings: use a new --out")
-    simulation = _Simulation({name: known[name] for name in maps}, settings)
+    simulation = _Simulation(known, settings)
     of_a_line = sum(role.size for kind in simulation.groups.values() for role in kind.values())
     finished = len(done["lines"])
     with progress("plates", lines * of_a_line, "plates", done=finished * of_a_line) as update:

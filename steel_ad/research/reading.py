@@ -4,15 +4,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from steel_ad import config as configs
 from steel_ad.data.datasets import TestImage
 from steel_ad.detectors import autoencoder
 from steel_ad.detectors.autoencoder import AutoencoderDetector
+from steel_ad.detectors.opened import open_map, scaled
 from steel_ad.ops.convolution import cpu_compiler_options
-from steel_ad.ops.morphology import grey_opening
 from steel_ad.progress import progress
 from steel_ad.runs import evaluation
 from steel_ad.runs.evaluation import Maps, Thresholds
@@ -55,18 +54,16 @@ class Reader:
         """
         key: tuple[Any, ...] = (config.stride, config.residual_constants, config.window_size)
         if self._raw[0] != key:
-            detectors = {name: AutoencoderDetector(config, name) for name in config.maps}
+            detector = AutoencoderDetector(config)
             compare = jax.jit(
-                lambda reconstruction, image: {
-                    name: d.compare(reconstruction, image.astype(jnp.float32) / 255) for name, d in detectors.items()
-                },
+                lambda reconstruction, image: detector.compare(reconstruction, scaled(image)),
                 compiler_options=cpu_compiler_options(),
             )
             self._raw = (key, _each(compare, zip(self._reconstructions[config.stride], self._images, strict=True)))
         if self._opened[0] != (key := (*key, config.radius)):
             maps = (dict(zip(self._raw[1], m, strict=True)) for m in zip(*self._raw[1].values(), strict=True))
             opening = jax.jit(
-                lambda maps: {n: grey_opening(m, radius=config.radius) for n, m in maps.items()},
+                lambda maps: {n: open_map(m, radius=config.radius).opened for n, m in maps.items()},
                 compiler_options=cpu_compiler_options(),
             )
             self._opened = (key, _each(opening, ((m,) for m in maps)))
@@ -97,9 +94,7 @@ def _reconstruct(
         done = 0
         for family in families:
             program = jax.jit(
-                lambda params, image, family=family: autoencoder.reconstructions(
-                    config, params, image.astype(jnp.float32) / 255, family
-                ),
+                lambda params, image, family=family: autoencoder.reconstructions(config, params, scaled(image), family),
                 compiler_options=cpu_compiler_options(),
             )
             for image in images:

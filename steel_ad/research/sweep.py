@@ -25,7 +25,8 @@ from steel_ad.data.datasets import Dataset
 from steel_ad.errors import InputError
 from steel_ad.report import tables
 from steel_ad.research import reading, results
-from steel_ad.runs import autoencoder, runs, segmentation
+from steel_ad.runs import autoencoder, segmentation, transfer
+from steel_ad.runs.run import Run, completed
 
 KINDS: dict[str, type] = {
     "autoencoder": configs.Autoencoder,
@@ -274,7 +275,9 @@ def run(
     kept_source = source and os.path.normpath(source)
     base = {"experiment": experiment, "source": kept_source, "defects": defects_from, **configs.to_dict(config)}
     path = workdir / "sweep.json"
-    if path.exists() and (other := configs.difference(base, runs.since(base, files.read_json(path, dict)))):
+    if path.exists() and (
+        other := configs.difference(base, {**base, **completed(experiment, files.read_json(path, dict))})
+    ):
         raise InputError(f"{workdir} holds studies of another config, which differs in {other}: use a new --workdir")
     rows = _Rows(workdir)
     with files.understood(workdir / "results.csv", "delete it and run again"):
@@ -411,7 +414,7 @@ def _rows_of(
     elif experiment == "segmentation":
         record = segmentation.run(r.config, data=r.data, defects_from=defects_from, workdir=r.folder, load=load)
     else:
-        record = segmentation.transfer(
+        record = transfer.run(
             r.config, source=source, target=r.data, defects_from=defects_from, workdir=r.folder, load=load
         )
     if not r.read:
@@ -431,7 +434,7 @@ def _rows_of(
     _, validation = datasets.split(len(dataset.train), r.config.validation_fraction, r.config.seed)
     reader = reading.Reader(
         r.config,
-        autoencoder.trained(r.config, r.folder),
+        Run.open(r.folder).detector().state,
         [dataset.train[i] for i in validation],
         dataset.test,
         [c.stride for *_, c in asked],

@@ -1,12 +1,10 @@
 """The autoencoder experiment: train on good images, calibrate on good images, show where the defects are (SPEC section 4)."""
 
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from steel_ad import config as configs
@@ -15,12 +13,11 @@ from steel_ad.data import datasets, patches, stored
 from steel_ad.data.stored import Stored
 from steel_ad.detectors import autoencoder
 from steel_ad.detectors.autoencoder import AutoencoderDetector
+from steel_ad.detectors.opened import scaled
 from steel_ad.ops.convolution import cpu_compiler_options
 from steel_ad.runs import evaluation, runs
+from steel_ad.runs.run import Run, location
 from steel_ad.versions import versions
-
-# What is read off a trained model; --evaluate_only may change it.
-READING = ("stride", "maps", "residual_constants", "window_size", "percentile", "radius")
 
 
 def run(
@@ -34,7 +31,7 @@ def run(
     """Trains (or goes on training), evaluates and writes everything to `workdir`.
 
     Writes `config.json`, `manifest.json` (hashes of the good images and which of them calibrate), `checkpoints/`, `train.csv`,
-    `metrics.json`, `scores.csv` and `figures/`. A finished run is only read.
+    and to the run's `results` folder `metrics.json`, `scores.csv` and `figures/`. A finished run is only read.
 
     Args:
       load: reads the data set, for callers that have it already.
@@ -49,14 +46,14 @@ def run(
     check_loss(config)
     if not evaluate_only:
         autoencoder.check_batch(config, parallel.mesh())
-    settings = {**configs.to_dict(config), "data": os.path.normpath(data)}
-    if finished := runs.begin(workdir, settings, evaluate_only=evaluate_only, reading=READING):
-        return finished
+    this = Run.begin(workdir, "autoencoder", config, {"data": location(data)}, evaluate_only=evaluate_only)
+    if not evaluate_only and (record := this.finished()):
+        return record
     dataset = load(data, min_size=config.patch_size, resident=config.resident_bytes)
     train_indices, validation_indices = datasets.split(len(dataset.train), config.validation_fraction, config.seed)
     train_indices = datasets.chosen(train_indices, config.train_images, config.seed)
-    runs.claim(workdir, settings)
-    runs.keep(workdir / "manifest.json", runs.uses(dataset.manifest, train_indices, validation_indices), "good images")
+    this.claim()
+    this.keep("manifest.json", runs.uses(dataset.manifest, train_indices, validation_indices), "good images")
     training, validation = (datasets.take(dataset.train, i) for i in (train_indices, validation_indices))
     plates = training if isinstance(training, Stored) else patches.stack(training)
     state, seconds = runs.fit(
@@ -64,60 +61,54 @@ def run(
         autoencoder.initial_state(config, jax.random.key(config.seed)),
         workdir,
         total_steps=config.total_steps,
-        settings=settings,
+        settings=this.settings,
         evaluate_only=evaluate_only,
     )
+    record = {
+        "finished": int(state.step) >= config.total_steps,
+        "steps": int(state.step),
+        "images": {"train": len(training), "validation": len(validation), "test": len(dataset.test)},
+        "train_seconds": seconds,
+        "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
+    }
+    return _evaluate(this, config, dataset, state.params, validation, record)
 
-    mapper = evaluation.Mapper({name: AutoencoderDetector(config, name) for name in config.maps}, config.radius)
-    states = dict.fromkeys(config.maps, state.params)
-    limits = mapper.thresholds(states, validation, config.percentile, label="calibrate")
+
+def _evaluate(
+    this: Run,
+    config: configs.Autoencoder,
+    dataset: datasets.Dataset,
+    params: Any,
+    validation: Any,
+    record: dict[str, Any],
+) -> dict[str, Any]:
+    mapper = evaluation.Mapper(AutoencoderDetector(config), config.radius)
+    limits, _ = mapper.thresholds(params, validation, config.percentile, label="calibrate")
     images = datasets.images_of(dataset.test)
     start = time.perf_counter()
-    maps = mapper(states, images, label="test")
+    maps, _ = mapper(params, images, label="test")
     elapsed = time.perf_counter() - start
     megapixels = sum(h * w for h, w in stored.shapes(images)) / 1e6
-    params = parallel.local(state.params)
+    here = parallel.local(params)
     reconstruct = jax.jit(
-        lambda image: autoencoder.reconstruct(config, params, image.astype(jnp.float32) / 255),
-        compiler_options=cpu_compiler_options(),
+        lambda image: autoencoder.reconstruct(config, here, scaled(image)), compiler_options=cpu_compiler_options()
     )
     return evaluation.report(
-        workdir,
+        this.results,
         maps,
         dataset.test,
         limits,
         reconstruct=lambda image: np.asarray(reconstruct(image)),
         record={
             "experiment": "autoencoder",
-            "finished": int(state.step) >= config.total_steps,
-            "steps": int(state.step),
             "dataset": dataset.name,
-            "images": {"train": len(training), "validation": len(validation), "test": len(dataset.test)},
-            "config": settings,
+            "config": this.settings,
             "percentile": config.percentile,
-            "train_seconds": seconds,
             "test_megapixels_per_second": megapixels / elapsed if elapsed else None,
-            "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
             "versions": versions(),
+            **record,
         },
     )
-
-
-def trained(config: configs.Autoencoder, workdir: Path) -> Any:
-    """The parameters in the newest checkpoint of a run with these settings.
-
-    Raises:
-      InputError: there is none, or it is damaged.
-    """
-    state, _ = runs.fit(
-        lambda state, on_step, save: state,
-        autoencoder.initial_state(config, jax.random.key(config.seed)),
-        workdir,
-        total_steps=config.total_steps,
-        settings={},
-        evaluate_only=True,
-    )
-    return state.params
 
 
 def check_loss(config: configs.Autoencoder) -> None:

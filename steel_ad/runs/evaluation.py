@@ -5,17 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from steel_ad import files, metrics, parallel
 from steel_ad.data import stored
 from steel_ad.data.datasets import TestImage
-from steel_ad.detectors import Detector
-from steel_ad.ops.convolution import cpu_compiler_options
-from steel_ad.ops.morphology import grey_opening
-from steel_ad.progress import progress
+from steel_ad.detectors import Detector, opened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,115 +26,57 @@ class Maps:
         return np.array([m.max() for m in self.opened], np.float32)
 
 
-class Program:
-    """A function of an image, `(states, image float32 [h, w] in [0, 1]) -> arrays`, over many images and all devices."""
-
-    def __init__(self, function: Callable[[Any, jax.Array], Any]):
-        self._mesh = parallel.mesh()
-        whole, spread = parallel.replicated(self._mesh), parallel.spread(self._mesh)
-        self._program = jax.jit(
-            jax.vmap(lambda states, image: function(states, image.astype(jnp.float32) / 255), in_axes=(None, 0)),
-            in_shardings=(whole, spread),
-            # Process 0 needs all results; of one process they are gathered on the host.
-            out_shardings=whole if jax.process_count() > 1 else spread,
-            compiler_options=cpu_compiler_options(),
-        )
-
-    def __call__(
-        self, states: Any, images: Sequence[np.ndarray], *, label: str, keep: Callable[[Any], Any] = lambda found: found
-    ) -> list[Any]:
-        """The function's results as numpy arrays, in the images' order.
-
-        Args:
-          states: the function's first argument.
-          images: uint8 `[h_i, w_i]`; to each device images of one shape go one by one on CPU, elsewhere in batches of four
-            times 256x256 pixels.
-          label: of the progress bar.
-          keep: an image's result -> what is kept of it.
-        """
-        states = parallel.put(states, parallel.replicated(self._mesh))
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for i, shape in enumerate(stored.shapes(images)):
-            groups.setdefault(shape, []).append(i)
-        found: list[Any] = [None] * len(images)
-        done = 0
-        pending: tuple[list[int], Any] | None = None
-
-        def settle() -> None:
-            nonlocal pending, done
-            if pending is None:
-                return
-            chosen, results = pending[0], jax.device_get(pending[1])
-            pending = None
-            for k, i in enumerate(chosen):
-                found[i] = keep(jax.tree.map(lambda a, k=k: a[k], results))
-            done += len(chosen)
-            update(done)
-
-        with progress(label, len(images), "images") as update:
-            for shape, members in groups.items():
-                # On CPU a batch's activations leave the caches.
-                most = 1 if jax.default_backend() == "cpu" else 4
-                size = self._mesh.size * max(1, min(most, most * 2**16 // (shape[0] * shape[1])))
-                for start in range(0, len(members), size):
-                    chosen = members[start : start + size]
-                    # The last batch repeats an image, so that a shape compiles once.
-                    padded = chosen + [chosen[-1]] * (size - len(chosen))
-                    batch = parallel.put(np.stack([images[i] for i in padded]), parallel.spread(self._mesh))
-                    under_way = self._program(states, batch)
-                    # The devices work on this batch while the host fetches the one before.
-                    settle()
-                    pending = chosen, under_way
-            settle()
-        return found
-
-
 class Mapper:
-    """Raw and opened residual maps of several detectors, in one program that shares what they compute in common.
+    """All maps of a detector, and its classifier's probabilities where it has one, of many images in one program.
 
     Args:
-      detectors: name -> detector.
       radius: of the opening's disk, in pixels.
     """
 
-    def __init__(self, detectors: Mapping[str, Detector], radius: int):
-        self._names = tuple(detectors)
+    def __init__(self, detector: Detector, radius: int):
+        def one(state, pixels):
+            maps = opened.open_maps(detector, state, pixels, radius=radius)
+            return maps, detector.probability(state, opened.scaled(pixels))
 
-        def one(states, image):
-            raw = {name: detector.residual(states[name], image) for name, detector in detectors.items()}
-            return raw, {name: grey_opening(m, radius=radius) for name, m in raw.items()}
+        self._program = opened.Program(one)
 
-        self._program = Program(one)
-
-    def __call__(self, states: Mapping[str, Any], images: Sequence[np.ndarray], *, label: str) -> dict[str, Maps]:
-        """Maps by detector name, in the images' order.
+    def __call__(
+        self, state: Any, images: Sequence[np.ndarray], *, label: str
+    ) -> tuple[dict[str, Maps], np.ndarray | None]:
+        """Maps by name, and probabilities float32 `[n]`, in the images' order.
 
         Args:
-          states: name -> what the detector's `fit` returned.
-          images, label: as of `Program`.
+          state: what the detector's `fit` returned.
+          images: uint8 `[h_i, w_i]`.
+          label: of the progress bar.
         """
-        found = self._program(states, images, label=label)
-        return {n: Maps([raw[n] for raw, _ in found], [opened[n] for _, opened in found]) for n in self._names}
+        results = self._program(state, images, label=label)
+        names = results[0][0] if results else ()
+        maps = {n: Maps([m[n].raw for m, _ in results], [m[n].opened for m, _ in results]) for n in names}
+        return maps, _probabilities(results)
 
     def thresholds(
-        self, states: Mapping[str, Any], images: Sequence[np.ndarray], percentile: float, *, label: str
-    ) -> dict[str, "Thresholds"]:
-        """As `thresholds` of the maps of good images, by detector name, without keeping the maps."""
+        self, state: Any, images: Sequence[np.ndarray], percentile: float, *, label: str
+    ) -> tuple[dict[str, "Thresholds"], np.ndarray | None]:
+        """As `thresholds` of the maps of good images, by name, without keeping the maps; and their probabilities."""
         pixels = sum(h * w for h, w in stored.shapes(images))
-        tails = {name: Tail(pixels, percentile) for name in self._names}
+        tails: dict[str, Tail] = {}
 
-        def keep(found) -> dict[str, np.float32]:
-            for name, tail in tails.items():
-                tail.add(found[0][name])
-            return {name: found[1][name].max() for name in self._names}
+        def keep(result) -> tuple[dict[str, np.float32], Any]:
+            maps, probability = result
+            for name, m in maps.items():
+                tails.setdefault(name, Tail(pixels, percentile)).add(m.raw)
+            return {name: m.score for name, m in maps.items()}, probability
 
-        scores = self._program(states, images, label=label, keep=keep)
-        return {
-            name: Thresholds(
-                tail.percentile(), float(np.percentile(np.array([s[name] for s in scores], np.float64), percentile))
-            )
-            for name, tail in tails.items()
-        }
+        results = self._program(state, images, label=label, keep=keep)
+        scores = {name: np.array([s[name] for s, _ in results], np.float64) for name in tails}
+        limits = {n: Thresholds(tails[n].percentile(), float(np.percentile(scores[n], percentile))) for n in tails}
+        return limits, _probabilities(results)
+
+
+def _probabilities(results: Sequence[tuple[Any, Any]]) -> np.ndarray | None:
+    values = [p for _, p in results if p is not None]
+    return np.array(values, np.float32) if values else None
 
 
 class Tail:

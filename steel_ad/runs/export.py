@@ -17,12 +17,10 @@ from jax import Array
 
 from steel_ad import files, native
 from steel_ad.data import plates
-from steel_ad.detectors import Fitted, segmentation
-from steel_ad.detectors.segmentation import SegmentationDetector
+from steel_ad.detectors import Detector, Fitted
+from steel_ad.detectors.opened import open_maps, scaled
 from steel_ad.errors import InputError
-from steel_ad.ops.convolution import cpu_compiler_options
-from steel_ad.ops.morphology import grey_opening
-from steel_ad.runs import evaluation, trained
+from steel_ad.runs import evaluation
 from steel_ad.versions import versions
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -35,10 +33,9 @@ Shape = tuple[int | str, ...]
 
 
 def run(
-    model: Path,
+    fitted: Fitted,
     out: Path,
     *,
-    map_name: str = "",
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
     height: int = 0,
     width: int = 0,
@@ -52,8 +49,7 @@ def run(
     the classification stage). It is written only if, read back, it agrees with the trained model.
 
     Args:
-      model: the workdir of a training run.
-      map_name: of an autoencoder, "ssim" or "l2"; "" for the run's first.
+      fitted: as `Run.detector` has it.
       platforms: of `PLATFORMS`; the one of this process must be among them. ONNX names none.
       height, width: of the images, px. 0: a U-Net takes every multiple of 16 (256 as ONNX), other detectors 256.
       threshold: of the mask; None for the run's own.
@@ -75,21 +71,20 @@ def run(
         raise InputError(f"--platforms lacks {here}, where this process runs and checks the file: add it")
     if out.suffix == ".json":
         raise InputError(f"--out={out} is the name of the JSON file beside it: use another, such as detector.stablehlo")
-    detector = trained.load(model, map_name)
     if threshold is None:
-        threshold = detector.threshold
+        threshold = fitted.threshold
     if threshold is None:
         raise InputError("the model has no threshold of its own, its run is not finished: give --threshold")
-    classifier = _classifier(model, detector)
-    shape = _shape(detector, height, width)
+    shape = _shape(fitted.detector, height, width)
     if onnx:
         shape = tuple(n if isinstance(n, int) else _SIDE_PX for n in shape)
-    program = _program(detector, classifier, threshold)
+    program = _program(fitted, threshold)
     with native.suspended():  # the file is for other machines
         data = _to_onnx(program, shape) if onnx else _to_stablehlo(program, shape, platforms)
         made_with = versions()
     call = _from_onnx(data) if onnx else jax.jit(jax.export.deserialize(bytearray(data)).call)
-    difference = check(call, detector, classifier, threshold, shape)
+    difference = check(call, fitted, threshold, shape)
+    names = jax.eval_shape(program, jax.ShapeDtypeStruct((_SIDE_PX, _SIDE_PX), jnp.uint8))
     record = {
         "format": "onnx" if onnx else "stablehlo",
         "input": {"dtype": "uint8", "shape": [1 if onnx else "b", *shape]},
@@ -97,17 +92,17 @@ def run(
             "map": "float32 [b, h, w], the opened residual map",
             "score": "float32 [b], the map's maximum",
             "mask": "bool [b, h, w], map > threshold",
-            **({"probability": "float32 [b], of being defective"} if classifier is not None else {}),
+            **({"probability": "float32 [b], of being defective"} if "probability" in names else {}),
         },
-        "map": getattr(detector.detector, "map", "segmentation"),
+        "map": fitted.detector.name,
         "threshold": threshold,
-        "radius_px": detector.radius,
+        "radius_px": fitted.radius,
         "platforms": None if onnx else list(platforms),
-        "model_sha256": detector.sha256,
+        "model_sha256": fitted.sha256,
         "file_sha256": hashlib.sha256(data).hexdigest(),
         "largest_difference": difference,
         "versions": made_with,
-        "settings": detector.settings,
+        "settings": fitted.settings,
     }
     files.write_bytes(out, data)
     files.write_json(out.with_suffix(".json"), record)
@@ -163,51 +158,36 @@ def _from_onnx(data: bytes) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     return call
 
 
-def _classifier(model: Path, detector: Fitted) -> Any:
-    """Variables of a supervised model's classification stage; None where there is none."""
-    if not isinstance(detector.detector, SegmentationDetector):
-        return None
-    config = detector.detector.config
-    like = jax.eval_shape(lambda: segmentation.initial_classifier(config, detector.state))
-    state = trained.newest(model / "checkpoints_classifier", like)
-    return None if state is None else segmentation.variables(state)
-
-
-def _shape(detector: Fitted, height: int, width: int) -> Shape:
+def _shape(detector: Detector, height: int, width: int) -> Shape:
     """Height and width as `jax.export.symbolic_shape` takes them."""
-    free = isinstance(detector.detector, SegmentationDetector) and detector.detector.config.model == "unet"
     for name, side in (("height", height), ("width", width)):
         if side and side < detector.least_px:
             raise InputError(
                 f"--{name}={side} is smaller than the detector's least image of {detector.least_px} pixels"
             )
-    # Window positions and the tiles of large kernels are found while tracing, which takes numbers.
     default = max(_SIDE_PX, detector.least_px)
-    return height or ("16*h" if free else default), width or ("16*w" if free else default)
+    free = [f"{detector.side_multiple}*{side}" if detector.side_multiple else default for side in "hw"]
+    return height or free[0], width or free[1]
 
 
-def _program(detector: Fitted, classifier: Any, threshold: float) -> Program:
+def _program(fitted: Fitted, threshold: float) -> Program:
     """uint8 `[h, w]` -> the outputs that `run` lists, without their first axis."""
     # A float32 is above the threshold if it is above the greatest float32 that is not.
     limit = np.float32(threshold)
     if float(limit) > threshold:
         limit = np.nextafter(limit, np.float32(-np.inf))
+    detector = fitted.detector
 
     def one(pixels: Array) -> dict[str, Array]:
-        image = pixels.astype(jnp.float32) / 255
-        opened = grey_opening(detector.detector.residual(detector.state, image), radius=detector.radius)
-        found = {"map": opened, "score": jnp.max(opened), "mask": opened > limit}
-        if classifier is not None and isinstance(detector.detector, SegmentationDetector):
-            stages = (detector.state, classifier)
-            found["probability"] = segmentation.classify(detector.detector.config, stages, image)
-        return found
+        (_, opened, score), *_ = open_maps(detector, fitted.state, pixels, radius=fitted.radius).values()
+        found = {"map": opened, "score": score, "mask": opened > limit}
+        probability = detector.probability(fitted.state, scaled(pixels))
+        return found if probability is None else {**found, "probability": probability}
 
     return one
 
 
-def check(
-    call: Callable[[np.ndarray], dict[str, Any]], detector: Fitted, classifier: Any, threshold: float, shape: Shape
-) -> float:
+def check(call: Callable[[np.ndarray], dict[str, Any]], fitted: Fitted, threshold: float, shape: Shape) -> float:
     """The largest difference between an exported file, read anew, and the trained model, of maps, scores and probabilities.
 
     Args:
@@ -219,14 +199,13 @@ def check(
     """
     images = _golden(shape)
     found = jax.device_get(call(images))
-    maps = evaluation.Mapper({"": detector.detector}, detector.radius)(
-        {"": detector.state}, list(images), label="check"
-    )[""]
-    opened = np.stack(maps.opened)
-    expected = {"map": opened, "score": maps.scores}
-    if classifier is not None and isinstance(detector.detector, SegmentationDetector):
-        expected["probability"] = _probabilities(detector.detector, (detector.state, classifier), images)
-    # A NaN is no agreement.
+    mapper = evaluation.Mapper(fitted.detector, fitted.radius)
+    maps, probabilities = mapper(fitted.state, list(images), label="check")
+    opened = np.stack(maps[fitted.detector.name].opened)
+    expected = {"map": opened, "score": maps[fitted.detector.name].scores}
+    if probabilities is not None:
+        expected["probability"] = probabilities
+    # A NaN counts as a difference.
     largest = max(float(np.nan_to_num(np.abs(found[k] - v), nan=np.inf).max()) for k, v in expected.items())
     above = opened - np.float64(threshold)
     differs = (found["mask"] != (above > 0)) & (np.abs(above) > TOLERANCE)
@@ -237,14 +216,6 @@ def check(
             status=1,
         )
     return largest
-
-
-def _probabilities(detector: SegmentationDetector, stages: tuple[Any, Any], images: np.ndarray) -> np.ndarray:
-    one = jax.jit(
-        lambda image: segmentation.classify(detector.config, stages, image.astype(jnp.float32) / 255),
-        compiler_options=cpu_compiler_options(),
-    )
-    return np.array([one(image) for image in images])
 
 
 def _golden(shape: Shape) -> np.ndarray:

@@ -1,90 +1,21 @@
-"""What every run that trains keeps in its working directory: settings, manifest, checkpoints, history."""
+"""What every run that trains keeps of its training: checkpoints, history and a picture."""
 
 import csv
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from steel_ad import config as configs
 from steel_ad import files, parallel
 from steel_ad.errors import InputError
 from steel_ad.progress import progress
-from steel_ad.report import tables
 from steel_ad.train.state import TrainState
 
 # (step number from 1, metrics)
 OnStep = Callable[[int, dict[str, float]], None]
 Save = Callable[[int, TrainState], None]
-
-# Settings that came after the first runs, with what those runs did.
-_LATER = {"train_images": 0, "data_path": "auto", "resident_mb": 1024}
-
-
-def begin(
-    workdir: Path, settings: Mapping[str, Any], *, evaluate_only: bool, reading: Collection[str]
-) -> dict[str, Any] | None:
-    """Checks that a workdir is new or holds a run of these settings; writes nothing.
-
-    Args:
-      reading: settings that only evaluation uses, and may differ from what training began with.
-
-    Returns:
-      What `metrics.json` holds if the run is finished with these very settings and not `evaluate_only`, else None.
-
-    Raises:
-      InputError: other settings, or nothing there to evaluate.
-    """
-    path = workdir / "config.json"
-    if not path.exists():
-        if evaluate_only:
-            raise InputError(f"there is no run in {workdir} to evaluate: train one first, without --evaluate_only")
-        return None
-    known = since(settings, files.read_json(path, dict))
-    ours, theirs = ({k: v for k, v in d.items() if k not in reading} for d in (settings, known))
-    if other := configs.difference(ours, theirs):
-        raise InputError(f"{workdir} holds a run of another config, which differs in {other}: use a new --workdir")
-    metrics = workdir / "metrics.json"
-    if evaluate_only or not metrics.exists():
-        return None
-    record = files.read_json(metrics, dict)
-    with files.understood(metrics, "delete it and run again"):
-        if not record.get("finished") or since(settings, record.get("config", {})) != settings:
-            return None
-        # What binaries print.
-        several = record.get("experiment") == "transfer"
-        for part in [p for when in ("before", "after") for p in record[when].values()] if several else [record]:
-            tables.metrics(part["maps"])
-        return record
-
-
-def since(settings: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Recorded settings, completed by those that did not exist when they were recorded."""
-    return {**{k: v for k, v in _LATER.items() if k in settings}, **recorded}
-
-
-def claim(workdir: Path, settings: Mapping[str, Any]) -> None:
-    """Records the settings of a new workdir, once everything that could be wrong with them has been looked at."""
-    path = workdir / "config.json"
-    if not path.exists():
-        files.write_json(path, settings)
-
-
-def keep(path: Path, record: Any, what: str) -> None:
-    """Records what a run uses, or checks it against what it began with.
-
-    Raises:
-      InputError: it has changed.
-    """
-    if not path.exists():
-        files.write_json(path, record)
-    elif files.read_json(path) != record:
-        raise InputError(
-            f"the {what} are not those that the run in {path.parent} began with (see {path.name} there): "
-            "restore them or use a new --workdir"
-        )
 
 
 def fit(

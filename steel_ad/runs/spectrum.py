@@ -1,41 +1,29 @@
 """The spectrum experiment: spectra of each line, its lattice, and three detectors without training (SPEC section 5)."""
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from steel_ad import config as configs
-from steel_ad.data import datasets
+from steel_ad.data import datasets, stored
 from steel_ad.data.patches import common_size
-from steel_ad.detectors import Detector
-from steel_ad.detectors.lattice import LatticeDetector, line_lattice
-from steel_ad.detectors.phase_only import PhaseOnlyDetector
-from steel_ad.detectors.whitening import WhiteningDetector
+from steel_ad.detectors import Detector, detector_class
+from steel_ad.detectors.lattice import line_lattice
 from steel_ad.errors import InputError
 from steel_ad.ops import spectrum
 from steel_ad.report import spectra
 from steel_ad.report.spectra import View
-from steel_ad.runs import evaluation, runs
+from steel_ad.runs import evaluation
+from steel_ad.runs.run import Run, location
+from steel_ad.runs.runs import uses
 from steel_ad.versions import versions
 
+_LATTICE_PX = 32  # least side of an image that a lattice is read from
 LATTICE_COLUMNS = ("data", "vector", "pitch_px", "pitch_error_px", "angle_deg", "angle_error_deg", "echo")
-
-
-def detectors(config: configs.Spectrum) -> dict[str, Detector]:
-    """The settings' detectors, by the name of their map."""
-    whitening = WhiteningDetector(config.tile, config.smoothing_px, config.images)
-    lattice = LatticeDetector(config.images, config.background, config.window, config.floor, config.detail, whitening)
-    known: dict[str, Detector] = {
-        "phase_only": PhaseOnlyDetector(config.smoothing_px),
-        "whitening": whitening,
-        "lattice": lattice,
-    }
-    return {name: known[name] for name in config.maps}
 
 
 def run(config: configs.Spectrum, *, data: Sequence[str], workdir: Path) -> dict[Path, tuple[dict[str, Any], bool]]:
@@ -58,33 +46,30 @@ def run(config: configs.Spectrum, *, data: Sequence[str], workdir: Path) -> dict
         places = {workdir / _name(d): d for d in data}
         if len(places) < len(data):
             raise InputError(f"two of {', '.join(data)} have the same name: look at them in two calls")
-    settings = {folder: {**configs.to_dict(config), "data": os.path.normpath(d)} for folder, d in places.items()}
-    finished = {
-        folder: runs.begin(folder, values, evaluate_only=False, reading=()) for folder, values in settings.items()
+    runs = {
+        folder: Run.begin(folder, "spectrum", config, {"data": location(d)}, evaluate_only=False)
+        for folder, d in places.items()
     }
+    finished = {folder: this.finished() for folder, this in runs.items()}
     figure = workdir / "figures" / "spectra.png"
     # A figure of several data sets may show others than these.
     if all(finished.values()) and figure.exists() and len(data) == 1:
         return {folder: (result, True) for folder, result in finished.items() if result}
+    detectors = [detector_class(name).configured(config) for name in config.maps]
     looked, views = {}, []
     for folder, source in places.items():
         dataset = datasets.load(source)
-        _check_sizes(config, dataset)
+        _check_sizes(detectors, dataset)
         split = datasets.split(len(dataset.train), config.validation_fraction, config.seed)
-        plates = [dataset.train[i] for i in split[0]]
-        view = _view(dataset.name, plates, config.images)
+        good = [dataset.train[i] for i in split[0]]
+        views.append(_view(dataset.name, good, config.images))
         # Before anything of the others is written.
-        if view.lattice is None and "lattice" in config.maps:
-            raise InputError(
-                f"the good images of {dataset.name} show no pattern that repeats in two directions, which the map 'lattice' "
-                "needs: use larger images, or leave it out with --config.maps=phase_only,whitening"
-            )
-        views.append(view)
-        looked[folder] = dataset, plates, split, view.lattice
+        fitted = [] if finished[folder] else [_fit(detector, good) for detector in detectors]
+        looked[folder] = dataset, split, views[-1].lattice, fitted
     results = {}
-    for folder, found in looked.items():
+    for folder, (dataset, split, lattice, fitted) in looked.items():
         done = finished[folder]
-        results[folder] = done or _evaluate(config, *found, folder, settings[folder]), done is not None
+        results[folder] = done or _evaluate(config, runs[folder], dataset, split, lattice, fitted), done is not None
     spectra.phases(workdir / "figures" / "phases.png", views)
     # Last, since its presence says that the pictures are complete.
     spectra.spectra(figure, views)
@@ -107,24 +92,28 @@ def _name(data: str) -> str:
     return Path(data).resolve().name if Path(data).is_dir() else data.replace("/", "_")
 
 
-def _check_sizes(config: configs.Spectrum, dataset: datasets.Dataset) -> None:
+def _check_sizes(detectors: Sequence[Detector], dataset: datasets.Dataset) -> None:
     """Raises InputError where an image is too small for a map that is asked for."""
-    smoothing, tile, patch = (
-        f"smoothing of {config.smoothing_px}",
-        f"tile of {config.tile}",
-        "patch of 32 that a lattice needs",
-    )
-    least = {patch: 32, smoothing: config.smoothing_px}
-    mend = {patch: "", smoothing: " or use a smaller --config.smoothing_px", tile: " or use a smaller --config.tile"}
-    if set(config.maps) - {"phase_only"}:
-        least[tile] = config.tile
+    least = {"lattice's figure": _LATTICE_PX, **{f"map {d.name}": d.least_px for d in detectors}}
     what = max(least, key=lambda name: least[name])
-    for image in [*dataset.train, *(t.image for t in dataset.test)]:
-        if min(image.shape) < least[what]:
+    for shape in stored.shapes([*dataset.train, *(t.image for t in dataset.test)]):
+        if min(shape) < least[what]:
             raise InputError(
-                f"an image of {dataset.name} is {image.shape[0]}x{image.shape[1]} pixels, smaller than the {what}: leave it "
-                f"out{mend[what]}"
+                f"an image of {dataset.name} is {shape[0]}x{shape[1]} pixels, smaller than the {least[what]} that the {what} needs: "
+                "leave the image out, or choose other --config.maps or smaller settings of this one"
             )
+
+
+class _Fit(NamedTuple):
+    detector: Detector
+    state: Any
+    seconds: float
+
+
+def _fit(detector: Detector, good: Sequence[np.ndarray]) -> _Fit:
+    start = time.perf_counter()
+    state = detector.fit(good)
+    return _Fit(detector, state, time.perf_counter() - start)
 
 
 def _view(name: str, plates: Sequence[np.ndarray], count: int) -> View:
@@ -146,33 +135,32 @@ def _view(name: str, plates: Sequence[np.ndarray], count: int) -> View:
 
 def _evaluate(
     config: configs.Spectrum,
+    this: Run,
     dataset: datasets.Dataset,
-    plates: Sequence[np.ndarray],
     split: tuple[np.ndarray, np.ndarray],
     lattice: spectrum.Lattice | None,
-    folder: Path,
-    settings: Mapping[str, Any],
+    fitted: Sequence[_Fit],
 ) -> dict[str, Any]:
-    """Fits, calibrates and tests every detector, and writes what `evaluation.report` writes."""
+    """Calibrates and tests every detector, and writes what `evaluation.report` writes and the detectors' states."""
     good, test = [dataset.train[i] for i in split[1]], [t.image for t in dataset.test]
-    limits, maps, seconds, speed = {}, {}, {}, {}
-    for name, detector in detectors(config).items():
+    limits: dict[str, evaluation.Thresholds] = {}
+    maps: dict[str, evaluation.Maps] = {}
+    speed = {}
+    for detector, state, _ in fitted:
+        mapper = evaluation.Mapper(detector, config.radius)
+        limits |= mapper.thresholds(state, good, config.percentile, label=f"{detector.name}: calibrate")[0]
         start = time.perf_counter()
-        states = {name: detector.fit(plates)}
-        seconds[name] = time.perf_counter() - start
-        mapper = evaluation.Mapper({name: detector}, config.radius)
-        calibration = mapper(states, good, label=f"{name}: calibrate")
-        limits[name] = evaluation.thresholds(calibration[name], config.percentile)
-        start = time.perf_counter()
-        maps.update(mapper(states, test, label=f"{name}: test"))
+        maps |= mapper(state, test, label=f"{detector.name}: test")[0]
         elapsed = time.perf_counter() - start
-        speed[name] = sum(image.size for image in test) / 1e6 / elapsed if test else None
+        speed[detector.name] = sum(image.size for image in test) / 1e6 / elapsed if test else None
     # Once nothing that could be wrong with the data is left.
-    runs.claim(folder, settings)
-    runs.keep(folder / "manifest.json", runs.uses(dataset.manifest, *split), "good images")
+    this.claim()
+    this.keep("manifest.json", uses(dataset.manifest, *split), "good images")
+    for detector, state, _ in fitted:
+        detector.save(state, this.folder)
     vectors = None if lattice is None else spectrum.pitch_and_angle(lattice)
     return evaluation.report(
-        folder,
+        this.results,
         maps,
         dataset.test,
         limits,
@@ -180,11 +168,11 @@ def _evaluate(
             "experiment": "spectrum",
             "finished": True,
             "dataset": dataset.name,
-            "images": {"train": len(plates), "validation": len(good), "test": len(test)},
+            "images": {"train": len(split[0]), "validation": len(good), "test": len(test)},
             "lattice": lattice and {"vectors": vectors, "echo": float(lattice.echo)},
-            "config": settings,
+            "config": this.settings,
             "percentile": config.percentile,
-            "fit_seconds": seconds,
+            "fit_seconds": {f.detector.name: f.seconds for f in fitted},
             "test_megapixels_per_second": speed,
             "parameters": 0,
             "versions": versions(),
