@@ -118,7 +118,6 @@ PROGRAMS = {
         (jnp.zeros((9, 16, 16)),),
     ),
     "opening": lambda: (jax.jit(lambda x: morphology.grey_opening(x, radius=4)), (IMAGE,)),
-    "binary opening": lambda: (jax.jit(lambda x: morphology.binary_opening(x > 0, radius=4)), (IMAGE,)),
     "plates": lambda: (jax.jit(lambda k: plates.render(k, "teardrop1", size=32, num=2)), (jax.random.key(0),)),
 }
 

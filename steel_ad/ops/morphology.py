@@ -1,4 +1,4 @@
-"""Flat morphology with a disk, grey and binary (SPEC section 4, Post-processing)."""
+"""Flat morphology with a disk (SPEC section 4, Post-processing)."""
 
 import functools
 import math
@@ -16,8 +16,6 @@ def disk(radius: int) -> np.ndarray:
 
 
 def _bounds(dtype) -> tuple:
-    if dtype == jnp.bool_:
-        return False, True
     return (-np.inf, np.inf) if jnp.issubdtype(dtype, jnp.floating) else (jnp.iinfo(dtype).min, jnp.iinfo(dtype).max)
 
 
@@ -37,16 +35,11 @@ def _rank(x: Array, radius: int, pick, outside) -> Array:
     return functools.reduce(pick, (runs[widths[dy]][radius + dy : radius + dy + h] for dy in widths))
 
 
-def _opening(x: Array, radius: int) -> Array:
-    low, high = _bounds(x.dtype)
-    return _rank(_rank(x, radius, lax.min, high), radius, lax.max, low)
-
-
 @functools.partial(jax.jit, static_argnames="radius")
 def grey_opening(x: Array, *, radius: int) -> Array:
     """Erosion, then dilation, by a flat disk; pixels outside of the image take no part in either.
 
-    It commutes with thresholding: `grey_opening(x) > t` is `binary_opening(x > t)`, for every t.
+    It commutes with thresholding: `grey_opening(x) > t` is the binary opening of `x > t`, for every t.
 
     Args:
       x: `[h, w]`, real.
@@ -60,16 +53,5 @@ def grey_opening(x: Array, *, radius: int) -> Array:
     """
     if x.ndim != 2 or radius < 0:
         raise ValueError(f"opening takes one map [h, w] and a radius >= 0, not {x.shape} and {radius}")
-    return _opening(x, radius)
-
-
-@functools.partial(jax.jit, static_argnames="radius")
-def binary_opening(mask: Array, *, radius: int) -> Array:
-    """`grey_opening` of a bool mask `[h, w]`: what a disk inside the mask can cover.
-
-    Raises:
-      ValueError: the mask is not bool `[h, w]`, or the radius is negative.
-    """
-    if mask.ndim != 2 or mask.dtype != jnp.bool_ or radius < 0:
-        raise ValueError(f"binary opening takes a bool mask [h, w] and a radius >= 0, not {mask.dtype}{mask.shape}")
-    return _opening(mask, radius)
+    low, high = _bounds(x.dtype)
+    return _rank(_rank(x, radius, lax.min, high), radius, lax.max, low)

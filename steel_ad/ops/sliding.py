@@ -200,15 +200,29 @@ def through(
     """
     if at_once < 1:
         raise ValueError(f"at least one window must go through at once, not {at_once}")
-    height, width = image.shape
-    rows, columns = (positions(length, size, stride) for length in (height, width))
     known = _whole(head, image) if head and _shares(image.shape, size, stride) else None
 
     def tiles_of(strip: Array, known: Array | None) -> Array:
         return _heads(head, strip, known, size, stride) if head else _extract(strip, size, stride)
 
-    if len(rows) * len(columns) <= at_once:
-        return average(function(tiles_of(image, known)), shape=(height, width), stride=stride)
+    rows, columns = (len(positions(length, size, stride)) for length in image.shape)
+    if rows * columns <= at_once:
+        return average(function(tiles_of(image, known)), shape=image.shape, stride=stride)
+    return _by_rows(function, tiles_of, image, known, size, stride, at_once)
+
+
+def _by_rows(
+    function: Callable[[Array], Array],
+    tiles_of: Callable[[Array, Array | None], Array],
+    image: Array,
+    known: Array | None,
+    size: int,
+    stride: int,
+    at_once: int,
+) -> Array:
+    """`through`, some rows of windows at a time: `tiles_of` makes of a strip `[size, w]`, and of `known` of it, its windows."""
+    height, width = image.shape
+    rows, columns = (positions(length, size, stride) for length in image.shape)
     per_step = max(1, at_once // len(columns))
     surplus = -len(rows) % per_step
     # The last step repeats a row of windows, which then counts nothing.
@@ -216,20 +230,19 @@ def through(
     weights = np.array([1.0] * len(rows) + [0.0] * surplus, np.float32).reshape(tops.shape)
     extract = functools.partial(_extract, size=size, stride=stride)
 
+    def windows_at(row: Array) -> Array:
+        part = known
+        if part is not None:
+            part = lax.dynamic_slice_in_dim(part, row // _REDUCTION, size // _REDUCTION)
+        return tiles_of(lax.dynamic_slice_in_dim(image, row, size), part)
+
     def strips(tiles: Array) -> Array:
         add = jax.linear_transpose(extract, jax.ShapeDtypeStruct((size, width), tiles.dtype))
         return jax.vmap(lambda row: add(row)[0])(tiles.reshape(per_step, len(columns), size, size))
 
     def step(total: Array, given: tuple[Array, Array]) -> tuple[Array, None]:
         top, weight = given
-
-        def cut(row: Array) -> Array:
-            part = known
-            if part is not None:
-                part = lax.dynamic_slice_in_dim(part, row // _REDUCTION, size // _REDUCTION)
-            return tiles_of(lax.dynamic_slice_in_dim(image, row, size), part)
-
-        cuts = jax.vmap(cut)(top)
+        cuts = jax.vmap(windows_at)(top)
         tiles = cuts.reshape(-1, *cuts.shape[2:])
         if len(tiles) <= at_once:
             tiles = function(tiles)
@@ -242,7 +255,6 @@ def through(
             total = lax.dynamic_update_slice(total, strip, at)
         return total, None
 
-    one = jax.ShapeDtypeStruct((1, size, size), image.dtype)
-    dtype = jax.eval_shape(lambda tile: function(head(tile) if head else tile), one).dtype
-    total, _ = lax.scan(step, jnp.zeros((height, width), dtype), (jnp.asarray(tops), jnp.asarray(weights)))
-    return total / _covered((height, width), size, stride, dtype)
+    tile = jax.eval_shape(lambda x: function(tiles_of(x, None)), jax.ShapeDtypeStruct((size, size), image.dtype))
+    total, _ = lax.scan(step, jnp.zeros((height, width), tile.dtype), (jnp.asarray(tops), jnp.asarray(weights)))
+    return total / _covered((height, width), size, stride, tile.dtype)
