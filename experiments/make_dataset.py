@@ -7,6 +7,7 @@ python -m experiments.make_dataset thesis --out=DIR
 The same command again goes on where it stopped.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 from absl import flags
 
 from steel_ad import cli
+from steel_ad import config as configs
+from steel_ad.making.settings import FromVideo, Inserted, Thesis
 
 _OUT = flags.DEFINE_string("out", None, "Folder to write: a new one, or one to go on with.")
 _FLAGS: dict[str, flags.FlagHolder] = {
@@ -49,27 +52,26 @@ _FLAGS: dict[str, flags.FlagHolder] = {
     "lines": flags.DEFINE_list("lines", None, "thesis: lines, comma-separated (all five)."),
     "num_train": flags.DEFINE_integer("num_train", None, "thesis: good training images of each line (2000)."),
 }
-_COMMANDS = {
-    "from_video": ("video", "size", "positions", "per_frame", "seed", "min_contrast", "min_sharpness"),
-    "insert": ("data", "defects", "num_test", "test_fraction", "blend", "augment", "seed"),
-    "thesis": ("lines", "num_train", "num_test", "defects", "seed"),
+_COMMANDS: dict[str, tuple[Any, ...]] = {
+    "from_video": (FromVideo, "video"),
+    "insert": (Inserted, "data", "defects"),
+    "thesis": (Thesis, "defects"),
 }
 
 
 def main(command: str) -> None:
     from steel_ad.errors import InputError
+    from steel_ad.making import from_video, inserted, thesis
 
+    kind, *inputs = _COMMANDS[command]
+    known = [*inputs, *(field.name for field in dataclasses.fields(kind))]
     given: dict[str, Any] = {name: flag.value for name, flag in _FLAGS.items() if flag.present}
-    if unused := [name for name in given if name not in _COMMANDS[command]]:
-        raise InputError(
-            f"--{unused[0]} is not a flag of {command}, which has --out, --{', --'.join(_COMMANDS[command])}"
-        )
-    from steel_ad.making import dataset
-
+    if unused := [name for name in given if name not in known]:
+        raise InputError(f"--{unused[0]} is not a flag of {command}, which has --out, --{', --'.join(known)}")
     out = Path(cli.required(_OUT))
+    config: Any = kind(**{name: configs.plain(value) for name, value in given.items() if name not in inputs})
     if command == "from_video":
-        path = Path(cli.required(_FLAGS["video"]))
-        found = dataset.from_video(path, out, **{k: v for k, v in given.items() if k != "video"})
+        found = from_video.run(config, source=Path(cli.required(_FLAGS["video"])), out=out)
         print(
             f"{found['patches']} patches in {out}, {found['written']} of them new; of {found['frames']} frames, "
             f"{found['blank']} are blank and {found['blurred']} blurred."
@@ -79,14 +81,11 @@ def main(command: str) -> None:
         return
     if command == "insert":
         data, defects = cli.required(_FLAGS["data"]), cli.required(_FLAGS["defects"])
-        options = {k: v for k, v in given.items() if k not in ("data", "defects")}
-        found = dataset.insert(data, defects, out, **options)
+        found = inserted.run(config, data=data, defects_from=defects, out=out)
         kinds = ", ".join(f"{count} {kind}" for kind, count in found["kinds"].items())
         print(f"{found['files']} files in {out}, {found['written']} of them new; test images: {kinds}.")
     else:
-        if "defects" in given:
-            given["defects_"] = given.pop("defects")
-        found = dataset.thesis(out, **given)
+        found = thesis.run(config, defects_from=given.get("defects", "procedural"), out=out)
         print(f"{found['files']} files in {out}, {found['written']} of them new; pictures: {out / 'figures'}.")
     if skipped := found["skipped"]:
         print(

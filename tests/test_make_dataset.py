@@ -15,7 +15,8 @@ import pytest
 
 from steel_ad.data import datasets, defects, folders, video
 from steel_ad.errors import InputError
-from steel_ad.making import dataset
+from steel_ad.making import batches, from_video, inserted, thesis
+from steel_ad.making.settings import FromVideo, Inserted, Thesis
 
 ROOT = Path(__file__).parent.parent
 BLANK, BLURRED = 2, 4
@@ -24,6 +25,18 @@ BLANK, BLURRED = 2, 4
 def start(*arguments):
     line = [sys.executable, "-m", "experiments.make_dataset", *arguments]
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def cut(source, out, **options):
+    return from_video.run(FromVideo(**options), source=source, out=out)
+
+
+def insert(data, defects_from, out, **options):
+    return inserted.run(Inserted(**options), data=str(data), defects_from=str(defects_from), out=out)
+
+
+def make_thesis(out, defects_from, **options):
+    return thesis.run(Thesis(**options), defects_from=str(defects_from), out=out)
 
 
 def texture(seed, shape=(96, 80), sigma=1.0):
@@ -87,7 +100,7 @@ def plate(tmp_path_factory):
 @pytest.mark.parametrize("options", [{}, {"positions": "random", "per_frame": 5, "seed": 3}], ids=["grid", "random"])
 def test_patches_are_the_frames_pixels(tmp_path, plate, options):
     path, frames = plate
-    found = dataset.from_video(path, tmp_path / "out", size=32, **options)
+    found = cut(path, tmp_path / "out", size=32, **options)
     rows = manifest(tmp_path / "out")
     assert list(rows[0]) == ["file", "source", "frame", "top", "left", "sha256"]
     assert {row["file"] for row in rows} == {p.name for p in folders.good_images(tmp_path / "out")}
@@ -108,25 +121,25 @@ def test_patches_are_the_frames_pixels(tmp_path, plate, options):
 
 
 def test_blank_and_blurred_frames_are_counted_and_zero_lets_them_pass(tmp_path, plate):
-    found = dataset.from_video(plate[0], tmp_path / "a", size=64)
+    found = cut(plate[0], tmp_path / "a", size=64)
     assert (found["frames"], found["blank"], found["blurred"], found["warning"]) == (6, 1, 1, None)
     with (tmp_path / "a" / "frames.csv").open(newline="") as file:
         verdicts = [row["verdict"] for row in csv.DictReader(file)]
     assert verdicts == ["good", "good", "blank", "good", "blurred", "good"]
-    found = dataset.from_video(plate[0], tmp_path / "b", size=64, min_contrast=0, min_sharpness=0)
+    found = cut(plate[0], tmp_path / "b", size=64, min_contrast=0, min_sharpness=0)
     assert (found["blank"], found["blurred"], found["patches"]) == (0, 0, 6)
-    message, _ = one_sentence(dataset.from_video, plate[0], tmp_path / "c", size=64, min_contrast=200)
+    message, _ = one_sentence(cut, plate[0], tmp_path / "c", size=64, min_contrast=200)
     assert "6 are blank" in message
     assert not (tmp_path / "c").exists()  # so that a lower threshold may use the folder
 
 
 def test_truncated_video_keeps_what_is_whole_and_names_the_rest(tmp_path, plate):
     path, frames = plate
-    cut = tmp_path / "cut.avi"
-    cut.write_bytes(path.read_bytes()[: int(0.8 * path.stat().st_size)])
+    short = tmp_path / "short.avi"
+    short.write_bytes(path.read_bytes()[: int(0.8 * path.stat().st_size)])
     out = tmp_path / "out"
     for again in (False, True):
-        result = start("from_video", f"--video={cut}", f"--out={out}", "--size=32")
+        result = start("from_video", f"--video={short}", f"--out={out}", "--size=32")
         assert result.returncode == 0, result.stderr
         *progress, warning = result.stderr.splitlines()
         assert all(line.startswith(("survey: ", "cut: ")) for line in progress)  # no word of FFmpeg's
@@ -156,7 +169,7 @@ def test_damage_in_the_middle_is_said_in_our_words_only(tmp_path, plate):
 
 
 def test_random_places_are_all_different(tmp_path, plate):
-    dataset.from_video(plate[0], tmp_path / "out", size=80, positions="random", per_frame=17)  # of 17
+    cut(plate[0], tmp_path / "out", size=80, positions="random", per_frame=17)  # of 17
     assert [int(row["top"]) for row in manifest(tmp_path / "out")] == list(range(17)) * 4
 
 
@@ -164,7 +177,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from steel_ad.data import folders
-from steel_ad.making import dataset
+from steel_ad.making import from_video
+from steel_ad.making.settings import FromVideo
 
 count, write = 0, os.replace
 def replace(source, target):
@@ -172,7 +186,7 @@ def replace(source, target):
     count += str(target).endswith(".png")
     os.kill(os.getpid(), signal.SIGKILL) if count == 9 else write(source, target)
 folders.os.replace = replace
-dataset.from_video(Path(sys.argv[1]), Path(sys.argv[2]), size=32)
+from_video.run(FromVideo(size=32), source=Path(sys.argv[1]), out=Path(sys.argv[2]))
 """
 
 
@@ -183,28 +197,28 @@ def test_a_killed_run_goes_on_to_the_same_set(tmp_path, plate):
     assert len(list(out.glob("*.png"))) == 8
     assert list(out.glob(".*.tmp"))
     before = {p: p.stat().st_mtime_ns for p in out.glob("*.png")}
-    assert dataset.from_video(path, out, size=32)["written"] == 24 - 8
+    assert cut(path, out, size=32)["written"] == 24 - 8
     assert {p: p.stat().st_mtime_ns for p in before} == before
-    dataset.from_video(path, whole, size=32)
+    cut(path, whole, size=32)
     assert contents(out) == contents(whole)
-    assert dataset.from_video(path, out, size=32)["written"] == 0
+    assert cut(path, out, size=32)["written"] == 0
     next(iter(before)).write_bytes(b"other")
-    message, _ = one_sentence(dataset.from_video, path, out, size=32)
+    message, _ = one_sentence(cut, path, out, size=32)
     assert "is not what manifest.csv says" in message
 
 
 def test_other_settings_and_other_folders_are_refused(tmp_path, plate):
     path, out = plate[0], tmp_path / "out"
-    dataset.from_video(path, out, size=64)
+    cut(path, out, size=64)
     before = contents(out)
-    message, status = one_sentence(dataset.from_video, path, out, size=32)
+    message, status = one_sentence(cut, path, out, size=32)
     assert (status, "differs in size (32 here, 64 there)" in message) == (2, True)
     other = tmp_path / "other.avi"
     write_video(other, [texture(7)])
-    assert "video_sha256" in one_sentence(dataset.from_video, other, out, size=64)[0]
+    assert "video_sha256" in one_sentence(cut, other, out, size=64)[0]
     assert contents(out) == before
     save(tmp_path / "mine" / "a.png", texture(0))
-    assert "holds other files" in one_sentence(dataset.from_video, path, tmp_path / "mine", size=64)[0]
+    assert "holds other files" in one_sentence(cut, path, tmp_path / "mine", size=64)[0]
 
 
 def test_what_is_no_video_ends_in_a_sentence_and_leaves_nothing(tmp_path, plate):
@@ -224,9 +238,9 @@ def test_what_is_no_video_ends_in_a_sentence_and_leaves_nothing(tmp_path, plate)
         ("head.mp4", "cannot be opened", 1),
         ("start.avi", "none of its 6 frames can be read", 1),
     ):
-        message, status = one_sentence(dataset.from_video, tmp_path / name, out)
+        message, status = one_sentence(cut, tmp_path / name, out)
         assert (words in message, status) == (True, expected), (name, message, status)
-    message, status = one_sentence(dataset.from_video, plate[0], out, size=81)
+    message, status = one_sentence(cut, plate[0], out, size=81)
     assert ("80x96 pixels, smaller than the patch of 81" in message, status) == (True, 2)
     for options in (
         {"positions": "everywhere"},
@@ -237,7 +251,7 @@ def test_what_is_no_video_ends_in_a_sentence_and_leaves_nothing(tmp_path, plate)
         {"positions": "random", "seed": -1},
         {"positions": "random", "size": 80, "per_frame": 18},
     ):
-        assert one_sentence(dataset.from_video, plate[0], out, **{"size": 32} | options)[1] == 2
+        assert one_sentence(cut, plate[0], out, **{"size": 32} | options)[1] == 2
     assert not out.exists()
 
 
@@ -290,7 +304,7 @@ def line(tmp_path_factory):
 
 def test_inserted_defects_are_where_the_masks_say_and_from_the_test_side(tmp_path, steels, line):
     out = tmp_path / "out"
-    found = dataset.insert(str(line), str(steels), out, num_test=4, test_fraction=0.5, blend="paste", seed=1)
+    found = insert(line, steels, out, num_test=4, test_fraction=0.5, blend="paste", seed=1)
     assert found["kinds"] == {"good": 4, "dark": 2, "light": 2}
     assert len(found["skipped"]) == 1
 
@@ -329,17 +343,17 @@ def test_inserted_defects_are_where_the_masks_say_and_from_the_test_side(tmp_pat
 
 def test_insertion_goes_on_and_changes_nothing_else(tmp_path, steels, line):
     out = tmp_path / "out"
-    dataset.insert(str(line), str(steels), out, num_test=3)
+    insert(line, steels, out, num_test=3)
     before = contents(out)
     for name in ("test/dark/0001.png", "ground_truth/light/0000_mask.png", "train/good/0004.png", "manifest.csv"):
         (out / name).unlink()
     left = {p: p.stat().st_mtime_ns for p in out.rglob("*.png")}
-    assert dataset.insert(str(line), str(steels), out, num_test=3)["written"] == 3
+    assert insert(line, steels, out, num_test=3)["written"] == 3
     assert contents(out) == before
     assert {p: p.stat().st_mtime_ns for p in left} == left
     for options, name in (({"seed": 1}, "defects|seed"), ({"blend": "paste"}, "blend"), ({"num_test": 2}, "num_test")):
         with pytest.raises(InputError, match=f"differs in ({name})"):
-            dataset.insert(str(line), str(steels), out, **{"num_test": 3} | options)
+            insert(line, steels, out, **{"num_test": 3} | options)
     assert contents(out) == before
 
 
@@ -351,13 +365,13 @@ def test_a_source_on_both_sides_is_refused_before_anything_is_written(tmp_path, 
 
     monkeypatch.setattr(defects, "split", leaking)
     with pytest.raises(InputError, match="are the same image, in both libraries"):
-        dataset.insert(str(line), str(steels), tmp_path / "out", num_test=2)
+        insert(line, steels, tmp_path / "out", num_test=2)
     assert not (tmp_path / "out").exists()
 
 
 def test_insertion_refuses_what_it_cannot_use(tmp_path, steels, line):
     def refused(data=line, defects_=steels, **options):
-        return one_sentence(dataset.insert, str(data), str(defects_), tmp_path / "out", **{"num_test": 2} | options)[0]
+        return one_sentence(insert, data, defects_, tmp_path / "out", **{"num_test": 2} | options)[0]
 
     # 13 of the 19 different training plates would have to go.
     assert "too few for --num_test=8" in refused(num_test=8)
@@ -379,11 +393,13 @@ def test_insertion_refuses_what_it_cannot_use(tmp_path, steels, line):
 
 @pytest.mark.slow
 def test_thesis_sets(tmp_path, monkeypatch, steels):
-    for name, value in (("SIZE_PX", 64), ("PERIOD_PX", 90.0), ("MARKS", 2), ("LIBRARY_SIZE_PX", 40), ("_BATCH", 4)):
-        monkeypatch.setattr(dataset, name, value)
+    for name, value in (("SIZE_PX", 64), ("LIBRARY_SIZE_PX", 40), ("BATCH", 4)):
+        monkeypatch.setattr(batches, name, value)
+    for name, value in (("PERIOD_PX", 90.0), ("MARKS", 2)):
+        monkeypatch.setattr(thesis, name, value)
     out = tmp_path / "out"
-    options = {"lines": ["teardrop1", "teardrop4"], "num_train": 5, "num_test": 8, "defects_": str(steels)}
-    found = dataset.thesis(out, **options)
+    options = {"lines": ("teardrop1", "teardrop4"), "num_train": 5, "num_test": 8}
+    found = make_thesis(out, steels, **options)
     assert found["written"] == found["files"] == 2 * (5 + 8 + 4)
     for name, special in (("teardrop1", "periodic"), ("teardrop4", "watermark")):
         read = datasets.load(str(out / name))
@@ -403,18 +419,18 @@ def test_thesis_sets(tmp_path, monkeypatch, steels):
     before = contents(out)
     (out / "teardrop1" / "test" / "periodic" / "0001.png").unlink()
     (out / "teardrop4" / "ground_truth" / "watermark" / "0000_mask.png").unlink()
-    assert dataset.thesis(out, **options)["written"] == 2
+    assert make_thesis(out, steels, **options)["written"] == 2
     assert contents(out) == before
-    message, _ = one_sentence(dataset.thesis, out, **options | {"num_train": 6})
+    message, _ = one_sentence(make_thesis, out, steels, **options | {"num_train": 6})
     assert "num_train (6 here, 5 there)" in message
     for wrong in (
-        {"lines": ["teardrop9"]},
-        {"lines": []},
-        {"lines": ["diamond"] * 2},
+        {"lines": ("teardrop9",)},
+        {"lines": ()},
+        {"lines": ("diamond",) * 2},
         {"num_test": 6},
         {"num_train": 0},
     ):
-        one_sentence(dataset.thesis, tmp_path / "wrong", **options | wrong)
+        one_sentence(make_thesis, tmp_path / "wrong", steels, **options | wrong)
     assert not (tmp_path / "wrong").exists()
 
 
@@ -497,7 +513,7 @@ def test_frames_larger_than_any_is_read_are_not_decoded(plate, tmp_path, monkeyp
     monkeypatch.setattr(video, "MAX_PIXELS", 96 * 80)
     assert len(list(video.frames(plate[0]))) == 6
     monkeypatch.setattr(video, "MAX_PIXELS", 96 * 80 - 1)
-    message, status = one_sentence(dataset.from_video, plate[0], tmp_path / "out", size=32)
+    message, status = one_sentence(cut, plate[0], tmp_path / "out", size=32)
     assert ("frames of 80x96 pixels" in message, status) == (True, 2)
     assert not (tmp_path / "out").exists()
 
@@ -524,7 +540,7 @@ def test_frames_larger_than_any_is_read_are_not_decoded(plate, tmp_path, monkeyp
 )
 def test_a_damaged_set_is_named_and_not_followed(plate, tmp_path, name, old, new):
     out = tmp_path / "out"
-    dataset.from_video(plate[0], out, size=32)
+    cut(plate[0], out, size=32)
     text = (out / name).read_text()
     assert old is None or old in text
     (out / name).write_text(new if old is None else text.replace(old, new, 1))
@@ -533,7 +549,7 @@ def test_a_damaged_set_is_named_and_not_followed(plate, tmp_path, name, old, new
         (out / "manifest.csv").unlink()
         for patch in out.glob("*.png"):
             patch.unlink()
-    message, _ = one_sentence(dataset.from_video, plate[0], out, size=32)
+    message, _ = one_sentence(cut, plate[0], out, size=32)
     assert name in message
 
 

@@ -213,15 +213,18 @@ def _one_image(folder: Path) -> None:
 
 
 def _video(folder: Path) -> None:
-    from steel_ad.making import dataset
-
-    dataset.from_video(folder / "x.avi", folder / "out", size=16, min_contrast=0, min_sharpness=0)
+    _patches(folder / "x.avi", folder / "out")
 
 
 def _cut(folder: Path) -> None:
-    from steel_ad.making import dataset
+    _patches(kept() / "cut.avi", folder / "out")
 
-    dataset.from_video(kept() / "cut.avi", folder / "out", size=16, min_contrast=0, min_sharpness=0)
+
+def _patches(source: Path, out: Path) -> None:
+    from steel_ad.making import from_video
+    from steel_ad.making.settings import FromVideo
+
+    from_video.run(FromVideo(size=16, min_contrast=0, min_sharpness=0), source=source, out=out)
 
 
 def _link(folder: Path) -> None:
