@@ -21,9 +21,10 @@ from steel_ad.data.datasets import TestImage
 from steel_ad.detectors import Detector, autoencoder, opened, segmentation
 from steel_ad.models import blocks, initial, unet
 from steel_ad.ops import convolution
-from steel_ad.runs import evaluation, runs
+from steel_ad.runs import evaluation
 from steel_ad.train import loop
 from steel_ad.train.checkpoint import Checkpoints
+from steel_ad.train.resume import resume
 from steel_ad.train.state import TrainState, create, stream
 from steel_ad.train.step import make_step
 
@@ -273,8 +274,8 @@ def late(folder: Path) -> None:
 
 def mortal(folder: Path, steps: int = 10**6) -> None:
     """Trains until somebody stops it."""
-    runs.fit(
-        lambda state, on_step, save: train_small(state, steps, on_step=on_step, save=save),
+    resume(
+        lambda state, history, on_step, save: train_small(state, steps, on_step=on_step, save=save),
         small_state(),
         folder,
         total_steps=steps,

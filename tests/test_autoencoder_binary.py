@@ -23,8 +23,9 @@ from steel_ad.detectors import autoencoder
 from steel_ad.errors import InputError
 from steel_ad.report import figures
 from steel_ad.runs import autoencoder as study
-from steel_ad.runs import evaluation, runs
+from steel_ad.runs import evaluation
 from steel_ad.runs.run import Run
+from steel_ad.train import resume
 from steel_ad.train.checkpoint import Checkpoints
 from steel_ad.train.state import create
 
@@ -467,7 +468,7 @@ def test_numbers_without_a_point_are_numbers():
 def test_a_damaged_record_of_the_steps_is_named(tmp_path, content):
     (tmp_path / "train.csv").write_text(content)
     with pytest.raises(InputError, match=r"train\.csv is damaged"):
-        runs._read_history(tmp_path / "train.csv")
+        resume.read_history(tmp_path / "train.csv")
 
 
 @pytest.mark.parametrize("content", ["[]", '{"finished": 1, "config": []}', '{"finished": 1, "config": 3}', '"x"'])

@@ -22,7 +22,7 @@ from steel_ad.ops.ssim import CONSTANTS, ssim_map
 from steel_ad.report import figures
 from steel_ad.research import false_alarms, results
 from steel_ad.research import results_page as page
-from steel_ad.runs import evaluation, runs
+from steel_ad.runs import evaluation
 from steel_ad.train.state import create, stream
 
 ROOT = jax.random.key(3)
@@ -368,7 +368,7 @@ def test_lines_vary_about_their_pattern():
 
 def test_settings_as_text_and_uses_of_images():
     assert results.settings_text({"b": 1, "a": [0.5]}) == '{"a": [0.5], "b": 1}'
-    found = runs.uses([{"file": name} for name in "abc"], np.array([2]), np.array([0]))
+    found = datasets.uses([{"file": name} for name in "abc"], np.array([2]), np.array([0]))
     assert found == [{"file": n, "use": use} for n, use in zip("abc", ("validation", "none", "train"), strict=True)]
 
 

@@ -20,7 +20,7 @@ from steel_ad.config import Autoencoder
 from steel_ad.data import patches
 from steel_ad.detectors import autoencoder
 from steel_ad.errors import InputError
-from steel_ad.train import loop, optimizers, state, step
+from steel_ad.train import loop, optimizers, resume, state, step
 from steel_ad.train.checkpoint import Checkpoints
 
 TINY = Autoencoder(
@@ -37,12 +37,15 @@ TINY = Autoencoder(
 
 
 @pytest.fixture(scope="module")
-def plates():
+def images():
     rng = np.random.default_rng(0)
     tile = (127 + 100 * np.sin(np.arange(48) / 3)).astype(np.uint8)
-    return patches.stack(
-        [np.minimum(tile[:, None], tile[None, :]) // 2 + rng.integers(0, 40, (48, 48), np.uint8) for _ in range(5)]
-    )
+    return [np.minimum(tile[:, None], tile[None, :]) // 2 + rng.integers(0, 40, (48, 48), np.uint8) for _ in range(5)]
+
+
+@pytest.fixture(scope="module")
+def plates(images):
+    return patches.stack(images)
 
 
 def same(a, b):
@@ -199,6 +202,50 @@ def test_a_dead_run_is_noticed(plates):
         short(60, 0.0)
 
 
+@pytest.mark.parametrize("killed", [250, 330, 599])
+def test_a_dead_run_is_noticed_at_the_same_step_over_a_restart(killed):
+    config = dataclasses.replace(TINY, steps=1000)
+    rows = [{"step": s, "contrast": 0.5 if s == 300 else 0.001} for s in range(1, 602)]
+    for watch in (autoencoder.DeadRun(config), autoencoder.DeadRun(config, rows[:killed])):
+        for row in rows[killed if watch.flat_since else 0 : -1]:
+            watch(row["step"], row["contrast"])
+        with pytest.raises(InputError, match="since step 301"):
+            watch(601, 0.001)
+    recovered = [*rows, {"step": len(rows) + 1, "contrast": 0.02}]
+    assert autoencoder.DeadRun(config, recovered).flat_since is None
+    assert (
+        autoencoder.DeadRun(config, [{"step": 1, "loss": 3.0}]).flat_since is None
+    )  # of a run before there was a contrast
+
+
+def test_a_dead_run_that_is_killed_and_started_again_still_ends(plates, tmp_path, monkeypatch):
+    monkeypatch.setattr(autoencoder, "_FLAT", 1e9)  # every reconstruction is flat
+    config = dataclasses.replace(TINY, steps=60, checkpoint_every=20)
+
+    def start(folder, kind, killed=None):
+        seen = []
+
+        def train(*, on_step, **rest):
+            def spy(s, row):
+                on_step(s, row)
+                seen.append(s)
+                if s == killed:
+                    raise KeyboardInterrupt
+
+            return autoencoder.train(config, plates, on_step=spy, **rest)
+
+        begun = autoencoder.initial_state(config, jax.random.key(0))
+        with pytest.raises(kind) as error:
+            resume.resume(train, begun, tmp_path / folder, total_steps=60, settings={})
+        return seen, str(error.value)
+
+    whole, said = start("undisturbed", InputError)
+    assert whole == list(range(1, 61))
+    assert "since step 1 " in said
+    start("killed", KeyboardInterrupt, killed=45)
+    assert start("killed", InputError) == (list(range(41, 61)), said)
+
+
 @jax.numpy_dtype_promotion("standard")
 def test_both_decays_and_clipping_do_something():
     params = {"w": jnp.ones(3)}
@@ -322,9 +369,9 @@ def test_the_setting_that_one_side_lacks_is_named():
     assert configs.difference({"b": 2}, {"b": 2, "c": 3}) == "c (None here, 3 there)"
 
 
-def test_a_detector_learns_from_good_images(plates):
+def test_a_detector_learns_from_good_images(images):
     detector = autoencoder.AutoencoderDetector(TINY)
-    learnt = detector.fit(plates)
+    learnt = detector.fit(images)
     untrained = autoencoder.initial_state(TINY, jax.random.key(TINY.seed)).params
     assert jax.tree.structure(learnt) == jax.tree.structure(untrained)
     for before, after in zip(jax.tree.leaves(untrained), jax.tree.leaves(learnt), strict=True):

@@ -300,3 +300,9 @@ def split(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarra
         raise InputError(f"{count} good image(s) cannot be split into training and validation: give at least 2")
     order = np.random.default_rng([seed, 0x5EED]).permutation(count)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def uses(manifest: Sequence[dict], train: np.ndarray, validation: np.ndarray) -> list[dict]:
+    """Manifest rows with a column `use`: "train", "validation" or "none"."""
+    use = dict.fromkeys(train.tolist(), "train") | dict.fromkeys(validation.tolist(), "validation")
+    return [{**row, "use": use.get(i, "none")} for i, row in enumerate(manifest)]

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +135,23 @@ def _batch(config: configs.Autoencoder) -> int:
 
 
 class DeadRun:
-    """Stops a run whose reconstructions have stayed flat: a saturated sigmoid gives no gradient to recover by."""
+    """Stops a run whose reconstructions have stayed flat: a saturated sigmoid gives no gradient to recover by.
 
-    def __init__(self, config: configs.Autoencoder):
+    `history`: rows of the steps before, so that a run which goes on does not begin to wait anew.
+    """
+
+    def __init__(self, config: configs.Autoencoder, history: Iterable[Mapping[str, float]] = ()):
         self.patience = max(300, config.total_steps // 5)
         self.last = config.total_steps
         self.flat_since: int | None = None
+        for row in history:
+            self._look(int(row["step"]), row.get("contrast", 1.0))
+
+    def _look(self, step: int, contrast: float) -> None:
+        if contrast >= _FLAT:
+            self.flat_since = None
+        elif self.flat_since is None:
+            self.flat_since = step
 
     def __call__(self, step: int, contrast: float) -> None:
         """Looks at a step, in order.
@@ -148,11 +159,9 @@ class DeadRun:
         Raises:
           InputError: the run is dead.
         """
-        if contrast >= _FLAT:
-            self.flat_since = None
-            return
+        self._look(step, contrast)
         if self.flat_since is None:
-            self.flat_since = step
+            return
         if step - self.flat_since >= self.patience or (step == self.last and step - self.flat_since >= 50):
             raise InputError(
                 f"training is dead: since step {self.flat_since} every reconstruction is flat; "
@@ -205,6 +214,7 @@ def train(
     images: Plates | Stored,
     *,
     state: TrainState | None = None,
+    history: Sequence[Mapping[str, float]] = (),
     on_step: OnStep | None = None,
     save: Callable[[int, TrainState], None] | None = None,
     mesh: Mesh | None = None,
@@ -213,6 +223,7 @@ def train(
 
     Args:
       images: uint8 plates, each at least `patch_size` on both sides. Stored ones are read while it trains, with the same result.
+      history: rows of the steps before `state`, as `on_step` was given them, each with its "step".
       on_step: called with (step number from 1, {"loss", "gradient_norm", "contrast"}) for every step, in order.
       save: called with (step, state) every `checkpoint_every` steps and at the end.
 
@@ -238,7 +249,7 @@ def train(
         kept = keep_crops(config, images.sizes, root)
         data = parallel.put(images if kept is None else (images, kept), parallel.replicated(mesh))
     step = _step(dataclasses.replace(config, seed=0), per_call, mesh, isinstance(images, Stored))
-    watch = DeadRun(config)
+    watch = DeadRun(config, history)
 
     def on_metrics(first: int, metrics: dict[str, np.ndarray]) -> None:
         for i in range(len(metrics["loss"])):

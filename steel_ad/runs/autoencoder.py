@@ -1,5 +1,6 @@
 """The autoencoder experiment: train on good images, calibrate on good images, show where the defects are (SPEC section 4)."""
 
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from steel_ad.detectors import autoencoder
 from steel_ad.detectors.autoencoder import AutoencoderDetector
 from steel_ad.detectors.opened import scaled
 from steel_ad.ops.convolution import cpu_compiler_options
-from steel_ad.runs import evaluation, runs
+from steel_ad.runs import evaluation
+from steel_ad.runs.fit import fit
 from steel_ad.runs.run import Run, location
 from steel_ad.versions import versions
 
@@ -53,11 +55,11 @@ def run(
     train_indices, validation_indices = datasets.split(len(dataset.train), config.validation_fraction, config.seed)
     train_indices = datasets.chosen(train_indices, config.train_images, config.seed)
     this.claim()
-    this.keep("manifest.json", runs.uses(dataset.manifest, train_indices, validation_indices), "good images")
+    this.keep("manifest.json", datasets.uses(dataset.manifest, train_indices, validation_indices), "good images")
     training, validation = (datasets.take(dataset.train, i) for i in (train_indices, validation_indices))
     plates = training if isinstance(training, Stored) else patches.stack(training)
-    state, seconds = runs.fit(
-        lambda state, on_step, save: autoencoder.train(config, plates, state=state, on_step=on_step, save=save),
+    state, seconds = fit(
+        functools.partial(autoencoder.train, config, plates),
         autoencoder.initial_state(config, jax.random.key(config.seed)),
         workdir,
         total_steps=config.total_steps,

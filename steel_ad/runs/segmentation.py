@@ -22,8 +22,9 @@ from steel_ad.detectors import segmentation
 from steel_ad.detectors.segmentation import Samples, SegmentationDetector
 from steel_ad.errors import InputError
 from steel_ad.progress import progress
-from steel_ad.runs import evaluation, runs
+from steel_ad.runs import evaluation
 from steel_ad.runs.evaluation import Thresholds
+from steel_ad.runs.fit import fit
 from steel_ad.runs.run import Run, location
 from steel_ad.train.state import TrainState
 from steel_ad.versions import versions
@@ -114,7 +115,7 @@ def load_line(config: configs.Segmentation, data: str, load: datasets.Load = dat
     dataset = load(data, min_size=config.patch_size, resident=config.resident_bytes)
     train, validation = datasets.split(len(dataset.train), config.validation_fraction, config.seed)
     train = datasets.chosen(train, config.train_images, config.seed)
-    manifest = runs.uses(dataset.manifest, train, validation)
+    manifest = datasets.uses(dataset.manifest, train, validation)
     return Line(dataset, datasets.take(dataset.train, train), datasets.take(dataset.train, validation), manifest)
 
 
@@ -199,8 +200,8 @@ def stage_1(
     seedless = dataclasses.replace(config, seed=0)
     rule = segmentation.optimizer(seedless, steps)
     objective = segmentation.segmentation_objective(seedless)
-    return runs.fit(
-        lambda state, on_step, save: segmentation.train(
+    return fit(
+        lambda state, history, on_step, save: segmentation.train(
             objective, rule, samples, state, config=config, stage=stage, steps=steps, on_step=on_step, save=save
         ),
         segmentation.initial_segmentation(config, steps) if start is None else start,
@@ -226,8 +227,8 @@ def stage_2(
     seedless = dataclasses.replace(config, seed=0)
     rule = segmentation.optimizer(seedless, config.total_classifier_steps)
     objective = segmentation.classifier_objective(seedless)
-    state, seconds = runs.fit(
-        lambda state, on_step, save: segmentation.train(
+    state, seconds = fit(
+        lambda state, history, on_step, save: segmentation.train(
             objective,
             rule,
             (samples, frozen),

@@ -309,26 +309,22 @@ def _going_on(*without: str) -> Callable[[Path], None]:
 
 
 def _model(folder: Path) -> None:
-    from steel_ad.runs import trained
+    from steel_ad.runs.run import Run
 
-    trained.load(folder)
+    Run.open(folder).detector()
 
 
 def _run(folder: Path) -> None:
     """What the training binary reads before it goes on, and what it prints of a finished run."""
-    from steel_ad import config as configs
     from steel_ad import files
-    from steel_ad.report import tables
-    from steel_ad.runs import autoencoder, runs
+    from steel_ad.runs.run import Run
+    from steel_ad.train.resume import read_history
 
-    settings = json.loads((kept() / "inputs" / "model" / "config.json").read_text())
-    if result := runs.begin(folder, settings, evaluate_only=False, reading=autoencoder.READING):
-        tables.metrics(result["maps"])
-    runs._read_history(folder / "train.csv")
-    runs.keep(folder / "manifest.json", files.read_json(kept() / "inputs" / "model" / "manifest.json"), "good images")
-    configs.from_mapping(
-        configs.Autoencoder, {k: v for k, v in files.read_json(folder / "config.json").items() if k != "data"}
-    )
+    this = Run.open(folder)
+    assert this.config
+    this.finished()
+    read_history(folder / "train.csv")
+    this.keep("manifest.json", files.read_json(kept() / "inputs" / "model" / "manifest.json"), "good images")
 
 
 def _results(folder: Path) -> None:
