@@ -13,25 +13,29 @@ from scipy import special
 
 from steel_ad.config import Detectability, Inspection
 from steel_ad.data import defects, folders
+from steel_ad.detectors import Detector, Fitted
 from steel_ad.errors import InputError
 from steel_ad.research import detectability as study
 from steel_ad.research import pod as detectability
-from steel_ad.runs import trained
-from steel_ad.runs.trained import Trained
 
 ROOT = Path(__file__).parent.parent
 # The binary, with no network and an opening that takes what is thin.
 BINARY = """
 import runpy
 import jax.numpy as jnp
-from steel_ad.inspection import good_tiles
-from steel_ad.runs import trained
+from steel_ad.detectors import Detector, Fitted
+from steel_ad.runs.run import Run
 
-class Distance:
+class Distance(Detector):
+    name, least_px = "distance", 16
+    fit = None
+
     def residual(self, state, image):
         return jnp.abs(image - 0.5)
 
-trained.load = lambda *_: trained.Trained(Distance(), {}, 2, 16, None, {}, "", frozenset())
+fitted = Fitted(Distance(), {}, 2, None, "a run", {}, frozenset())
+Run.open = lambda folder: Run(folder, "autoencoder", {}, folder)
+Run.detector = lambda *_: fitted
 runpy.run_module("experiments.detectability", run_name="__main__", alter_sys=True)
 """
 B0, B1 = -6.0, 3.0
@@ -166,11 +170,16 @@ def test_larger_and_stronger_defects_are_found(line):
     assert (out / "detectability.png").stat().st_size > 10_000
 
 
+class Blank(Detector):
+    """A detector whose map nobody asks for."""
+
+    name, least_px, fit, residual = "blank", 16, None, None
+
+
 def test_what_is_wrong_is_said(line, monkeypatch):
-    monkeypatch.setattr(trained, "load", lambda *_: Trained(None, {}, 2, 16, None, {}, "", frozenset()))
     monkeypatch.setattr(study.good_tiles, "good_scores", lambda *_: {"scores": [0.1] * 24})
     where = {
-        "model": line,
+        "detector": Fitted(Blank(), {}, 2, None, "a run", {}, frozenset()),
         "calibrate_on": str(line / "good"),
         "defects_from": str(line / "steel"),
         "out": line / "out",

@@ -11,10 +11,9 @@ from scipy import stats
 
 from steel_ad import config as configs
 from steel_ad.data import folders, plates
+from steel_ad.detectors import Detector, Fitted
 from steel_ad.inspection import drift
 from steel_ad.inspection import session as inspection
-from steel_ad.runs import trained
-from steel_ad.runs.trained import Trained
 
 
 def draw(rng, n):
@@ -170,15 +169,22 @@ def test_a_pitch_that_is_one_percent_off_is_named_within_48_plates():
     assert across.median == pytest.approx(25.25, abs=0.15)
 
 
-class Blind:
+class Blind(Detector):
     """A detector that sees nothing."""
+
+    name, least_px = "blind", 16
+
+    def fit(self, images):
+        return {}
 
     def residual(self, state, image):
         return jnp.zeros_like(image)
 
 
-def test_an_inspection_says_what_moved_also_after_an_interruption(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trained, "load", lambda *_: Trained(Blind(), {}, 0, 16, None, {}, "", frozenset()))
+BLIND = Fitted(Blind(), {}, 0, None, "a run", {}, frozenset())
+
+
+def test_an_inspection_says_what_moved_also_after_an_interruption(tmp_path, capsys):
     rng = np.random.default_rng(0)
     (tmp_path / "good").mkdir()
     for i in range(60):
@@ -193,8 +199,8 @@ def test_an_inspection_says_what_moved_also_after_an_interruption(tmp_path, monk
     config = configs.Inspection(tile_px=16, halo_px=0, false_alarm_rate=0.1, strip=True)
 
     def inspect():
-        arguments = {"model": tmp_path, "source": str(tmp_path / "strips"), "calibrate_on": str(tmp_path / "good")}
-        return inspection.run(config, out=tmp_path / "out", **arguments)
+        arguments = {"source": str(tmp_path / "strips"), "calibrate_on": str(tmp_path / "good")}
+        return inspection.run(config, BLIND, out=tmp_path / "out", **arguments)
 
     found = inspect()
     (sentence,) = found["drift"]
@@ -209,8 +215,7 @@ def test_an_inspection_says_what_moved_also_after_an_interruption(tmp_path, monk
     assert inspect()["drift"] == [sentence]
 
 
-def test_an_inspection_tells_of_the_pitch_and_passes_over_tiles_without_a_pattern(tmp_path, monkeypatch):
-    monkeypatch.setattr(trained, "load", lambda *_: Trained(Blind(), {}, 0, 16, None, {}, "", frozenset()))
+def test_an_inspection_tells_of_the_pitch_and_passes_over_tiles_without_a_pattern(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "good").mkdir()
     for i in range(20):
@@ -220,8 +225,8 @@ def test_an_inspection_tells_of_the_pitch_and_passes_over_tiles_without_a_patter
     (tmp_path / "strips").mkdir()
     folders.write_image(tmp_path / "strips" / "a.png", strip)
     config = configs.Inspection(tile_px=64, halo_px=0, false_alarm_rate=0.1, strip=True)
-    arguments = {"model": tmp_path, "source": str(tmp_path / "strips"), "calibrate_on": str(tmp_path / "good")}
-    found = inspection.run(config, out=tmp_path / "out", **arguments)
+    arguments = {"source": str(tmp_path / "strips"), "calibrate_on": str(tmp_path / "good")}
+    found = inspection.run(config, BLIND, out=tmp_path / "out", **arguments)
     (sentence,) = [s for s in found["drift"] if "pitch" in s]
     said = re.match(r"pitch along rose from (\S+) px at calibration to (\S+) px in tiles 0 to 63 ", sentence)
     assert [float(pitch) for pitch in said.groups()] == pytest.approx([12, 12.5], abs=0.06)
@@ -229,4 +234,4 @@ def test_an_inspection_tells_of_the_pitch_and_passes_over_tiles_without_a_patter
     assert [k for k, line in enumerate(lines[:-1]) if line["drawn"]["pitch along"] is None] == [5, 6, 7, 8]
     (tmp_path / "out" / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:20]))
     (tmp_path / "out" / "summary.json").unlink()
-    assert inspection.run(config, out=tmp_path / "out", **arguments)["drift"] == found["drift"]
+    assert inspection.run(config, BLIND, out=tmp_path / "out", **arguments)["drift"] == found["drift"]

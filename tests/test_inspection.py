@@ -26,14 +26,13 @@ from steel_ad import config as configs
 from steel_ad import files
 from steel_ad.config import Inspection
 from steel_ad.data import folders, plates, video
-from steel_ad.detectors import autoencoder, segmentation
+from steel_ad.detectors import Detector, Fitted, autoencoder, segmentation
 from steel_ad.errors import InputError
 from steel_ad.inspection import good_tiles, ledger, outcome, strips, tiles, watch
 from steel_ad.inspection import session as inspection
 from steel_ad.ops.morphology import disk
 from steel_ad.report import figures
-from steel_ad.runs import trained
-from steel_ad.runs.trained import Trained
+from steel_ad.runs.run import Run
 from steel_ad.train.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parent.parent
@@ -54,14 +53,20 @@ def plates_64():
     return np.asarray(plates.to_uint8(plates.render(jax.random.key(0), "teardrop1", size=64, num=20)))
 
 
-class Contrast:
+class Contrast(Detector):
     """A detector that needs no network: how far each pixel is from grey."""
+
+    name, least_px = "contrast", 16
 
     def fit(self, images):
         return ()
 
     def residual(self, state, image):
         return jnp.abs(image - 0.5)
+
+
+def fitted(detector, threshold=None, trained_on=frozenset()):
+    return Fitted(detector, (), 1, threshold, "a run", {}, trained_on)
 
 
 def keep_run(workdir, config, like, trained_on, **settings):
@@ -107,7 +112,6 @@ def inspect(model, source, out, *, good=None, threshold=None, detector=None, dra
     """An inspection by `Contrast` or another detector without a network, and with figures of one pixel, whose arguments go to
     `drawn`: neither network nor drawing is what is tested here."""
     on = frozenset(r["sha256"] for r in files.read_json(model / "ae" / "manifest.json") if r["use"] == "train")
-    quick = Trained(detector or Contrast(), (), 1, 16, threshold, {}, "5" * 64, on)
     dot = folders.png(np.zeros((1, 1), np.uint8))
 
     def draw(path, *arguments, **named):
@@ -117,12 +121,11 @@ def inspect(model, source, out, *, good=None, threshold=None, detector=None, dra
         return path
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trained, "load", lambda *_: quick)
         patch.setattr(figures, "coil_map", draw)
         patch.setattr(figures, "score_histogram", draw)
         good = str(model / "good") if good is None else str(good)
-        arguments = {"model": model / "ae", "source": str(source), "calibrate_on": good, "out": out}
-        return inspection.run(tile_settings(**settings), **arguments, watch_idle_s=watch_idle_s)
+        arguments = {"source": str(source), "calibrate_on": good, "out": out, "watch_idle_s": watch_idle_s}
+        return inspection.run(tile_settings(**settings), fitted(detector or Contrast(), threshold, on), **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +213,7 @@ def test_images_go_on_after_an_interruption_between_them(model, plates_64, tmp_p
             assert (out / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
 
 
-class Shifted:
+class Shifted(Contrast):
     """How far each pixel is from that a pitch of 8 behind it: much where the image is mirrored."""
 
     def residual(self, state, image):
@@ -319,7 +322,7 @@ def test_a_strip_calibrates_on_strips_in_the_order_of_their_names(model, strip, 
 
 
 def test_a_map_that_is_not_finite_is_no_clean_plate(model, plates_64, tmp_path):
-    class Broken:
+    class Broken(Contrast):
         def residual(self, state, image):
             return jnp.where(image == image.max(), jnp.nan, image)
 
@@ -362,10 +365,12 @@ def test_a_finished_inspection_is_only_read_and_its_folder_is_not_for_another(mo
 
 def test_a_tile_sees_itself_and_its_halo_and_nothing_else(strip):
     class Surroundings(Contrast):
+        least_px = 32
+
         def residual(self, state, image):
             return jnp.abs(image - image.mean())
 
-    view = strips.View(Trained(Surroundings(), (), 1, 32, None, {}, "", frozenset()), tile_settings())
+    view = strips.View(fitted(Surroundings()), tile_settings())
     (first, second, *_) = view.maps((0, b) for b in tiles.bands([strip], tile=48, halo=8))
     image = strip.astype(np.float32) / 255
     # Windows of 64 that would reach beyond an end of the strip, 90 wide, are moved inside.
@@ -378,8 +383,11 @@ def test_a_tile_sees_itself_and_its_halo_and_nothing_else(strip):
             np.testing.assert_allclose(found[:, left:right], core, atol=1e-5)
 
 
-def test_a_window_that_the_detector_cannot_see_is_refused(tmp_path):
-    view = strips.View(Trained(Contrast(), (), 1, 60, None, {}, "", frozenset()), tile_settings())
+def test_a_window_that_the_detector_cannot_see_is_refused():
+    class Large(Contrast):
+        least_px = 60
+
+    view = strips.View(fitted(Large()), tile_settings())
     with pytest.raises(InputError, match="50 pixels high or wide"):
         list(view.maps((0, b) for b in tiles.bands([np.zeros((90, 50), np.uint8)], tile=48, halo=8)))
 
@@ -569,11 +577,11 @@ def test_a_segmentation_run_is_restored_as_a_detector(tmp_path):
         [],
         defects="procedural",
     )
-    found = trained.load(tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, found.state, segmentation.variables(state))
+    found = Run.open(tmp_path).detector()
+    jax.tree.map(np.testing.assert_array_equal, found.state, {"segmenter": segmentation.variables(state)})
     assert (found.detector.config, found.radius, found.threshold) == (config, config.radius, None)
-    with pytest.raises(InputError, match="for autoencoders"):
-        trained.load(tmp_path, "ssim")
+    with pytest.raises(InputError, match="is no map of this detector"):
+        Run.open(tmp_path).detector("ssim")
 
 
 def test_without_calibration_the_runs_own_threshold_serves_and_promises_nothing(model, plates_64, tmp_path):
@@ -681,7 +689,7 @@ def test_a_clean_plate_has_an_empty_ledger(model, plates_64, whole, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"--model": "nowhere"}, "no trained model in nowhere"),
+        ({"--model": "nowhere"}, "no run in nowhere"),
         ({"--source": "nowhere.png"}, "cannot be read"),
         ({"--confidence": "high"}, "must be average or a number"),
         ({"--false_alarms_per_m2": "0.1"}, "needs --mm_per_px"),
@@ -867,19 +875,15 @@ def test_a_stamp_is_of_places_sizes_and_times(tmp_path):
         strips.stamp([gone], tmp_path)
 
 
-def test_a_runs_threshold_comes_with_the_settings_it_was_found_with(model, tmp_path):
+def test_a_runs_threshold_is_that_of_its_own_settings(model, tmp_path):
     shutil.copytree(model / "ae", tmp_path / "ae")
-    assert not trained.load(tmp_path / "ae").finished
     known = files.read_json(tmp_path / "ae" / "config.json")
-    record = {
-        "finished": True,
-        "config": {**known, "radius": 3, "maps": ["ssim"]},
-        "thresholds": {"ssim": {"pixel": 0.7}},
-    }
-    files.write_json(tmp_path / "ae" / "metrics.json", record)
-    found = trained.load(tmp_path / "ae")
-    assert (found.radius, found.detector.map, found.threshold, found.finished) == (3, "ssim", 0.7, True)
-    assert found.sha256 != trained.load(model / "ae").sha256
+    for config, threshold, finished in ((known, 0.7, True), ({**known, "radius": 3}, None, False)):
+        record = {"finished": True, "config": config, "maps": {}, "thresholds": {"l2": {"pixel": 0.7}}}
+        files.write_json(tmp_path / "ae" / "metrics.json", record)
+        found = Run.open(tmp_path / "ae").detector()
+        assert (found.radius, found.detector.name, found.threshold, found.finished) == (1, "l2", threshold, finished)
+        assert found.sha256 == Run.open(model / "ae").detector().sha256
 
 
 @pytest.fixture
@@ -1210,10 +1214,11 @@ def test_a_damaged_record_is_named(model, whole, tmp_path, name, change):
 )
 def test_a_damaged_model_is_named(model, tmp_path, name, change):
     shutil.copytree(model / "ae", tmp_path / "ae")
-    known = files.read_json(tmp_path / "ae" / name) if (tmp_path / "ae" / name).exists() else {}
+    config = files.read_json(tmp_path / "ae" / "config.json")
+    known = {"config": config, "maps": {}, "finished": True} if name == "metrics.json" else config
     files.write_json(tmp_path / "ae" / name, [3] if change is None else {**known, **change})
     with pytest.raises(InputError, match=r"is damaged|--config\.(latent|patch_size)"):
-        trained.load(tmp_path / "ae")
+        Run.open(tmp_path / "ae").detector()
 
 
 def test_a_models_settings_import_nothing(model, tmp_path, monkeypatch):
@@ -1224,7 +1229,7 @@ def test_a_models_settings_import_nothing(model, tmp_path, monkeypatch):
     files.write_json(
         tmp_path / "ae" / "config.json", {**files.read_json(tmp_path / "ae" / "config.json"), "loss": "evil:f"}
     )
-    trained.load(tmp_path / "ae")
+    Run.open(tmp_path / "ae").detector()
     assert "evil" not in sys.modules
 
 
@@ -1233,5 +1238,5 @@ def test_reading_a_model_leaves_a_checkpoint_that_is_being_written(model, tmp_pa
     under_way = tmp_path / "ae" / "checkpoints" / "step_2.orbax-checkpoint-tmp"
     (under_way / "state").mkdir(parents=True)
     before = set((tmp_path / "ae").rglob("*"))
-    trained.load(tmp_path / "ae")
+    Run.open(tmp_path / "ae").detector()
     assert set((tmp_path / "ae").rglob("*")) == before

@@ -254,40 +254,34 @@ def _cameras(folder: Path) -> None:
             pass
 
 
-class _Contrast:
-    def fit(self, images):
-        return ()
-
-    def residual(self, state, image):
-        import jax.numpy as jnp
-
-        return jnp.abs(image - 0.5)
-
-
 def inspect(folder: Path) -> None:
     """An inspection by a detector without a network, and with figures of one pixel, as far as the binary prints it."""
     from steel_ad import config as configs
     from steel_ad import files
     from steel_ad.data import folders
+    from steel_ad.detectors import Detector, Fitted
     from steel_ad.inspection import good_tiles
     from steel_ad.inspection import session as inspection
     from steel_ad.report import figures
-    from steel_ad.runs import trained
+
+    class Contrast(Detector):
+        name, least_px, fit = "contrast", 16, None
+
+        def residual(self, state, image):
+            return abs(image - 0.5)
 
     def draw(path, *_, **__):
         files.write_bytes(path, folders.png(np.zeros((1, 1), np.uint8)))
         return path
 
-    quick = trained.Trained(_Contrast(), (), 1, 16, 0.3, {}, "5" * 64, frozenset())
     inputs = kept() / "inputs"
     with (
-        mock.patch.object(trained, "load", return_value=quick),
         mock.patch.object(figures, "coil_map", draw),
         mock.patch.object(figures, "score_histogram", draw),
     ):
         found = inspection.run(
             configs.Inspection(tile_px=32, halo_px=0, false_alarm_rate=0.2),
-            model=inputs / "model",
+            Fitted(Contrast(), (), 1, 0.3, "a run", {}, frozenset()),
             source=str(inputs / "strip.avi"),
             calibrate_on=str(inputs / "calibration"),
             out=folder / "out",
