@@ -21,7 +21,7 @@ from steel_ad import files
 from steel_ad.data import plates, stored
 from steel_ad.detectors import autoencoder
 from steel_ad.errors import InputError
-from steel_ad.report import figures
+from steel_ad.report import evaluation as figures
 from steel_ad.runs import autoencoder as study
 from steel_ad.runs import evaluation
 from steel_ad.runs.run import Run

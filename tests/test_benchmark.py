@@ -24,7 +24,7 @@ from steel_ad.data.patches import stack
 from steel_ad.detectors import autoencoder, segmentation
 from steel_ad.errors import InputError
 from steel_ad.ops import convolution, sliding
-from steel_ad.report import roofline
+from steel_ad.report import roofline, style
 from steel_ad.train.state import create
 from steel_ad.train.step import make_step
 
@@ -688,14 +688,16 @@ def test_the_roof_is_the_lower_of_both_ceilings():
     assert benchmark.roof_share(row | {"bytes": 2e8}, ceilings) == pytest.approx(1.0)
 
 
-def test_names_in_the_roofline_do_not_overlap():
+def test_names_in_the_roofline_do_not_overlap(monkeypatch):
+    monkeypatch.setattr(style, "save", lambda figure, path: (figure, path))
     rows = [
         {"work": f"work_{i}", "impl": impl, "flops": 1e9, "bytes": 1e8 / (1 + i % 3), "median_ms": ms}
         for i in range(14)
         for impl, ms in (("steel_ad", 10 + 0.01 * i), ("peer", 1e3))
     ]
     ceilings = {"matmul_tflops": 0.2, "copy_gbs": 30.0}
-    figure = roofline._roofline(rows, ceilings, title="Roofline", ours="steel_ad")
+    figure, path = roofline.roofline("a.png", rows, ceilings, title="Roofline", ours="steel_ad")
+    assert path == "a.png"
     figure.draw_without_rendering()
     names = [text for text in figure.axes[0].texts if text.get_text().startswith("work_")]
     assert len(names) == 14
@@ -706,7 +708,8 @@ def test_names_in_the_roofline_do_not_overlap():
     assert all(box.x0 > panel.x1 and box.y1 < figure.bbox.y1 for box in boxes)
 
 
-def test_a_work_that_only_a_form_of_ours_did_is_named():
+def test_a_work_that_only_a_form_of_ours_did_is_named(monkeypatch):
+    monkeypatch.setattr(style, "save", lambda figure, path: (figure, path))
     times = [
         ("both", "steel_ad_bf16"),
         ("both", "steel_ad"),
@@ -719,7 +722,7 @@ def test_a_work_that_only_a_form_of_ours_did_is_named():
         for ms, (work, impl) in enumerate(times, 1)
     ]
     ceilings = {"matmul_tflops": 1.0, "copy_gbs": 30.0}
-    axes = roofline._roofline(rows, ceilings, title="Roofline", ours="steel_ad").axes[0]
+    axes = roofline.roofline("a.png", rows, ceilings, title="Roofline", ours="steel_ad")[0].axes[0]
     names = [text.get_text().split("\n") for text in axes.texts if "\n" in text.get_text()]
     assert sorted((name, rate.split(", ")[1]) for name, rate in names) == [("both", "2 ms"), ("half", "4 ms")]
 

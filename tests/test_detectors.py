@@ -19,7 +19,7 @@ from steel_ad.errors import InputError
 from steel_ad.models import compact_cnn, initial, unet
 from steel_ad.ops import sliding
 from steel_ad.ops.ssim import CONSTANTS, ssim_map
-from steel_ad.report import figures
+from steel_ad.report import evaluation as figures
 from steel_ad.research import false_alarms, results
 from steel_ad.research import results_page as page
 from steel_ad.runs import evaluation

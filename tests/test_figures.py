@@ -1,5 +1,4 @@
 import html.parser
-import inspect
 import itertools
 import resource
 import subprocess
@@ -15,23 +14,19 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from steel_ad.errors import InputError
-from steel_ad.report import figures, roofline, spectra, studies
+from steel_ad.report import coils, detectability, evaluation, making, spectra, studies, style, training
 from steel_ad.report import inspection_page as page
 
 
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [(figures, n) for n in ("examples", "curves", "predictions", "dataset_overview", "insertion", "detectability")]
-    + [(roofline, "roofline")],
-)
-def test_a_figure_is_what_was_drawn_and_lies_where_it_says(monkeypatch, tmp_path, module, name):
-    wide = Figure(figsize=(3, 1), dpi=100)
-    monkeypatch.setattr(module, f"_{name}", lambda *_, **__: wide)
-    function = getattr(module, name)
-    arguments = dict.fromkeys(inspect.signature(function).parameters) | {"path": str(tmp_path / "deep" / "a.png")}
-    assert function(**arguments) == tmp_path / "deep" / "a.png"
-    height, width = matplotlib.image.imread(tmp_path / "deep" / "a.png").shape[:2]
-    assert 2.5 < width / height < 3.5
+def figure_of(function, *arguments, **options):
+    """What a function draws, in place of the file it writes."""
+    kept = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(style, "save", lambda figure, path: kept.append((figure, path)) or "saved")
+        assert function("a.png", *arguments, **options) == "saved"
+    ((figure, path),) = kept
+    assert path == "a.png"
+    return figure
 
 
 def test_threads_draw_one_after_the_other(monkeypatch, tmp_path):
@@ -75,15 +70,16 @@ def example(seed=0, shape=(64, 64), **changes):
         "mask": disk(shape, 20, 33, 6),
         "score": 0.5,
     }
-    return figures.Example(**(fields | changes))
+    return evaluation.Example(**(fields | changes))
 
 
 def build_examples(rows, threshold=0.3):
-    return figures._examples(rows, title="Examples", threshold=threshold)
+    return figure_of(evaluation.examples, rows, title="Examples", threshold=threshold)
 
 
 def build_histogram(good, defective, threshold=0.5, calibrated=None):
-    return figures._score_histogram(good, defective, threshold=threshold, calibrated=calibrated, title="Scores")
+    kinds = defective if isinstance(defective, dict) else {"defective": defective}
+    return figure_of(evaluation.score_histogram, good, kinds, threshold=threshold, calibrated=calibrated, title="t")
 
 
 def panels(figure, rows, columns):
@@ -118,7 +114,7 @@ def overlapping(figure):
 
 def test_training_curve_draws_what_was_logged_and_a_mean_that_keeps_its_ends():
     step, loss = np.arange(500) * 10, np.full(500, 0.25)
-    axes = figures._training_curve({"step": step, "loss": loss}, title="t").axes[0]
+    axes = figure_of(training.training_curve, {"step": step, "loss": loss}, title="t").axes[0]
     raw, smooth = axes.lines
     np.testing.assert_array_equal(raw.get_xydata(), np.c_[step, loss])
     np.testing.assert_allclose(smooth.get_xydata(), np.c_[step, loss])
@@ -127,7 +123,7 @@ def test_training_curve_draws_what_was_logged_and_a_mean_that_keeps_its_ends():
 
 def test_training_curve_mean_is_centred():
     loss = np.linspace(1, 2, 500)
-    smooth = figures._training_curve({"step": np.arange(500), "loss": loss}, title="t").axes[0].lines[1]
+    smooth = figure_of(training.training_curve, {"step": np.arange(500), "loss": loss}, title="t").axes[0].lines[1]
     np.testing.assert_allclose(smooth.get_ydata()[5:-5], loss[5:-5])
     assert smooth.get_label() == "training, mean of 11"
 
@@ -140,7 +136,7 @@ def test_training_curve_puts_validation_at_its_own_steps_and_the_rate_below():
         "validation_loss": [0.3, 0.25],
         "learning_rate": np.linspace(2e-4, 0, 30),
     }
-    loss, rate = figures._training_curve(history, title="t").axes
+    loss, rate = figure_of(training.training_curve, history, title="t").axes
     np.testing.assert_array_equal(loss.lines[-1].get_xydata(), [[0, 0.3], [29, 0.25]])
     assert [line.get_label() for line in loss.lines] == ["training, as logged", "validation"]
     np.testing.assert_array_equal(rate.lines[0].get_ydata(), history["learning_rate"])
@@ -152,8 +148,8 @@ def test_training_curve_puts_validation_at_its_own_steps_and_the_rate_below():
 )
 def test_training_curve_is_logarithmic_where_the_loss_falls_tenfold(tmp_path, loss, scale):
     history = {"step": np.arange(len(loss)), "loss": loss}
-    assert figures._training_curve(history, title="t").axes[0].get_yscale() == scale
-    figures.training_curve(tmp_path / "a.png", history, title="t")
+    assert figure_of(training.training_curve, history, title="t").axes[0].get_yscale() == scale
+    training.training_curve(tmp_path / "a.png", history, title="t")
 
 
 # Examples
@@ -206,21 +202,21 @@ def test_examples_outline_truth_and_prediction_each_in_its_colour():
     row = example()
     image, _, _, prediction = panels(build_examples([row]), 1, 4)[0]
     for axes, colour, mask in [
-        (image, figures.TRUTH, row.truth),
-        (prediction, figures.TRUTH, row.truth),
-        (prediction, figures.PREDICTION, row.mask),
+        (image, style.TRUTH, row.truth),
+        (prediction, style.TRUTH, row.truth),
+        (prediction, style.PREDICTION, row.mask),
     ]:
         (line,) = outlines(axes, colour)
         rows, columns = np.nonzero(mask)
         np.testing.assert_array_equal(line.min(0), [columns.min() - 0.5, rows.min() - 0.5])
         np.testing.assert_array_equal(line.max(0), [columns.max() + 0.5, rows.max() + 0.5])
-    assert not outlines(image, figures.PREDICTION)
+    assert not outlines(image, style.PREDICTION)
     assert image.get_xlim() == (-0.5, 63.5)
 
 
 @pytest.mark.parametrize("mask", [np.ones((64, 64), bool), disk((64, 64), 0, 0, 9)], ids=["all", "corner"])
 def test_an_outline_closes_at_the_edge_of_the_image(mask):
-    (line,) = outlines(panels(build_examples([example(truth=mask)]), 1, 4)[0, 0], figures.TRUTH)
+    (line,) = outlines(panels(build_examples([example(truth=mask)]), 1, 4)[0, 0], style.TRUTH)
     np.testing.assert_array_equal(line[0], line[-1])
     np.testing.assert_array_equal(line.min(0), [-0.5, -0.5])
 
@@ -233,7 +229,7 @@ def test_examples_of_every_degenerate_kind_are_drawn(tmp_path):
         residual=np.zeros((64, 64)),
         name="$\\nosuch" + "x" * 90 + "$.png",
     )
-    figures.examples(tmp_path / "a.png", [flat], title="Flat", threshold=0.0)
+    evaluation.examples(tmp_path / "a.png", [flat], title="Flat", threshold=0.0)
     assert matplotlib.image.imread(tmp_path / "a.png").shape[1] == pytest.approx(1200, rel=0.02)
 
 
@@ -294,7 +290,7 @@ def test_histogram_keeps_zero_scores_on_a_logarithmic_axis(tmp_path):
     assert (good[0], good.sum()) == (3, 3)
     assert "zeros" in figure.axes[1].get_xlabel()
     assert figure.axes[0].lines[0].get_xdata()[0] == 0.001
-    figures.score_histogram(tmp_path / "a.png", [0.0, 0.001], [1.0], threshold=0.0, title="t")
+    evaluation.score_histogram(tmp_path / "a.png", [0.0, 0.001], {"bad": [1.0]}, threshold=0.0, title="t")
 
 
 @pytest.mark.parametrize("score", [0.0, 0.25])
@@ -303,10 +299,10 @@ def test_histogram_of_equal_scores(tmp_path, score):
     axes = build_histogram(scores, scores).axes[1]
     assert bars(axes)["defective (7)"].sum() == 7
     assert all(bar.get_width() > 0 for bar in axes.containers[0])
-    figures.score_histogram(tmp_path / "a.png", scores, scores, threshold=score, title="t")
+    evaluation.score_histogram(tmp_path / "a.png", scores, {"bad": scores}, threshold=score, title="t")
 
 
-@pytest.mark.parametrize("defective", [[], {}, {"scratch": []}], ids=["array", "no kinds", "an empty kind"])
+@pytest.mark.parametrize("defective", [{}, {"scratch": []}], ids=["no kinds", "an empty kind"])
 def test_histogram_without_defective_images_has_one_panel(defective):
     (axes,) = build_histogram([0.1, 0.2], defective).axes
     assert axes.get_xlabel() == "image score"
@@ -322,7 +318,7 @@ def curve(power, auroc=0.9, aupro_30=0.8):
 
 def test_curves_draw_tpr_left_and_pro_right_up_to_its_limit():
     series = {"L2": curve(0.5, 0.12345, 0.6789)}
-    figure = figures._curves(series, title="t")
+    figure = figure_of(evaluation.curves, series, title="t")
     roc, pro = figure.axes
     np.testing.assert_array_equal(roc.lines[-1].get_ydata(), series["L2"]["tpr"])
     np.testing.assert_array_equal(pro.lines[-1].get_ydata(), series["L2"]["pro"])
@@ -333,7 +329,7 @@ def test_curves_draw_tpr_left_and_pro_right_up_to_its_limit():
 
 
 def test_curves_give_each_of_many_series_a_look_of_its_own_the_same_in_both():
-    figure = figures._curves({f"method {i}": curve(0.1 + 0.05 * i) for i in range(15)}, title="t")
+    figure = figure_of(evaluation.curves, {f"method {i}": curve(0.1 + 0.05 * i) for i in range(15)}, title="t")
     looks = [[(line.get_color(), line.get_linestyle()) for line in axes.lines[1:]] for axes in figure.axes]
     assert looks[0] == looks[1]
     assert len(set(looks[0])) == 15
@@ -345,13 +341,13 @@ def test_curves_give_each_of_many_series_a_look_of_its_own_the_same_in_both():
 
 def prediction(scale=1.0, **maps):
     maps = maps or {"U-Net": (np.eye(64) * scale, scale), "CompactCNN": (np.eye(64) * -2.0, 0.25)}
-    return figures.Prediction(name="000.png", image=plate(), truth=disk((64, 64), 20, 20, 5), maps=maps)
+    return evaluation.Prediction(name="000.png", image=plate(), truth=disk((64, 64), 20, 20, 5), maps=maps)
 
 
 def test_predictions_have_a_panel_for_each_model_with_its_own_scale():
     swapped = dict(reversed(prediction(0.5).maps.items()))
     rows = [prediction(1.0), prediction(**swapped)]
-    grid = panels(figures._predictions(rows, title="t"), 2, 4)
+    grid = panels(figure_of(evaluation.predictions, rows, title="t"), 2, 4)
     assert [a.texts[0].get_text() for a in grid[0]] == ["input", "truth", "U-Net", "CompactCNN"]
     assert [[a.get_title() for a in line[2:]] for line in grid] == [
         ["score 1", "score 0.25"],
@@ -363,7 +359,9 @@ def test_predictions_have_a_panel_for_each_model_with_its_own_scale():
 
 
 def test_predictions_stay_in_line_and_apart():
-    figure = figures._predictions([prediction(name_1=(np.eye(64), 1.0), name_2=(np.eye(64), 1.0))] * 3, title="t")
+    figure = figure_of(
+        evaluation.predictions, [prediction(name_1=(np.eye(64), 1.0), name_2=(np.eye(64), 1.0))] * 3, title="t"
+    )
     assert overlapping(figure) == []
     tops = [axes.get_position().y1 for axes in panels(figure, 3, 4)[0]]
     np.testing.assert_allclose(tops, tops[0])
@@ -371,20 +369,20 @@ def test_predictions_stay_in_line_and_apart():
 
 def test_predictions_refuse_rows_of_other_models():
     with pytest.raises(ValueError, match="same models"):
-        figures._predictions([prediction(), prediction(other=(np.eye(64), 1.0))], title="t")
+        figure_of(evaluation.predictions, [prediction(), prediction(other=(np.eye(64), 1.0))], title="t")
 
 
 # Datasets and insertion
 
 
 def dataset(truth):
-    return figures.Dataset(name="teardrop 1", good=plate(0, truth.shape), defective=plate(1, truth.shape), truth=truth)
+    return making.Dataset(name="teardrop 1", good=plate(0, truth.shape), defective=plate(1, truth.shape), truth=truth)
 
 
 @pytest.mark.parametrize("centre", [(0, 0), (30, 100), (95, 127)])
 def test_the_close_up_holds_the_largest_defect_and_stays_in_the_image(centre):
     largest = disk((96, 128), *centre, 12)
-    axes = figures._dataset_overview([dataset(largest | disk((96, 128), 60, 40, 3))], title="t").axes[2]
+    axes = figure_of(making.dataset_overview, [dataset(largest | disk((96, 128), 60, 40, 3))], title="t").axes[2]
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     rows, columns = np.nonzero(largest)
     assert -0.5 <= left < columns.min() <= columns.max() < right <= 127.5
@@ -394,24 +392,27 @@ def test_the_close_up_holds_the_largest_defect_and_stays_in_the_image(centre):
 
 def test_datasets_stand_in_columns_or_in_rows_where_there_are_few():
     rows = [dataset(disk((64, 64), 20, 20, 5))] * 3
-    wide, few = figures._dataset_overview(rows, title="t"), figures._dataset_overview(rows[:1], title="t")
+    wide, few = (
+        figure_of(making.dataset_overview, rows, title="t"),
+        figure_of(making.dataset_overview, rows[:1], title="t"),
+    )
     assert [a.texts[0].get_text() for a in panels(wide, 3, 3)[0]] == ["teardrop 1"] * 3
     assert [a.get_ylabel() for a in panels(wide, 3, 3)[:, 0]] == ["defect-free", "defective", "close-up"]
     assert [a.texts[0].get_text() for a in panels(few, 1, 3)[0]] == ["defect-free", "defective", "close-up"]
-    assert len(outlines(few.axes[1], figures.TRUTH)) == 1
-    assert not outlines(few.axes[0], figures.TRUTH)
+    assert len(outlines(few.axes[1], style.TRUTH)) == 1
+    assert not outlines(few.axes[0], style.TRUTH)
     assert overlapping(wide) == overlapping(few) == []
 
 
 def test_a_defective_image_without_a_defect_is_refused():
     with pytest.raises(ValueError, match="without a defect"):
-        figures._dataset_overview([dataset(np.zeros((64, 64), bool))], title="t")
+        figure_of(making.dataset_overview, [dataset(np.zeros((64, 64), bool))], title="t")
 
 
 def test_the_cut_out_shows_the_labelled_part_alone():
     label = disk((64, 64), 20, 30, 6)
-    row = figures.Insertion(name="a", defect=plate(), label=label, plate=plate(1), truth=disk((64, 64), 40, 9, 6))
-    figure = figures._insertion([row], title="t")
+    row = making.Insertion(name="a", defect=plate(), label=label, plate=plate(1), truth=disk((64, 64), 40, 9, 6))
+    figure = figure_of(making.insertion, [row], title="t")
     cut_out = figure.axes[2].images[0].get_array()
     assert cut_out.count() == label.sum()
     np.testing.assert_allclose(cut_out.compressed(), plate()[label] / 255, rtol=1e-6)
@@ -419,11 +420,36 @@ def test_the_cut_out_shows_the_labelled_part_alone():
     assert overlapping(figure) == []
 
 
+# Detectability
+
+
+def test_detectability_draws_shares_of_tenths_a_fitted_curve_and_its_mark_within_the_sizes():
+    size = np.geomspace(2, 64, 40)[::-1]
+    fitted = {"curve": lambda x: x / 100, "a90_95": 20.0}
+    trials = [
+        detectability.Detection(name="weak", size=size, hit=size > 16, **fitted),
+        detectability.Detection(name="strong", size=size, hit=size > 8, curve=None, a90_95=None),
+        detectability.Detection(name="beyond", size=size, hit=size > 8, curve=None, a90_95=90.0),
+    ]
+    figure = figure_of(detectability.detectability, dict.fromkeys("abcd", trials), unit="mm", title="t")
+    assert [axes.get_visible() for axes in figure.axes] == [True] * 4 + [False] * 2
+    assert [bool(axes.get_xlabel()) for axes in figure.axes] == [False, True, True, True, False, False]
+    _, dots, _, curve, mark, *others = figure.axes[3].lines
+    at, shares = dots.get_data()
+    order = np.sort(size).reshape(10, 4)
+    np.testing.assert_allclose(at, np.exp(np.log(order).mean(1)))
+    np.testing.assert_allclose(shares, (order > 16).mean(1))
+    np.testing.assert_allclose(curve.get_ydata(), curve.get_xdata() / 100)
+    assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([20, 20], [0, 0.9])
+    assert len(others) == 2 * 2
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["weak", "strong", "beyond", "a90/95"]
+
+
 # Writing
 
 
 def write(path):
-    return figures.training_curve(path, {"step": [0, 1], "loss": [1.0, 0.5]}, title="t")
+    return training.training_curve(path, {"step": [0, 1], "loss": [1.0, 0.5]}, title="t")
 
 
 def test_writing_makes_the_folder_returns_the_path_and_gives_the_same_bytes_again(tmp_path):
@@ -453,7 +479,7 @@ def test_a_write_cut_short_keeps_the_old_figure_and_leaves_nothing(tmp_path, old
 
 def test_a_folder_that_is_a_file_is_the_users_mistake(tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(InputError, match="Cannot write"):
+    with pytest.raises(InputError, match="cannot be written"):
         write(tmp_path / "file" / "a.png")
 
 
@@ -463,15 +489,15 @@ def test_no_global_state_of_matplotlib_is_touched(tmp_path):
         "def settings():  # asking for the backend imports pyplot\n"
         "    return {k: matplotlib.rcParams[k] for k in matplotlib.rcParams if k != 'backend'}\n"
         "before = settings()\n"
-        "from steel_ad.report import figures\n"
-        f"figures.training_curve({str(tmp_path / 'a.png')!r}, {{'step': [0], 'loss': [1.0]}}, title='t')\n"
+        "from steel_ad.report import training\n"
+        f"training.training_curve({str(tmp_path / 'a.png')!r}, {{'step': [0], 'loss': [1.0]}}, title='t')\n"
         "assert 'matplotlib.pyplot' not in sys.modules and settings() == before"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_title_is_no_formula(tmp_path):
-    side = figures.Coil(
+    side = coils.Coil(
         name="top",
         length=9.0,
         width=9.0,
@@ -481,22 +507,13 @@ def test_a_title_is_no_formula(tmp_path):
         scores=np.array([0.1, 0.9]),
         periodic=np.zeros(2, bool),
     )
-    path = figures.coil_map(tmp_path / "a.png", [side], unit="px", title=r"cost_$\frac$")
+    path = coils.coil_map(tmp_path / "a.png", [side], unit="px", title=r"cost_$\frac$")
     assert path.stat().st_size > 0
     # One artist for all boxes, each with its corners.
-    (axes, *_) = figures._coil_map([side], unit="px", title="").axes
+    (axes, *_) = figure_of(coils.coil_map, [side], unit="px", title="").axes
     (boxes,) = (c for c in axes.collections if len(c.get_paths()) == 2)
     np.testing.assert_array_equal(boxes.get_paths()[0].get_extents().get_points(), [[1, 2], [3, 5]])
     assert not axes.patches
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """What is saved: figure and path."""
-    kept = []
-    for module in (spectra, studies):
-        monkeypatch.setattr(module, "save", lambda figure, path: kept.append((figure, path)) or "saved")
-    return kept
 
 
 def view(name, seed):
@@ -513,11 +530,9 @@ def view(name, seed):
     )
 
 
-def test_phases_shows_each_plate_above_the_middle_of_its_phase_spectrum(drawn):
+def test_phases_shows_each_plate_above_the_middle_of_its_phase_spectrum():
     views = [view("procedural_teardrop1", 0), view("lens", 1)]
-    assert spectra.phases("p.png", views) == "saved"
-    ((figure, path),) = drawn
-    assert path == "p.png"
+    figure = figure_of(spectra.phases, views)
     above, below = figure.axes[:2], figure.axes[2:]
     assert [axes.get_title() for axes in above] == ["teardrop1", "lens"]
     assert (above[0].get_ylabel(), below[0].get_ylabel()) == ("plate", "phase")
@@ -530,7 +545,7 @@ def test_phases_shows_each_plate_above_the_middle_of_its_phase_spectrum(drawn):
         assert bottom.images[0].get_clim() == (-np.pi, np.pi)
 
 
-def test_promises_has_a_point_a_case_and_the_mean_of_each_rate(drawn):
+def test_promises_has_a_point_a_case_and_the_mean_of_each_rate():
     plain = {"calibrated_on": "all", "fresh": 1000, "rate": 0.01}
     cases = [
         {**plain, "plates": "independent", "form": "average", "map": "whitening", "promised": 0.01, "alarms": 8},
@@ -554,9 +569,7 @@ def test_promises_has_a_point_a_case_and_the_mean_of_each_rate(drawn):
             "fresh": 400,
         },
     ]
-    assert studies.promises("p.png", cases) == "saved"
-    ((figure, path),) = drawn
-    assert path == "p.png"
+    figure = figure_of(studies.promises, cases)
     average, average_strips, sure, sure_strips = figure.axes
     assert [a.get_title() for a in (average, average_strips)] == ["independent", "in strips: all"]
     assert [a.get_ylabel() for a in (average, sure)] == [

@@ -31,7 +31,8 @@ from steel_ad.errors import InputError
 from steel_ad.inspection import good_tiles, ledger, outcome, strips, tiles, watch
 from steel_ad.inspection import session as inspection
 from steel_ad.ops.morphology import disk
-from steel_ad.report import figures
+from steel_ad.report import coils
+from steel_ad.report import evaluation as figures
 from steel_ad.runs.run import Run
 from steel_ad.train.checkpoint import Checkpoints
 
@@ -121,7 +122,7 @@ def inspect(model, source, out, *, good=None, threshold=None, detector=None, dra
         return path
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "coil_map", draw)
+        patch.setattr(coils, "coil_map", draw)
         patch.setattr(figures, "score_histogram", draw)
         good = str(model / "good") if good is None else str(good)
         arguments = {"source": str(source), "calibrate_on": good, "out": out, "watch_idle_s": watch_idle_s}

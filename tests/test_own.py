@@ -9,7 +9,7 @@ import pytest
 
 from steel_ad import config as configs
 from steel_ad.inspection import session
-from steel_ad.report import figures
+from steel_ad.report import detectability as figures
 from steel_ad.research import detectability, results
 from steel_ad.runs import autoencoder, export, segmentation, spectrum
 from steel_ad.runs.run import Run

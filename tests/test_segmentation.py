@@ -21,7 +21,8 @@ from steel_ad.data import datasets, defects, patches, plates
 from steel_ad.detectors import segmentation
 from steel_ad.detectors.segmentation import Samples
 from steel_ad.errors import InputError
-from steel_ad.report import figures
+from steel_ad.report import evaluation as figures
+from steel_ad.report import training
 from steel_ad.runs import segmentation as study
 from steel_ad.runs import transfer
 from steel_ad.runs.run import Run
@@ -371,7 +372,8 @@ def few_defects(monkeypatch):
 @pytest.fixture
 def without_pictures(monkeypatch):
     """Of the evaluation; the binaries' runs have them, and they take longer than a tiny run."""
-    for name in ("training_curve", "examples", "score_histogram", "curves"):
+    monkeypatch.setattr(training, "training_curve", lambda *a, **k: None)
+    for name in ("examples", "score_histogram", "curves"):
         monkeypatch.setattr(figures, name, lambda *a, **k: None)
 
 

@@ -101,7 +101,7 @@ def coil(
     rolls: Sequence[dict[str, Any]],
 ):
     """Sides for the coil map, images laid end to end in the order of their names, and the unit."""
-    from steel_ad.report.figures import Coil
+    from steel_ad.report.coils import Coil
 
     metric = all(s.camera.mm_per_px for s in strips)
     unit = "mm" if metric else "px"

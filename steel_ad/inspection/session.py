@@ -605,7 +605,7 @@ def _write(
     out: Path,
     watched: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    from steel_ad.report import figures
+    from steel_ad.report import coils, evaluation
     from steel_ad.report import inspection_page as page
 
     numbered = [{**row, "index": i} for i, row in enumerate(found.rows)]
@@ -645,8 +645,8 @@ def _write(
     name = Path(settings["source"]).name.encode("utf-8", "backslashreplace").decode()
     counted = f"{len(rows)} defect{'s' * (len(rows) != 1)}"
     sides, unit = outcome.coil(strips, found.sizes, rows, rolls)
-    coil = figures.coil_map(out / "coil_map.png", sides, unit=unit, title=f"{name}: {counted}")
-    histogram = figures.score_histogram(
+    coil = coils.coil_map(out / "coil_map.png", sides, unit=unit, title=f"{name}: {counted}")
+    histogram = evaluation.score_histogram(
         out / "scores.png",
         limit.scores if limit.scores.size else scores,
         {"inspected": scores} if limit.scores.size else {},

@@ -141,7 +141,7 @@ def _watermarks(line: str, seed: int, num: int, counter: collections.Counter[str
 
 def _figures(folder: Path, plans: list[Plan], library: defects.Library) -> None:
     """Draws one defective plate of each line, and one defect as it was cut out and inserted."""
-    from steel_ad.report import figures
+    from steel_ad.report import making as figures
 
     overview, insertion = [], []
     for number, plan in enumerate(plans):

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy import optimize
 
-from steel_ad.report import figures
+from steel_ad.report import style
 
 _HEIGHT_IN = 7.5
 _LABEL_GAP = 0.06  # of the panel's height, between two works' labels
@@ -34,12 +33,7 @@ def roofline(
         title: above the figure.
         ours: the implementation that gets large marks and its works' names.
     """
-    return figures.save(_roofline(rows, ceilings, title=title, ours=ours), path)
-
-
-def _roofline(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float], *, title: str, ours: str) -> Figure:
-    figure = Figure(figsize=(figures.WIDTH_IN, _HEIGHT_IN), layout="constrained")
-    figure.suptitle(title, fontsize=13, parse_math=False)
+    figure = style.new(_HEIGHT_IN, title)
     axes = figure.subplots()
     axes.set(xscale="log", yscale="log", xlabel="intensity (FLOP per byte that must move)", ylabel="rate (GFLOP/s)")
     points = [(row["flops"] / row["bytes"], row["flops"] / row["median_ms"] / 1e6, row) for row in rows]
@@ -57,18 +51,18 @@ def _roofline(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float], 
 
     impls = list(dict.fromkeys(row["impl"] for row in rows if row["impl"] != ours))
     # Neighbours in the legend differ in shape and in colour.
-    marks, colours = "sD^v<>pPXhd", figures.SERIES[1:]
-    styles = {impl: (marks[i % len(marks)], colours[i % len(colours)]) for i, impl in enumerate(impls)}
+    marks, colours = "sD^v<>pPXhd", style.SERIES[1:]
+    looks = {impl: (marks[i % len(marks)], colours[i % len(colours)]) for i, impl in enumerate(impls)}
     handles = []
     if any(row["impl"] == ours for row in rows):
-        handles.append(Line2D([], [], ls="", marker="o", ms=9, color=figures.BLUE, label=ours))
-    for impl, (marker, colour) in styles.items():
+        handles.append(Line2D([], [], ls="", marker="o", ms=9, color=style.BLUE, label=ours))
+    for impl, (marker, colour) in looks.items():
         xs, ys = zip(*((a, b) for a, b, row in points if row["impl"] == impl), strict=True)
-        style: dict[str, Any] = {"ls": "", "marker": marker, "ms": 6, "mfc": "none", "mec": colour, "mew": 1.4}
-        axes.plot(xs, ys, zorder=3, **style)
-        handles.append(Line2D([], [], label=impl, **style))
+        look: dict[str, Any] = {"ls": "", "marker": marker, "ms": 6, "mfc": "none", "mec": colour, "mew": 1.4}
+        axes.plot(xs, ys, zorder=3, **look)
+        handles.append(Line2D([], [], label=impl, **look))
     named = [(a, b, row) for a, b, row in points if row["impl"] == ours]
-    axes.plot([p[0] for p in named], [p[1] for p in named], "o", ms=9, color=figures.BLUE, mec="white", zorder=4)
+    axes.plot([p[0] for p in named], [p[1] for p in named], "o", ms=9, color=style.BLUE, mec="white", zorder=4)
     known = {row["work"] for _, _, row in named}
     for point in points:
         # On a GPU a work may have been done in bfloat16 alone.
@@ -77,20 +71,20 @@ def _roofline(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float], 
             named.append(point)
     _names(axes, named)
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    return figure
+    return style.save(figure, path)
 
 
 def _ceilings(axes: Axes, peaks: Mapping[str, float], copy_gbs: float, left: float, right: float) -> None:
     highest = max(peaks.values())
-    axes.plot([left, highest / copy_gbs], [left * copy_gbs, highest], color=figures.BLACK, lw=1.5)
+    axes.plot([left, highest / copy_gbs], [left * copy_gbs, highest], color=style.BLACK, lw=1.5)
     for peak in peaks.values():
-        axes.plot([peak / copy_gbs, right], [peak, peak], color=figures.BLACK, lw=1.5)
+        axes.plot([peak / copy_gbs, right], [peak, peak], color=style.BLACK, lw=1.5)
     # Beside the lines there are points wherever works come near them.
     said = [f"copy {copy_gbs:.4g} GB/s", *(f"matrix product, {name}: {_rate(peak)}" for name, peak in peaks.items())]
     axes.set_title(f"ceilings: {'; '.join(said)}", fontsize=10, loc="left")
-    figures.plain(axes)
+    style.plain(axes)
     for axis in (axes.xaxis, axes.yaxis):
-        figures.log_ticks(axis)
+        style.log_ticks(axis)
 
 
 def _names(axes: Axes, points: Sequence[tuple[float, float, Mapping[str, Any]]]) -> None:
@@ -106,7 +100,7 @@ def _names(axes: Axes, points: Sequence[tuple[float, float, Mapping[str, Any]]])
             textcoords="axes fraction",
             va="center",
             fontsize=8,
-            arrowprops={"arrowstyle": "-", "color": figures.GREY, "lw": 0.7, "shrinkB": 5, "relpos": (0, 0.5)},
+            arrowprops={"arrowstyle": "-", "color": style.GREY, "lw": 0.7, "shrinkB": 5, "relpos": (0, 0.5)},
         )
 
 

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from steel_ad.ops.spectrum import Lattice, pitch_and_angle
-from steel_ad.report.figures import GREY, ORANGE, WIDTH_IN, save
+from steel_ad.report import style
+from steel_ad.report.style import GREY, ORANGE, WIDTH_IN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ def spectra(path: str | os.PathLike[str], views: Sequence[View]) -> Path:
                 )
             lines = [f"{v['pitch_px']:.2f} px at {v['angle_deg']:.2f}°" for v in pitch_and_angle(view.lattice)]
         column[3].set_xlabel("\n".join(lines), fontsize=9)
-    return save(figure, path)
+    return style.save(figure, path)
 
 
 def phases(path: str | os.PathLike[str], views: Sequence[View]) -> Path:
@@ -68,7 +69,7 @@ def phases(path: str | os.PathLike[str], views: Sequence[View]) -> Path:
     for view, (above, below) in zip(views, grid.T, strict=True):
         above.imshow(view.image, cmap="gray")
         _frequencies(below, view.phase, "twilight", (-np.pi, np.pi))
-    return save(figure, path)
+    return style.save(figure, path)
 
 
 def _panels(labels: Sequence[str], views: Sequence[View]) -> tuple[Figure, np.ndarray]:

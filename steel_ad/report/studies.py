@@ -1,4 +1,4 @@
-"""Figures of results over many runs: a metric along a study's axis, and methods side by side. As `report.figures`."""
+"""Figures of results over many runs: a metric along a study's axis, and methods side by side."""
 
 import itertools
 import os
@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from steel_ad.report.figures import BLACK, GREY, SERIES, WIDTH_IN, log_ticks, plain, save
+from steel_ad.report import style
+from steel_ad.report.style import BLACK, GREY, SERIES, log_ticks, new, plain
 
 _STYLES, _MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
 
@@ -41,8 +41,7 @@ def study(
         title: above the figure.
     """
     rows = -(-len(metrics) // 3)
-    figure = Figure(figsize=(WIDTH_IN, 0.9 + 2.5 * rows + 0.25 * len(found)), layout="constrained")
-    figure.suptitle(title, fontsize=13, parse_math=False)
+    figure = new(0.9 + 2.5 * rows + 0.25 * len(found), title)
     panels = figure.subplots(rows, 3, squeeze=False, sharex=True).ravel()
     for axes, (metric, label) in zip(panels, metrics.items(), strict=False):
         for number, (name, points) in enumerate(found.items()):
@@ -59,7 +58,7 @@ def study(
     for axes in panels[max(0, len(metrics) - 3) : len(metrics)]:
         axes.set_xlabel(axis, fontsize=11)
     figure.legend(handles=_keys(list(found)), loc="outside lower center", ncols=2, frameon=False, fontsize=10)
-    return save(figure, path)
+    return style.save(figure, path)
 
 
 def methods(
@@ -78,8 +77,7 @@ def methods(
         title: above the figure.
     """
     datasets = sorted({d for of in found.values() for d in of})
-    figure = Figure(figsize=(WIDTH_IN, 1.4 + 0.34 * len(found) + 0.12 * len(datasets)), layout="constrained")
-    figure.suptitle(title, fontsize=13, parse_math=False)
+    figure = new(1.4 + 0.34 * len(found) + 0.12 * len(datasets), title)
     panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for axes, (metric, label) in zip(panels, metrics.items(), strict=True):
         for y, of in enumerate(found.values()):
@@ -99,7 +97,7 @@ def methods(
         for i, d in enumerate(datasets)
     ]
     figure.legend(handles=keys, loc="outside lower center", ncols=4, frameon=False, fontsize=10)
-    return save(figure, path)
+    return style.save(figure, path)
 
 
 def promises(path: str | os.PathLike[str], cases: Sequence[Mapping[str, Any]]) -> Path:
@@ -113,8 +111,7 @@ def promises(path: str | os.PathLike[str], cases: Sequence[Mapping[str, Any]]) -
     """
     kinds = list(dict.fromkeys((c["plates"], c["calibrated_on"]) for c in cases))
     forms, maps = (list(dict.fromkeys(c[k] for c in cases)) for k in ("form", "map"))
-    figure = Figure(figsize=(WIDTH_IN, 1.2 + 3.0 * len(forms)), layout="constrained")
-    figure.suptitle("false alarms on fresh good plates", fontsize=13)
+    figure = new(1.2 + 3.0 * len(forms), "false alarms on fresh good plates")
     panels = figure.subplots(len(forms), len(kinds), squeeze=False, sharex=True, sharey=True)
     promised = [c["promised"] for c in cases]
     rates = [c["alarms"] / c["fresh"] for c in cases]
@@ -149,7 +146,7 @@ def promises(path: str | os.PathLike[str], cases: Sequence[Mapping[str, Any]]) -
         Line2D([], [], color=GREY, lw=1.2, ls="--", label="as promised"),
     ]
     figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=10)
-    return save(figure, path)
+    return style.save(figure, path)
 
 
 def _style(names: Sequence[tuple[str, str]], name: tuple[str, str]) -> dict[str, str]:

@@ -181,7 +181,8 @@ def _write(
     skipped: list[str],
     out: Path,
 ) -> dict[str, Any]:
-    from steel_ad.report import figures, tables
+    from steel_ad.report import detectability as figures
+    from steel_ad.report import tables
 
     scale, unit = (how.mm_per_px, "mm") if how.mm_per_px else (1.0, "px")
     rows: list[dict[str, Any]] = []

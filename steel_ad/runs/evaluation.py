@@ -181,7 +181,7 @@ def report(
     if not parallel.is_main():
         parallel.barrier("report")
         return files.read_json(workdir / "metrics.json")
-    from steel_ad.report import figures
+    from steel_ad.report import evaluation as figures
 
     folder = workdir / "figures"
     # What an earlier evaluation with other settings left would speak for this one.
@@ -228,7 +228,7 @@ def report(
 
 def _example_rows(maps: Maps, test: Sequence[TestImage], threshold: float, reconstruct) -> list:
     """Of each kind, the image of median score; of good ones also the worst."""
-    from steel_ad.report.figures import Example
+    from steel_ad.report.evaluation import Example
 
     scores, chosen = maps.scores, []
     for kind in sorted({t.kind for t in test}, key=lambda k: (k != "good", k)):

@@ -34,8 +34,8 @@ def fit(
     )
     picture = workdir / "figures" / ("training.png" if stage == "train" else f"training_{stage}.png")
     if history and parallel.is_main() and not picture.exists() and not evaluate_only:
-        from steel_ad.report import figures  # not before the first step
+        from steel_ad.report import training  # not before the first step
 
         columns = {name: np.array([row[name] for row in history]) for name in ("step", "loss")}
-        figures.training_curve(picture, columns, title=f"training: {stage}")
+        training.training_curve(picture, columns, title=f"training: {stage}")
     return state, seconds

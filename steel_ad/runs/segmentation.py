@@ -297,7 +297,7 @@ def predictions(workdirs: Sequence[Path]) -> Path:
     Raises:
       InputError: a workdir without a finished run, or runs on other data.
     """
-    from steel_ad.report import figures
+    from steel_ad.report import evaluation as figures
 
     opened = [Run.open(w) for w in workdirs]
     data = opened[0].settings["data"]

@@ -262,7 +262,7 @@ def inspect(folder: Path) -> None:
     from steel_ad.detectors import Detector, Fitted
     from steel_ad.inspection import good_tiles
     from steel_ad.inspection import session as inspection
-    from steel_ad.report import figures
+    from steel_ad.report import coils, evaluation
 
     class Contrast(Detector):
         name, least_px, fit = "contrast", 16, None
@@ -276,8 +276,8 @@ def inspect(folder: Path) -> None:
 
     inputs = kept() / "inputs"
     with (
-        mock.patch.object(figures, "coil_map", draw),
-        mock.patch.object(figures, "score_histogram", draw),
+        mock.patch.object(coils, "coil_map", draw),
+        mock.patch.object(evaluation, "score_histogram", draw),
     ):
         found = inspection.run(
             configs.Inspection(tile_px=32, halo_px=0, false_alarm_rate=0.2),
