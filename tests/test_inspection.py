@@ -28,8 +28,9 @@ from steel_ad.config import Inspection
 from steel_ad.data import folders, plates, video
 from steel_ad.detectors import Detector, Fitted, autoencoder, segmentation
 from steel_ad.errors import InputError
-from steel_ad.inspection import good_tiles, ledger, outcome, strips, tiles, watch
+from steel_ad.inspection import coil, follow, good_tiles, journal, ledger, strips, tiles, watch
 from steel_ad.inspection import session as inspection
+from steel_ad.inspection.view import View
 from steel_ad.ops.morphology import disk
 from steel_ad.report import coils
 from steel_ad.report import evaluation as figures
@@ -371,7 +372,7 @@ def test_a_tile_sees_itself_and_its_halo_and_nothing_else(strip):
         def residual(self, state, image):
             return jnp.abs(image - image.mean())
 
-    view = strips.View(fitted(Surroundings()), tile_settings())
+    view = View(fitted(Surroundings()), tile_settings())
     (first, second, *_) = view.maps((0, b) for b in tiles.bands([strip], tile=48, halo=8))
     image = strip.astype(np.float32) / 255
     # Windows of 64 that would reach beyond an end of the strip, 90 wide, are moved inside.
@@ -388,7 +389,7 @@ def test_a_window_that_the_detector_cannot_see_is_refused():
     class Large(Contrast):
         least_px = 60
 
-    view = strips.View(fitted(Large()), tile_settings())
+    view = View(fitted(Large()), tile_settings())
     with pytest.raises(InputError, match="50 pixels high or wide"):
         list(view.maps((0, b) for b in tiles.bands([np.zeros((90, 50), np.uint8)], tile=48, halo=8)))
 
@@ -813,7 +814,7 @@ def test_cameras_without_a_scale_have_rolls_of_their_own(tmp_path):
     rows = [{**look, "defect": k, "camera": "left", "along_px": 100.0 * k + 31} for k in range(20)]
     rng = np.random.default_rng(0)
     rows += [{**look, "defect": 20 + k, "camera": "right", "along_px": rng.uniform(0, 4000)} for k in range(20)]
-    (roll,) = outcome.rolls(tile_settings(), seen, {0: [2000, 9], 1: [4000, 9]}, rows)
+    (roll,) = coil.rolls(tile_settings(), seen, {0: [2000, 9], 1: [4000, 9]}, rows)
     assert (roll["cameras"], roll["turns"], roll["members"]) == (["left"], 20, list(range(20)))
 
 
@@ -830,7 +831,7 @@ def test_the_coil_map_lays_each_sides_images_end_to_end_in_millimetres():
         {**look, "defect": 1, "camera": "left", "image": "a.png", "peak": 0.25},
         {**look, "defect": 2, "camera": "below", "image": "a.png", "peak": 1.0, "side": "bottom"},
     ]
-    (top, bottom), unit = outcome.coil(seen, sizes, rows, [{"members": [1, 2]}])
+    (top, bottom), unit = coil.sides(seen, sizes, rows, [{"members": [1, 2]}])
     assert unit == "mm"
     # The right camera's a.png is the longer one, 40 mm; its b.png is 16 mm.
     assert (top.name, top.length, top.width, top.across, top.joints) == ("top", 56, 113, 7, [40])
@@ -846,11 +847,11 @@ def test_the_coil_map_is_in_pixels_where_one_camera_has_no_scale():
     seen = [strips.Strip(c, name, ()) for c in cameras for name in ("a.png", "b.png")]
     sizes = {0: [10, 30], 1: [40, 30], 2: [8, 36], 3: [20, 10]}
     row = {"side": "top", "top_px": 1, "left_px": 2, "bottom_px": 3, "right_px": 5, "defect": 0, "peak": 1.0}
-    (top,), unit = outcome.coil(seen, sizes, [{**row, "camera": "left", "image": "b.png"}], [])
+    (top,), unit = coil.sides(seen, sizes, [{**row, "camera": "left", "image": "b.png"}], [])
     assert (unit, top.length, top.width, top.across, top.joints) == ("px", 50, 36, 0, [10])
     np.testing.assert_array_equal(top.boxes, [[11, 2, 13, 5]])
     assert not top.periodic.any()
-    (top,), _ = outcome.coil(seen, sizes, [], [])
+    (top,), _ = coil.sides(seen, sizes, [], [])
     assert top.boxes.shape == (0, 4)
 
 
@@ -892,8 +893,8 @@ def quick(monkeypatch):
     """A watch that need not wait for slow cameras."""
     monkeypatch.setattr(watch, "SETTLED_S", 0.1)
     monkeypatch.setattr(watch, "GIVEN_UP_S", 1.5)
-    monkeypatch.setattr(inspection, "_POLL_S", 0.02)
-    monkeypatch.setattr(inspection, "_REFRESH_S", 0.05)
+    monkeypatch.setattr(follow, "POLL_S", 0.02)
+    monkeypatch.setattr(follow, "REFRESH_S", 0.05)
 
 
 def marked_images(strip, plates_64, one):
@@ -965,7 +966,7 @@ def test_a_watch_that_is_killed_goes_on_without_losing_or_doubling_a_row(
     (tmp_path / "in").mkdir()
     camera(tmp_path / "in", images, slowly=())
     inspect(model, tmp_path / "in", tmp_path / "once", strip=one)
-    write_line, left = inspection._Journal.write, [0]
+    write_line, left = journal.Journal.write, [0]
 
     def killed(self, record):
         write_line(self, record)
@@ -975,7 +976,7 @@ def test_a_watch_that_is_killed_goes_on_without_losing_or_doubling_a_row(
                 file.write('{"strip": 0, "fini')
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(inspection._Journal, "write", killed)
+    monkeypatch.setattr(journal.Journal, "write", killed)
     (tmp_path / "later").mkdir()
     for k in range(2, len(images)):
         os.rename(tmp_path / "in" / f"{k}.png", tmp_path / "later" / f"{k}.png")

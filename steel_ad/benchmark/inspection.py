@@ -19,7 +19,8 @@ from steel_ad.benchmark.timing import Program, Work, compiled, with_latency, wit
 from steel_ad.detectors import Fitted, autoencoder
 from steel_ad.detectors.autoencoder import AutoencoderDetector
 from steel_ad.detectors.inspector import inspector
-from steel_ad.inspection import strips, tiles
+from steel_ad.inspection import tiles
+from steel_ad.inspection.view import View
 from steel_ad.ops import sliding
 
 
@@ -104,7 +105,7 @@ def _tiles(config: configs.Autoencoder, settings: configs.Inspection, strip: Cal
     params = autoencoder.initial_state(config, jax.random.key(0)).params
     detector = AutoencoderDetector(config)
     trained = Fitted(detector, params, config.radius, None, "", {}, frozenset())
-    view, frame = strips.View(trained, settings), strip()
+    view, frame = View(trained, settings), strip()
 
     def call():
         bands = tiles.bands([frame], tile=settings.tile_px, halo=settings.halo_px)

@@ -1,4 +1,7 @@
-"""Good images that calibrate an inspection: which of them count, what their tiles score, and the threshold from that."""
+"""Calibration of an inspection: finds the good images that count, scores their tiles, and sets the threshold.
+
+The statistics are `calibration`'s: what threshold a set of scores supports, and what it promises.
+"""
 
 import dataclasses
 import hashlib
@@ -16,7 +19,8 @@ from steel_ad.errors import InputError
 from steel_ad.inspection import calibration, drift, tiles
 from steel_ad.inspection import strips as sources
 from steel_ad.inspection.ledger import Camera
-from steel_ad.inspection.strips import Strip, View
+from steel_ad.inspection.strips import Strip
+from steel_ad.inspection.view import View
 from steel_ad.progress import progress
 
 # Images that the pattern's lattice is read from.
@@ -24,9 +28,16 @@ _PATTERN_OF = 32
 _COUNTS = ("images", "left_out_as_trained_on", "left_out_as_copies", "tiles", "groups")
 
 
-class Limit(NamedTuple):
-    """The threshold, the independent good scores behind it `[n]` (none without calibration), a record of both, and what drift
-    is measured against: of each quantity its values `[n]` in the same tiles, and their pattern's lattice, if they have one."""
+class Reference(NamedTuple):
+    """What inspected tiles are compared with.
+
+    Attributes:
+      threshold: a pixel of an opened map above it is defective.
+      scores: of independent good tiles `[n]`; none without calibration.
+      record: of the threshold and what it promises, for the summary.
+      good: what drift compares, by name: values `[n]` of the same tiles; empty without calibration.
+      lattice: of the good tiles' pattern, `[2][2]` px; None where they have none.
+    """
 
     threshold: float
     scores: np.ndarray
@@ -35,65 +46,81 @@ class Limit(NamedTuple):
     lattice: list[list[float]] | None
 
 
-def limit(
+def reference(
     config: configs.Inspection,
-    detector: Fitted,
+    fitted: Fitted,
     view: View,
     good: Sequence[Path],
     folder: str,
     settings: dict[str, Any],
     out: Path,
-) -> Limit:
+) -> Reference:
+    """The reference from good images, whose scores are kept in `calibration.json`; without images the detector's own threshold.
+
+    Args:
+      good: the images in `folder`.
+      settings: of the inspection; scores that were kept with other ones are computed again.
+
+    Raises:
+      InputError: no threshold, too few images for the promise, or a damaged `calibration.json`.
+    """
     if not good:
-        if detector.threshold is None:
+        if fitted.threshold is None:
             raise InputError(
                 "the model has no threshold of its own, its run is not finished: give --calibration=FOLDER"
             )
-        return Limit(detector.threshold, np.zeros(0), {"form": "none", "threshold": detector.threshold}, {}, None)
+        return Reference(fitted.threshold, np.zeros(0), {"form": "none", "threshold": fitted.threshold}, {}, None)
     path = out / "calibration.json"
     names = ("model_sha256", "calibration_files", "calibration_strips", "tile_px", "halo_px", "seed", "drift")
     made_of = {k: settings[k] for k in names}
     known = files.read_json(path, dict) if path.exists() else {}
     if known.get("made_of") != made_of:
-        found = good_scores(config, detector, view, good, Path(folder), strips=settings["calibration_strips"])
-        known = {"made_of": made_of, **found}
+        measured = good_scores(config, fitted, view, good, Path(folder), strips=settings["calibration_strips"])
+        known = {"made_of": made_of, **measured}
         files.write_json(path, known)
     with files.understood(path, "delete it and run again"):
-        if known["lattice"] is not None:
-            vectors = np.array(known["lattice"], np.float64)
-            if vectors.shape != (2, 2) or not np.isfinite(vectors).all():
-                raise ValueError("no lattice")
-            known["lattice"] = vectors.tolist()
-        looks = (*drift.LOOKS, *(drift.PITCHES if known["lattice"] else ()))
-        # No pitch, NaN, is null in the file.
-        found = {k: np.array([np.nan if v is None else float(v) for v in known[k]]) for k in ("scores", *looks)}
-        for k in _COUNTS:
-            known[k] = int(known[k])
-        if np.isnan(found["scores"]).any():
+        lattice = _lattice(known["lattice"])
+        looks = (*drift.LOOKS, *(drift.PITCHES if lattice else ()))
+        # A pitch that is not known, NaN, is null in the file.
+        values = {k: np.array([np.nan if v is None else float(v) for v in known[k]]) for k in ("scores", *looks)}
+        counts = {k: int(known[k]) for k in _COUNTS}
+        scores = values.pop("scores")
+        if np.isnan(scores).any():
             raise ValueError("a score is none")
-    scores = found.pop("scores")
-    good_tiles = {"score": scores, **found}
-    record = {k: v for k, v in known.items() if k not in ("made_of", "scores", "lattice", *looks)}
+    threshold, promise = _promise(config, scores, counts, folder)
+    return Reference(threshold, scores, {**counts, **promise}, {"score": scores, **values}, lattice)
+
+
+def _lattice(stored: Any) -> list[list[float]] | None:
+    if stored is None:
+        return None
+    vectors = np.array(stored, np.float64)
+    if vectors.shape != (2, 2) or not np.isfinite(vectors).all():
+        raise ValueError("no lattice")
+    return vectors.tolist()
+
+
+def _promise(
+    config: configs.Inspection, scores: np.ndarray, counts: dict[str, int], folder: str
+) -> tuple[float, dict[str, Any]]:
+    """The threshold that the settings ask for, and the record of what it promises."""
     if config.false_alarms_per_m2:
         tile_m2 = (config.tile_px * config.mm_per_px / 1000) ** 2
         modelled = calibration.tail(scores, config.false_alarms_per_m2 * tile_m2)
         per_m2 = [rate / tile_m2 for rate in modelled.rate_interval]
-        record |= {"form": "model", "per_m2": config.false_alarms_per_m2, "per_m2_interval": per_m2}
-        return Limit(
-            modelled.threshold, scores, {**record, **dataclasses.asdict(modelled)}, good_tiles, known["lattice"]
-        )
+        asked = {"form": "model", "per_m2": config.false_alarms_per_m2, "per_m2_interval": per_m2}
+        return modelled.threshold, {**asked, **dataclasses.asdict(modelled)}
     try:
         promised = calibration.promise(scores, config.false_alarm_rate, config.confidence)
     except InputError as error:
-        if known["groups"] == known["images"]:
+        if counts["groups"] == counts["images"]:
             raise
         raise InputError(
-            f"{error}; the {known['images']} images lie in {known['groups']} places, and those of one subfolder of {folder} count "
+            f"{error}; the {counts['images']} images lie in {counts['groups']} places, and those of one subfolder of {folder} count "
             "once: where they are no strip, name the subfolder itself"
         ) from None
     form = "average" if config.confidence is None else "confidence"
-    record |= {"form": form, **dataclasses.asdict(promised)}
-    return Limit(promised.threshold, scores, record, good_tiles, known["lattice"])
+    return promised.threshold, {"form": form, **dataclasses.asdict(promised)}
 
 
 def good_images(folder: str) -> list[Path]:
@@ -109,39 +136,42 @@ def good_images(folder: str) -> list[Path]:
     return folders.list_images(folder, recursive=True)
 
 
-def untrained(good: Sequence[Path], detector: Fitted) -> list[Path]:
-    """The images that the detector was not trained on.
+def untrained(good: Sequence[Path], fitted: Fitted) -> list[Path]:
+    """The good images that the detector was not trained on.
 
     Raises:
       InputError: there is none.
     """
-    found = []
+    fresh = []
     for path in good:
-        # A data set in memory is known by its pixels.
+        # A run on images in memory knows them by their pixels.
         pixels = hashlib.sha256(folders.read_image(path).tobytes()).hexdigest()
-        if not {folders.fingerprint(path), pixels} & detector.trained_on:
-            found.append(path)
-    if not found:
+        if not {folders.fingerprint(path), pixels} & fitted.trained_on:
+            fresh.append(path)
+    if not fresh:
         raise InputError(f"all {len(good)} images in {good[0].parent} were trained on: calibrate on others")
-    return found
+    return fresh
 
 
 def good_scores(
     config: configs.Inspection,
-    detector: Fitted,
+    fitted: Fitted,
     view: View,
     good: Sequence[Path],
     root: Path,
     *,
     strips: bool = False,
 ) -> dict[str, Any]:
-    """Scores and what drift compares of one tile of each group of good images that were not trained on, and counts.
+    """One tile of each group of good images that were not trained on: their scores, what drift compares, and counts.
 
     Args:
-      root: the folder of the images; a group is what lies in one of its subfolders.
-      strips: the images of a group follow each other along a strip, else each is a plate.
+      root: the folder of the images; the images in one of its subfolders are a group.
+      strips: the images of a group follow each other along a strip, in place of each being a plate.
+
+    Raises:
+      InputError: no image that was not trained on, or none as large as a tile.
     """
-    fresh = untrained(good, detector)
+    fresh = untrained(good, fitted)
     single = list({folders.fingerprint(path): path for path in reversed(fresh)}.values())[::-1]
     parts = _parts(good, set(single), root, strips)
     small = view.tile < drift.LEAST_TILE_PX
@@ -150,8 +180,9 @@ def good_scores(
     seen: dict[str, list[float]] = {}
     owners: list[str] = []
     with progress("calibrate", len(single), "images") as update:
-        for i, band in sources.ahead(sources.bands([strip for _, strip in parts], view, update)):
-            # What is smaller than a tile is not the unit.
+        bands = sources.bands([strip for _, strip in parts], update, tile=view.tile, halo=view.halo)
+        for i, band in sources.ahead(bands):
+            # Only whole tiles are what is inspected.
             if band.offset + band.height == view.tile <= band.pixels.shape[1]:
                 pieces = view.cut(band)
                 maps = view.cores(pieces)
@@ -176,38 +207,37 @@ def good_scores(
 
 def _first_tiles(parts: Sequence[Strip], view: View) -> np.ndarray:
     """The first tile of each of up to 32 strips or images, uint8 `[n, tile, tile]`."""
-    found = []
+    firsts = []
     for part in parts[:: -(-len(parts) // _PATTERN_OF)]:
         band = next(tiles.bands(part.frames(), tile=view.tile, halo=view.halo))
-        found += list(view.whole(band)[:1])
-    return np.array(found, np.uint8).reshape(-1, view.tile, view.tile)
+        firsts += list(tiles.whole(band, tile=view.tile)[:1])
+    return np.array(firsts, np.uint8).reshape(-1, view.tile, view.tile)
 
 
 def _parts(good: Sequence[Path], used: set[Path], root: Path, strips: bool) -> list[tuple[str, Strip]]:
-    """Groups and what is inspected of them as one: images that follow each other, or each image.
+    """The used images as (group, strip); an image that is left out is a gap between two strips of its group.
 
     Raises:
-      InputError: names of a strip's images are not in order.
+      InputError: the names of a strip's images are not in order.
     """
     groups: dict[str, list[Path]] = {}
     for path in good:
         groups.setdefault(path.relative_to(root).parts[0], []).append(path)
-    found = []
+    parts = []
     for group, members in groups.items():
         if strips:
             sources.check_order(members, root)
         run: list[Path] = []
-        # An image that is left out is a gap.
         for path, following in zip(members, [*members[1:], None], strict=True):
             run += [path] if path in used else []
             if run and not (strips and path in used and following in used):
-                found.append((group, Strip(Camera(), "", tuple(run))))
+                parts.append((group, Strip(Camera(), "", tuple(run))))
                 run = []
-    return found
+    return parts
 
 
 def promise_sentence(record: dict[str, Any]) -> str:
-    """What a summary's `calibration` promises, in one or two sentences."""
+    """What a reference's record promises, in one or two sentences."""
     if record["form"] == "none":
         return "No calibration images were given, so nothing is promised of false alarms: the threshold is the training run's."
     copies = f", {record['left_out_as_copies']} as copies" if record.get("left_out_as_copies") else ""

@@ -1,149 +1,167 @@
-"""What an inspection's rows say together: damaged rolls, and where on the coil the defects lie."""
+"""What an inspection writes: the ledger, close-ups, figures, the report and the summary."""
 
+import base64
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from steel_ad import config as configs
-from steel_ad.inspection import recurrence
+from steel_ad import files
+from steel_ad.inspection import coil, drift, good_tiles, ledger
+from steel_ad.inspection.course import Findings
+from steel_ad.inspection.good_tiles import Reference
 from steel_ad.inspection.strips import Strip
+from steel_ad.versions import versions
 
-# Rows of the highest peaks that a period is looked for in.
-_LOOKED_AT = 2000
-# Two defects of a roll are no further apart across.
-_PLACE_MM, _PLACE_PX = 10.0, 40.0
+# Rows in the report's table.
+_LISTED = 2000
 
 
-def rolls(
+def write(
     config: configs.Inspection,
     strips: Sequence[Strip],
-    sizes: Mapping[int, Sequence[int]],
-    rows: Sequence[dict[str, Any]],
-) -> list[dict[str, Any]]:
-    """Periods of the defects on endless strips, by side, or by camera where a scale is not known; several rolls may be damaged."""
-    results = []
-    for side in sorted({s.camera.side for s in strips}, reverse=True):
-        own = [i for i, s in enumerate(strips) if s.camera.side == side and not s.single]
-        metric = all(strips[i].camera.mm_per_px for i in own)
-        for members in [own] if metric and own else [[i] for i in own]:
-            results += _periods(config, {i: strips[i] for i in members}, sizes, rows, "mm" if metric else "px")
-    return results
+    findings: Findings,
+    reference: Reference,
+    settings: Mapping[str, Any],
+    seconds: float,
+    out: Path,
+    *,
+    watched: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes `ledger.csv`, `ledger.jsonl`, `close_ups/`, `coil_map.png`, `scores.png`, `report.html` and `summary.json`.
+
+    Args:
+      settings: all that the result depends on, for the report.
+      seconds: that inspecting has taken since this start.
+      watched: of a watched folder, its number of images, whether the inspection has ended, and the names that wait.
+
+    Returns:
+      What `summary.json` holds.
+    """
+    numbered = [{**row, "index": i} for i, row in enumerate(findings.rows)]
+    rows = ledger.ordered(ledger.deduplicated(numbered, [s.camera for s in strips]))
+    close_ups = {}
+    for row in rows:
+        if (stored := findings.close_ups.get(row.pop("index"))) is not None:
+            close_ups[row["defect"]] = base64.b64decode(stored)
+    rolls = coil.rolls(config, strips, findings.sizes, rows)
+    scores = np.array(findings.scores)
+    summary = {
+        "defects": len(rows),
+        "tiles": len(scores),
+        "tiles_with_an_alarm": int(np.count_nonzero(scores > reference.threshold)),
+        "threshold": reference.threshold,
+        "calibration": reference.record,
+        "recurrence": rolls,
+        "unread": findings.unread,
+        "drift": [str(m) for m in drift.history(findings.quantities, reference.good)] if reference.good else None,
+        "megapixels": sum(h * w for h, w in findings.sizes.values()) / 1e6,
+        "megapixels_per_second": findings.inspected_px / 1e6 / seconds if seconds > 0 else None,
+        **({"watched": watched} if watched else {}),
+        "settings": settings,
+        "versions": versions(),
+    }
+    columns = list(rows[0]) if rows else ["defect", *ledger.COLUMNS]
+    files.write_csv(out / "ledger.csv", rows, columns)
+    files.write_text(out / "ledger.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    for defect, png in close_ups.items():
+        files.write_bytes(out / "close_ups" / f"{defect:06d}.png", png)
+    for old in (out / "close_ups").glob("*.png") if watched else ():
+        # Numbers change as rows come.
+        if int(old.stem) not in close_ups:
+            old.unlink()
+    # A name that is not UTF-8 cannot be drawn.
+    name = Path(settings["source"]).name.encode("utf-8", "backslashreplace").decode()
+    sides, unit = coil.sides(strips, findings.sizes, rows, rolls)
+    pictures = _pictures(out, sides, unit, scores, reference, title=f"{name}: {_counted(rows)}")
+    _write_report(out / "report.html", f"Inspection of {name}", summary, rows, close_ups, pictures)
+    # Last, since its presence says that the inspection is complete.
+    files.write_json(out / "summary.json", summary)
+    return summary
 
 
-def _periods(
-    config: configs.Inspection,
-    strips: Mapping[int, Strip],
-    sizes: Mapping[int, Sequence[int]],
-    rows: Sequence[dict[str, Any]],
-    unit: str,
-) -> list[dict[str, Any]]:
-    """Of strips side by side."""
-    metric = unit == "mm"
-    scales = {i: s.camera.mm_per_px or 1 if metric else 1 for i, s in strips.items()}
-    cameras = {s.camera.name: s.camera for s in strips.values()}
-    length = max(sizes[i][0] * scale for i, scale in scales.items())
-    seen = [r for r in rows if r["camera"] in cameras and not r["image"]]
-    seen = sorted(seen, key=lambda r: -r["peak"])[:_LOOKED_AT]
-    results: list[dict[str, Any]] = []
-    for _ in range(5):
-        one = recurrence.find(
-            [r[f"along_{unit}"] for r in seen],
-            [r[f"across_{unit}"] for r in seen],
-            length,
-            tolerance_mm=_PLACE_MM if metric else _PLACE_PX,
-            look=np.log([[r["length_px"], r["width_px"]] for r in seen]).reshape(-1, 2),
-            pitch_mm=config.pitch_mm if metric and config.pitch_mm else None,
-            seed=config.seed,
-        )
-        if one is None or not one.periodic:
-            break
-        suspect = _own_period(one.period_mm, config.tile_px, strips, scales)
-        results.append(
-            {
-                "side": next(iter(cameras.values())).side,
-                "cameras": list(cameras),
-                "unit": unit,
-                "period": one.period_mm,
-                "roll_diameter": one.roll_diameter_mm,
-                "phase": one.phase_mm,
-                "turns": one.turns,
-                "turns_seen": one.seen,
-                "p_value": one.p_value,
-                "members": sorted(seen[k]["defect"] for k in one.members),
-                "sentence": " ".join([recurrence.summary(one, unit), *suspect]),
-            }
-        )
-        seen = [r for k, r in enumerate(seen) if k not in set(one.members)]
-    return results
+def finished(path: Path) -> dict[str, Any]:
+    """The summary of a finished inspection.
+
+    Raises:
+      InputError: it is damaged.
+    """
+    summary = files.read_json(path, dict)
+    with files.understood(path, "delete it and run again"):
+        _facts(summary)
+        if not all(isinstance(summary[k], int) for k in ("defects", "tiles", "tiles_with_an_alarm")):
+            raise TypeError("a number is none")
+        " ".join(summary["unread"])
+    return summary
 
 
-def _own_period(period: float, tile: int, strips: Mapping[int, Strip], scales: Mapping[int, float]) -> list[str]:
-    """Sentences where a period is one that the camera or the inspection brings along."""
-    found = {}
-    for i, strip in strips.items():
-        # Of many multiples one is near by chance.
-        for what, side in (("tile", tile), ("frame", strip.frame_px or next(strip.frames()).shape[0])):
-            step = side * scales[i]
-            times = round(period / step)
-            if times and abs(period - times * step) <= min(0.01 * period, 0.05 * step):
-                number = "the height" if times == 1 else f"{times} times the height"
-                found[what] = (
-                    f"This is {number} of a {what}, so look whether the {what} makes the marks rather than a roll."
-                )
-    return list(found.values())
+def _counted(rows: Sequence[Any]) -> str:
+    return f"{len(rows)} defect{'s' * (len(rows) != 1)}"
 
 
-def coil(
-    strips: Sequence[Strip],
-    sizes: Mapping[int, Sequence[int]],
-    rows: Sequence[dict[str, Any]],
-    rolls: Sequence[dict[str, Any]],
-):
-    """Sides for the coil map, images laid end to end in the order of their names, and the unit."""
-    from steel_ad.report.coils import Coil
+def _pictures(
+    out: Path, sides: Sequence[Any], unit: str, scores: np.ndarray, reference: Reference, *, title: str
+) -> list[tuple[str, bytes]]:
+    """Draws the figures of the report; returns them with their headings."""
+    from steel_ad.report import coils, evaluation
 
-    metric = all(s.camera.mm_per_px for s in strips)
-    unit = "mm" if metric else "px"
-    periodic = {defect for roll in rolls for defect in roll["members"]}
-    sides = []
-    for side in sorted({s.camera.side for s in strips}, reverse=True):
-        lengths: dict[str, float] = {}
-        edges = []
-        for i, s in enumerate(strips):
-            if s.camera.side == side:
-                h, w = (n * (s.camera.mm_per_px or 1 if metric else 1) for n in sizes[i])
-                start = s.camera.across_mm if metric else 0.0
-                lengths[s.image] = max(lengths.get(s.image, 0), h)
-                edges.append((start, start + w))
-        ends = np.cumsum([lengths[name] for name in sorted(lengths)])
-        offsets = dict(zip(sorted(lengths), [0.0, *ends], strict=False))
-        scale = {s.camera.name: s.camera.mm_per_px or 1 if metric else 1 for s in strips}
-        across = {s.camera.name: s.camera.across_mm if metric else 0.0 for s in strips}
-        own = [r for r in rows if r["side"] == side]
-        boxes = [
-            [
-                offsets[r["image"]] * d + start + r[f"{edge}_px"] * scale[r["camera"]]
-                for edge, d, start in (
-                    ("top", 1, 0.0),
-                    ("left", 0, across[r["camera"]]),
-                    ("bottom", 1, 0.0),
-                    ("right", 0, across[r["camera"]]),
-                )
-            ]
-            for r in own
-        ]
-        first = min(a for a, _ in edges)
-        sides.append(
-            Coil(
-                name=side,
-                length=float(ends[-1]),
-                width=max(b for _, b in edges) - first,
-                across=first,
-                joints=ends[:-1].tolist(),
-                boxes=np.array(boxes, np.float64).reshape(-1, 4),
-                scores=np.array([r["peak"] for r in own], np.float64),
-                periodic=np.array([r["defect"] in periodic for r in own], bool),
-            )
-        )
-    return sides, unit
+    calibrated = reference.scores.size > 0
+    coil_map = coils.coil_map(out / "coil_map.png", sides, unit=unit, title=title)
+    histogram = evaluation.score_histogram(
+        out / "scores.png",
+        reference.scores if calibrated else scores,
+        {"inspected": scores} if calibrated else {},
+        threshold=reference.threshold,
+        of="tile",
+        title="tile scores" + (" of calibration (above) and inspection" if calibrated else ""),
+    )
+    return [("Where the defects lie", coil_map.read_bytes()), ("Tile scores", histogram.read_bytes())]
+
+
+def _write_report(
+    path: Path,
+    title: str,
+    summary: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    close_ups: Mapping[int, bytes],
+    pictures: Sequence[tuple[str, bytes]],
+) -> None:
+    from steel_ad.report import inspection_page
+
+    tiles, unread = summary["tiles"], summary["unread"]
+    where = f"{_counted(rows)} in {summary['tiles_with_an_alarm']} of {tiles} tiles."
+    verdict = where if rows else f"Clean: no defect in {tiles} tiles."
+    note = f"The {_LISTED} highest peaks of {len(rows)} are listed; all are in ledger.csv."
+    page = inspection_page.inspection(
+        title=title,
+        verdict=" ".join([verdict, *(f"Not all was inspected: {sentence}." for sentence in unread)]),
+        clean=not rows and not unread,
+        facts=[*_facts(summary), *((k, str(v)) for k, v in summary["settings"].items())],
+        pictures=pictures,
+        rows=sorted(rows, key=lambda r: -r["peak"])[:_LISTED],
+        close_ups=close_ups,
+        note=note if len(rows) > _LISTED else "",
+    )
+    files.write_text(path, page)
+
+
+def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and values of what a reader of the report must know of how the inspection was made."""
+    facts = [
+        ("promise", good_tiles.promise_sentence(summary["calibration"])),
+        ("threshold", f"{summary['threshold']:.6g}"),
+    ]
+    if watched := summary.get("watched"):
+        state = "ended" if watched["ended"] else "still going on when this was written"
+        waiting = f"; not inspected yet: {', '.join(watched['waiting'])}" if watched["waiting"] else ""
+        facts.append(("watched", f"{watched['images']} images, {state}{waiting}"))
+    if not summary["settings"]["training_finished"]:
+        facts.append(("training", "The model's training run is not finished: this is its newest checkpoint."))
+    facts += [(f"recurrence, {roll['side']}", roll["sentence"]) for roll in summary["recurrence"]]
+    facts += [("drift", sentence) for sentence in summary["drift"] or ()]
+    if summary["megapixels_per_second"] is not None:
+        facts.append(("inspected", f"{summary['megapixels']:.2f} Mpx, {summary['megapixels_per_second']:.2f} Mpx/s"))
+    return [*facts, ("versions", ", ".join(f"{k} {v}" for k, v in summary["versions"].items()))]

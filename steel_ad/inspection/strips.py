@@ -1,4 +1,4 @@
-"""What is inspected: plates, strips and videos, in bands of tiles, and a detector's view of them."""
+"""What is inspected: the plates, strips and videos that cameras saw, read in bands of tiles."""
 
 import dataclasses
 import hashlib
@@ -8,34 +8,33 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from steel_ad import config as configs
 from steel_ad import files
 from steel_ad.data import folders, video
-from steel_ad.detectors import Fitted
 from steel_ad.errors import InputError
 from steel_ad.inspection import tiles
 from steel_ad.inspection.ledger import Camera
-from steel_ad.inspection.tiles import Band, Pieces
-from steel_ad.ops.convolution import cpu_compiler_options
-from steel_ad.ops.morphology import grey_opening
+from steel_ad.inspection.tiles import Band
 from steel_ad.progress import Update
 
 _VIDEOS = (".avi", ".mp4", ".mov", ".mkv", ".webm", ".wmv", ".mpg", ".mpeg", ".y4m")
-_BATCH = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Strip:
-    """What one camera saw without a gap: `paths` are images that follow each other, or one video, whose first frame has
-    `frame_px` rows (0: not read yet)."""
+    """What one camera saw without a gap.
+
+    Attributes:
+      camera: its place and scale.
+      image: name of a plate; "" for an endless strip.
+      paths: images that follow each other, or one video.
+      frame_px: rows of the first frame; 0 where it has not been read yet.
+    """
 
     camera: Camera
     image: str
@@ -44,7 +43,7 @@ class Strip:
 
     @property
     def single(self) -> bool:
-        """Whether it is a plate of its own."""
+        """Whether this is a plate, not an endless strip."""
         return bool(self.image)
 
     def frames(self) -> Iterator[np.ndarray]:
@@ -62,7 +61,15 @@ class Strip:
 
 
 def cameras(path: Path, usual: float | None) -> list[tuple[Camera, Path]]:
-    """The cameras and what they saw; `usual` is the scale, mm a pixel, of those that do not give theirs."""
+    """The cameras and the places of what they saw.
+
+    Args:
+      path: an image, a video or a folder of one camera, or a JSON list of cameras.
+      usual: scale in mm a pixel of a camera that does not give its own; None where it is not known.
+
+    Raises:
+      InputError: a list that cannot be understood, or that leads out of its folder.
+    """
     if path.suffix.lower() != ".json":
         return [(Camera(mm_per_px=usual), path)]
     rows = files.read_json(path)
@@ -93,6 +100,11 @@ def cameras(path: Path, usual: float | None) -> list[tuple[Camera, Path]]:
 
 
 def strips_of(path: Path, camera: Camera, one: bool) -> list[Strip]:
+    """The strips in an image, a video or a folder; `one`: the images of the folder follow each other along one strip.
+
+    Raises:
+      InputError: `one` of what is no folder, or names of images that are not in order.
+    """
     if path.is_dir():
         images = folders.list_images(path)
         if not one:
@@ -109,7 +121,7 @@ def is_video(path: Path) -> bool:
 
 
 def endless(strips: Sequence[Strip]) -> bool:
-    """Whether strips are inspected, not plates."""
+    """Whether any of them is an endless strip."""
     return not all(s.single for s in strips)
 
 
@@ -136,14 +148,31 @@ def check_width(path: Path, width: int, before: int | None) -> None:
     """Refuses an image that a strip cannot go on with.
 
     Raises:
-      InputError: it is not as wide as the strip `before` it, if there is one.
+      InputError: it is not as wide as the strip so far, of `before` pixels (None: it is the first).
     """
     if before not in (None, width):
         raise InputError(f"{path} is {width} pixels wide, but the strip before it {before}: leave it out")
 
 
+def check_size(path: Path, shape: Sequence[int], tile_px: int) -> None:
+    """Refuses an image or strip of `shape` (h, w) that is smaller than a tile.
+
+    Raises:
+      InputError: it is; calibration looks at whole tiles only.
+    """
+    if min(shape) < tile_px:
+        raise InputError(
+            f"{path} is {shape[1]}x{shape[0]} pixels, less than a tile of {tile_px}, for which no promise was made: leave it out or "
+            "use a smaller --tile_px"
+        )
+
+
 def stamp(strips: Sequence[Strip], source: Path) -> str:
-    """Of names, sizes and times: whether the files are those of the first start, without reading what may be long."""
+    """A hash of the files' names, sizes and times, which says whether they are those of the first start without reading them.
+
+    Raises:
+      InputError: a file that is gone.
+    """
     root = source if source.is_dir() else source.parent
     try:
         stats = [(path, path.stat()) for strip in strips for path in strip.paths]
@@ -153,97 +182,31 @@ def stamp(strips: Sequence[Strip], source: Path) -> str:
 
 
 def digest(listed: Any) -> str:
+    """SHA-256 of a value as JSON."""
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-
-
-class View:
-    """The detector's opened map of a band, tile by tile, each in its window."""
-
-    def __init__(self, detector: Fitted, config: configs.Inspection):
-        self.tile, self.halo = config.tile_px, config.halo_px
-        self._least = detector.least_px
-
-        def one(state, window, corner):
-            raw = detector.detector.residual(state, window.astype(jnp.float32) / 255)
-            opened = grey_opening(raw, radius=detector.radius)
-            return jax.lax.dynamic_slice(opened, (corner[0], corner[1]), [min(self.tile, n) for n in window.shape])
-
-        self._state = detector.state
-        self._program = jax.jit(jax.vmap(one, in_axes=(None, 0, 0)), compiler_options=cpu_compiler_options())
-
-    def check(self, shape: Sequence[int]) -> None:
-        """Refuses what the detector cannot see.
-
-        Raises:
-          InputError: it is smaller than the detector's patch.
-        """
-        if min(shape) < self._least:
-            raise InputError(
-                f"what is inspected is {min(shape)} pixels high or wide, less than the detector's patch of {self._least}"
-            )
-
-    def cut(self, band: Band) -> Pieces:
-        """The band's windows."""
-        return tiles.cut(band, tile=self.tile, halo=self.halo)
-
-    def cores(self, pieces: Pieces) -> np.ndarray:
-        """Opened maps of the windows' tiles: float32 `[n, min(tile, h), min(tile, w)]`.
-
-        Raises:
-          InputError: windows that the detector cannot see, or maps that are not finite.
-        """
-        return _finite(np.concatenate(jax.device_get(self._begin(pieces)))[: len(pieces.pixels)])
-
-    def whole(self, band: Band) -> np.ndarray:
-        """The band's tiles that do not stick out: uint8 `[n, tile, tile]`."""
-        rows = band.pixels[band.core : band.core + self.tile]
-        n = rows.shape[1] // self.tile if band.height == self.tile else 0
-        return rows[:, : n * self.tile].reshape(len(rows), n, self.tile).transpose(1, 0, 2)
-
-    def _begin(self, pieces: Pieces) -> list[jax.Array]:
-        self.check(pieces.pixels.shape[1:])
-        # One program for all; on CPU a batch's activations would leave the caches.
-        size = 1 if jax.default_backend() == "cpu" else _BATCH
-        missing = -len(pieces.pixels) % size
-        padded = [np.concatenate([a, np.repeat(a[-1:], missing, 0)]) for a in pieces]
-        batches = zip(*(a.reshape(-1, size, *a.shape[1:]) for a in padded), strict=True)
-        return [self._program(self._state, pixels, corners) for pixels, corners in batches]
-
-    def maps(self, bands: Iterable[tuple[int, Band]]) -> Iterator[tuple[int, Band, np.ndarray]]:
-        """(strip, band, opened map float32 `[height, w]`); the device works on one band while the next is prepared."""
-        waiting: list[tuple[int, Band, list[jax.Array]]] = []
-        for strip, band in bands:
-            waiting.append((strip, band, self._begin(self.cut(band))))
-            if len(waiting) > 1:
-                yield self._end(waiting.pop(0))
-        for last in waiting:
-            yield self._end(last)
-
-    def _end(self, item: tuple[int, Band, list[jax.Array]]) -> tuple[int, Band, np.ndarray]:
-        strip, band, batches = item
-        count = -(-band.pixels.shape[1] // self.tile)
-        return strip, band, tiles.join(_finite(np.concatenate(jax.device_get(batches))[:count]), band)
-
-
-def _finite(maps: np.ndarray) -> np.ndarray:
-    if not np.isfinite(maps).all():
-        raise InputError("the detector's map is not finite, so nothing can be said: train the model again", status=1)
-    return maps
 
 
 def bands(
     strips: Sequence[Strip],
-    view: View,
     update: Update,
     *,
+    tile: int,
+    halo: int,
     first: int = 0,
     skip: int = 0,
     unread: dict[int, str] | None = None,
 ) -> Iterator[tuple[int, Band]]:
-    """Bands of the strips from `first` on, of which `skip` bands are left out; frames and pixels read go to `update`.
+    """The bands of the strips, as (strip, band).
 
-    A video that is cut short ends there, and a plate that cannot be read has no band: sentences about them are in `unread`, by
-    strip, before the last or the next band comes. Without `unread` they are raised.
+    Args:
+      update: called with the number of frames read, and the pixels a second.
+      tile, halo: of the bands, px.
+      first, skip: the strip to begin with, and how many of its bands are left out.
+      unread: takes a sentence about each strip that cannot be read to its end, before its last band or the next strip's first one
+        comes: a video that is cut short, or a plate that cannot be read. None: such a strip raises.
+
+    Raises:
+      InputError: a strip that cannot be read.
     """
     frames, pixels, start = sum(len(s.paths) for s in strips[:first]), 0, time.perf_counter()
 
@@ -260,13 +223,13 @@ def bands(
             unread[i] = str(error)
 
     for i in range(first, len(strips)):
-        for k, band in enumerate(tiles.bands(read(i), tile=view.tile, halo=view.halo)):
+        for k, band in enumerate(tiles.bands(read(i), tile=tile, halo=halo)):
             if i > first or k >= skip:
                 yield i, band
 
 
 def ahead(items: Iterator[Any], depth: int = 2) -> Iterator[Any]:
-    """The same items, produced in a thread up to `depth` ahead, so that reading and computing overlap."""
+    """The same items, produced by a thread up to `depth` ahead, so that reading and computing overlap."""
     waiting: queue.Queue = queue.Queue(depth)
     stop, end = threading.Event(), object()
 

@@ -1,9 +1,9 @@
-"""A strip in tiles at fixed places, each seen in a window with a halo of its surroundings: what a detector sees at once.
+"""A strip in tiles at fixed places. A detector sees each tile in a window, with a halo of its surroundings.
 
-Tiles begin at the strip's first row and column, whatever pieces it is read in; the last one of each direction lies flush with
-the end, and of its map only what the tile before does not show is taken. A window that would reach beyond an end is moved inside, so
-that a detector sees nothing but the strip itself: a mirrored pattern would look like a defect. A strip smaller than a window
-is one. So a map depends on nothing but the strip, and calibration and inspection look at the same unit.
+Tiles begin at the strip's first row and column, in whatever pieces the strip is read. The last tile of each direction lies flush
+with the strip's end, and only the part of its map that the tile before does not show is taken. A window that would reach beyond an end is
+moved inside, since a mirrored pattern would look like a defect. A strip that is smaller than a window is one window. So a map
+depends on nothing but the strip, and calibration and inspection look at the same unit.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ class Band(NamedTuple):
 
     Attributes:
       top: the strip's row that the band begins with.
-      height: its rows, 1..tile.
-      pixels: uint8 `[min(tile + 2 halo, h), w]` of the strip, `[h, w]`.
-      offset: rows of the tiles above `top`, which the band before shows.
-      core: row of `pixels` that the tiles begin with; the strip's row `top - offset`.
+      height: number of its rows, 1..tile.
+      pixels: of its windows, uint8 `[min(tile + 2 halo, h), w]` of a strip `[h, w]`.
+      offset: rows of its tiles above `top`; the band before shows them.
+      core: row of `pixels` that the tiles begin with, which is the strip's row `top - offset`.
     """
 
     top: int
@@ -44,7 +44,7 @@ class Pieces(NamedTuple):
 
 
 def bands(chunks: Iterable[np.ndarray], *, tile: int, halo: int) -> Iterator[Band]:
-    """The bands of a strip of any length, in memory for a chunk and a few bands.
+    """The bands of a strip of any length; a chunk and a few bands are in memory at a time.
 
     Args:
       chunks: uint8 `[h_i, w]`, which follow each other along the strip.
@@ -62,7 +62,7 @@ def bands(chunks: Iterable[np.ndarray], *, tile: int, halo: int) -> Iterator[Ban
 
 @dataclasses.dataclass
 class Cutter:
-    """The bands of a strip that comes piece by piece, and may go on after what would be its end.
+    """Cuts the bands of a strip that comes piece by piece, and that may go on after what would be its end.
 
     Attributes:
       tile, halo: as of `bands`.
@@ -82,7 +82,7 @@ class Cutter:
         return max(0, top - self.tile - self.halo)
 
     def push(self, chunk: np.ndarray) -> Iterator[Band]:
-        """The bands that a further piece of the strip, uint8 `[h, w]`, completes; to be drawn to the last.
+        """The bands that a further piece of the strip, uint8 `[h, w]`, completes; the caller must draw all of them.
 
         Raises:
           ValueError: another width than before, or not uint8 `[h, w]`.
@@ -94,7 +94,7 @@ class Cutter:
             )
         self.kept = np.concatenate([self.kept, chunk]) if len(self.kept) else chunk
         size = self.tile + 2 * self.halo
-        # A whole window is where it would be on any longer strip.
+        # A whole window lies where it would on any longer strip.
         while (start := max(0, self.top - self.halo)) + size <= self.first + len(self.kept):
             yield Band(self.top, self.tile, self.kept[start - self.first :][:size], 0, self.top - start)
             self.top += self.tile
@@ -126,6 +126,13 @@ def join(cores: np.ndarray, band: Band) -> np.ndarray:
     rows, last = slice(band.offset, band.offset + band.height), band.pixels.shape[1] - (n - 1) * tile
     left = tile - last if n > 1 else 0
     return np.concatenate([*cores[:-1, rows], cores[-1, rows, left : left + last]], axis=1)
+
+
+def whole(band: Band, *, tile: int) -> np.ndarray:
+    """The band's tiles that no other tile overlaps: uint8 `[n, tile, tile]`."""
+    rows = band.pixels[band.core : band.core + tile]
+    n = rows.shape[1] // tile if band.height == tile else 0
+    return rows[:, : n * tile].reshape(len(rows), n, tile).transpose(1, 0, 2)
 
 
 def maxima(joined: np.ndarray, tile: int) -> np.ndarray:

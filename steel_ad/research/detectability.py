@@ -16,8 +16,8 @@ from steel_ad.detectors import Fitted
 from steel_ad.errors import InputError
 from steel_ad.inspection import calibration, good_tiles, tiles
 from steel_ad.inspection import session as inspection
-from steel_ad.inspection.strips import View
 from steel_ad.inspection.tiles import Pieces
+from steel_ad.inspection.view import View
 from steel_ad.progress import progress
 from steel_ad.research import pod as detectability
 from steel_ad.versions import versions
