@@ -18,7 +18,7 @@ import pytest
 
 from steel_ad import config as configs
 from steel_ad import files
-from steel_ad.data import plates, stored
+from steel_ad.data import plates, workers
 from steel_ad.detectors import autoencoder
 from steel_ad.errors import InputError
 from steel_ad.report import evaluation as figures
@@ -268,7 +268,7 @@ def test_large_and_mixed_images(data, tmp_path):
 def test_killed_runs_end_where_undisturbed_ones_do(data, tmp_path, monkeypatch):
     """SIGKILL in mid-run, while processes read images, and an exception later on; the final parameters and the training record
     are, to the bit, those of an undisturbed run."""
-    monkeypatch.setattr(stored, "_workers", lambda: 0)  # processes take seconds to start
+    monkeypatch.setattr(workers, "_workers", lambda: 0)  # processes take seconds to start
     config = tiny(steps=24, checkpoint_every=4, data_path="grain")
     study.run(config, data=str(data), workdir=tmp_path / "a")
     settings = ("--config.steps=24", "--config.checkpoint_every=4", "--config.data_path=grain", "--nonative")

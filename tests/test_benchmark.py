@@ -20,6 +20,7 @@ from steel_ad import config as configs
 from steel_ad.benchmark import ceilings, cold_start, data, inspection, peers, ssim, timing, train, unet
 from steel_ad.benchmark import metrics as metrics_works
 from steel_ad.data import datasets, folders
+from steel_ad.data.images import Images
 from steel_ad.data.patches import stack
 from steel_ad.detectors import autoencoder, segmentation
 from steel_ad.errors import InputError
@@ -736,7 +737,7 @@ def test_a_start_that_fails_is_left_out_before_the_first_block(monkeypatch):
         seen.append(images if images.startswith("procedural/") else len(folders.good_images(Path(images))))
         raise timing.Unavailable("no step")
 
-    drawn = datasets.Dataset("few", [np.zeros((8, 8), np.uint8)] * 3, [], [])
+    drawn = datasets.Dataset("few", Images([np.zeros((8, 8), np.uint8)] * 3), [], [])
     monkeypatch.setattr(datasets, "load", lambda *_: drawn)
     monkeypatch.setattr(cold_start, "first_step", fails)
     for name, make in cold_start.works(tiny=False)[0].makers.items():

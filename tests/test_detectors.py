@@ -339,7 +339,7 @@ def test_a_report_holds_what_was_measured_and_nothing_of_the_one_before(tmp_path
 
     drawn_.clear()
     # Good pixels of a single image are enough for a curve.
-    full = dataclasses.replace(test[1], mask=marked | True)
+    full = datasets.TestImage(test[1].name, test[1].kind, test[1].image, marked | True)
     evaluation.report(tmp_path / "bad", {"m": evaluation.Maps(maps[1:4:2], maps[1:4:2])}, [full, test[3]], **told)
     assert set(drawn_) == {"examples", "score_histogram", "curves"}
     drawn_.clear()

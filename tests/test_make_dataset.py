@@ -493,7 +493,7 @@ def test_dagm_is_read_with_its_labels(dagm):
     np.testing.assert_array_equal(found["defect/0003.PNG"].image, folders.read_image(dagm / "Test" / "0003.PNG"))
 
     only_test = datasets.load(str(dagm), train=False)
-    assert (only_test.train, only_test.manifest, only_test.labelled, len(only_test.test)) == ([], [], [], 3)
+    assert ([*only_test.train], only_test.manifest, only_test.labelled, len(only_test.test)) == ([], [], [], 3)
 
 
 def test_dagm_refuses_small_images_and_labels_that_fit_nothing(dagm):

@@ -49,7 +49,7 @@ OWNERS = {
     "matplotlib": ("steel_ad/report/",),
     "orbax": ("steel_ad/train/checkpoint.py",),
     "cv2": ("steel_ad/data/", PEERS),
-    "grain": ("steel_ad/data/stored.py",),
+    "grain": ("steel_ad/data/workers.py",),
     "flax": ("steel_ad/models/", "steel_ad/train/state.py", PEERS),
 }
 

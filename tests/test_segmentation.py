@@ -18,6 +18,7 @@ from steel_ad import config as configs
 from steel_ad import files, losses, parallel
 from steel_ad.config import Segmentation
 from steel_ad.data import datasets, defects, patches, plates
+from steel_ad.data.images import Images
 from steel_ad.detectors import segmentation
 from steel_ad.detectors.segmentation import Samples
 from steel_ad.errors import InputError
@@ -151,7 +152,7 @@ def test_inserted_samples_follow_the_ratio(good, library):
 def test_labelled_samples_keep_image_and_mask_together(good):
     marked = np.full((80, 70), 100, np.uint8)
     marked[70:72, 5:8] = 255  # small and in a corner: a random crop would nearly always miss it
-    samples = segmentation.labelled(patches.stack(good), [marked], [marked > 200], seed=0)
+    samples = segmentation.labelled(patches.stack(good), Images([marked]), Images([np.uint8(marked > 200)]), seed=0)
     batch = batches(tiny(batch_size=8), 0.75, jax.tree.map(jnp.asarray, samples))
     assert abs(batch.label.mean() - 0.75) < 0.1
     places = {tuple(np.argwhere(m[..., 0])[0]) for m in batch.mask[batch.label > 0]}
@@ -433,7 +434,7 @@ def test_interrupted_transfer_ends_as_an_undisturbed_one_and_adapts_to_the_targe
 @pytest.fixture
 def no_training(good, monkeypatch):
     """Stages that end at once, each after seconds of its own, with the steps of `short` missing; `seen`: what they are given."""
-    line = datasets.Dataset("line", good, [{"path": str(i)} for i in range(6)], [])
+    line = datasets.Dataset("line", Images(good), [{"path": str(i)} for i in range(6)], [])
     seconds = {
         "train": 1,
         "pretrain": 1,
@@ -581,7 +582,11 @@ def test_labelled_data_trains_without_defects_from_elsewhere(good, data, tmp_pat
     marked = good[1].copy()
     marked[20:40, 20:40] = 255
     line = datasets.Dataset(
-        "x", good, [{"path": str(i)} for i in range(6)], [], [datasets.TestImage("0", "pit", marked, marked == 255)]
+        "x",
+        Images(good),
+        [{"path": str(i)} for i in range(6)],
+        [],
+        [datasets.TestImage("0", "pit", marked, marked == 255)],
     )
     given = {"data": "x", "defects_from": "labelled"}
     record = study.run(tiny(), **given, workdir=tmp_path / "w", load=lambda *_, **__: line)
@@ -634,7 +639,7 @@ def test_a_loss_is_tried_on_masks_of_the_size_that_the_network_gives(monkeypatch
 def test_models_are_drawn_side_by_side_on_two_images_of_each_kind(good, tmp_path, monkeypatch):
     kinds = ["pit", "good", "dent", "arc", "good", "spot", "pit", "pit", "dent", "arc", "good", "dent"]
     test = [datasets.TestImage(f"{i}", kind, good[i % 6], good[i % 6] > 128) for i, kind in enumerate(kinds)]
-    monkeypatch.setattr(datasets, "load", lambda *_, **__: datasets.Dataset("line", [], [], test, []))
+    monkeypatch.setattr(datasets, "load", lambda *_, **__: datasets.Dataset("line", Images(), [], test, []))
     # A model's map is the image, brighter by what was learnt, which is its probability too.
     learnt = {"a": 1.0, "b": 2.0, "c": 3.0}
     kind = segmentation.SegmentationDetector

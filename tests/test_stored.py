@@ -15,7 +15,8 @@ import pytest
 
 from steel_ad import parallel
 from steel_ad.config import Autoencoder
-from steel_ad.data import datasets, folders, patches, stored
+from steel_ad.data import datasets, folders, patches, workers
+from steel_ad.data import images as stored
 from steel_ad.detectors import autoencoder
 from steel_ad.errors import InputError
 from steel_ad.ops import convolution
@@ -46,17 +47,16 @@ def images():
 
 @pytest.fixture
 def files(images, tmp_path):
-    paths = [tmp_path / "data" / f"{i}.png" for i in range(len(images))]
-    paths[0].parent.mkdir()
-    for path, image in zip(paths, images, strict=True):
-        folders.write_image(path, image)
-    return stored.read(paths, min_size=32, resident=-1)
+    (tmp_path / "data").mkdir()
+    for i, image in enumerate(images):
+        folders.write_image(tmp_path / "data" / f"{i}.png", image)
+    return stored.read(folders.list_images(tmp_path / "data"), min_size=32, resident=-1)
 
 
 @pytest.fixture
 def here(monkeypatch):
     """Reads in this process, since processes take seconds to start."""
-    monkeypatch.setattr(stored, "_workers", lambda: 0)
+    monkeypatch.setattr(workers, "_workers", lambda: 0)
 
 
 @pytest.fixture
@@ -84,8 +84,8 @@ def trained(config, images, **options):
 @pytest.mark.usefixtures("own_code")
 def test_worker_processes_give_the_steps_of_images_in_memory(files, images, monkeypatch):
     """To the bit: parameters, and the losses on the way; two processes for four batches, one for the last one."""
-    monkeypatch.setattr(stored, "_workers", lambda: 2)
-    monkeypatch.setattr(stored, "_PLACES", 5 * 4)
+    monkeypatch.setattr(workers, "_workers", lambda: 2)
+    monkeypatch.setattr(workers, "_PLACES", 5 * 4)
     (a, of_a), (b, of_b) = trained(TINY, files), trained(TINY, patches.stack(images))
     same(a, b)
     assert of_a == of_b
@@ -105,15 +105,14 @@ def test_a_worker_that_is_killed_ends_in_a_sentence(files):
     assert not multiprocessing.active_children()
 
 
-def test_a_run_that_ends_at_once_says_nothing_of_semaphores(files):
+def test_a_run_that_ends_at_once_says_nothing_of_semaphores(files, tmp_path):
     script = f"""
 import os
-from pathlib import Path
 import numpy as np
-from steel_ad.data import stored
-images = stored.read([Path(p) for p in {[str(p) for p in files.paths]}], min_size=32, resident=-1)
+from steel_ad.data import folders, images, workers
+images = images.read(folders.list_images({str(tmp_path / "data")!r}), min_size=32, resident=-1)
 places = lambda first, count: np.zeros((count, 1, 3), np.int32)
-batches = stored.batches(images, places, first=0, total=50, size=1, patch_size=32)
+batches = workers.batches(images, places, first=0, total=50, size=1, patch_size=32)
 next(batches)
 os._exit(3)
 """
@@ -125,7 +124,7 @@ os._exit(3)
 @pytest.mark.usefixtures("here")
 def test_the_stream_depends_on_the_step_alone(files, images, monkeypatch):
     """Fixed crops over several epochs, in several portions, and begun in mid-epoch."""
-    monkeypatch.setattr(stored, "_PLACES", 9)  # two batches of four
+    monkeypatch.setattr(workers, "_PLACES", 9)  # two batches of four
     config = dataclasses.replace(TINY, crops="fixed", num_crops=13, steps=7, checkpoint_every=3)
     plates, root, mesh = patches.stack(images), jax.random.key(config.seed), parallel.mesh()
     kept = autoencoder.keep_crops(config, plates.sizes, root)
@@ -189,11 +188,11 @@ def test_several_steps_a_call_take_a_batch_each():
 
 
 @pytest.mark.parametrize("what", ["gone", "another"])
-def test_a_file_that_changes_ends_in_a_sentence(files, here, what):
+def test_a_file_that_changes_ends_in_a_sentence(files, here, what, tmp_path):
     if what == "gone":
-        files.paths[0].unlink()
+        (tmp_path / "data" / "0.png").unlink()
     else:
-        folders.write_image(files.paths[0], np.zeros((60, 32), np.uint8))
+        folders.write_image(tmp_path / "data" / "0.png", np.zeros((60, 32), np.uint8))
     with pytest.raises(InputError, match=r"0\.png (does not exist|has changed)") as error:
         autoencoder.train(dataclasses.replace(TINY, steps=40), files)
     assert error.value.status == 2
@@ -202,14 +201,15 @@ def test_a_file_that_changes_ends_in_a_sentence(files, here, what):
 def test_what_does_not_fit_stays_in_its_files(files, images, tmp_path):
     root = tmp_path / "data"
     size = sum(image.nbytes for image in images)
-    for resident, kind in ((size, list), (size - 1, stored.Stored), (-1, stored.Stored)):
+    for resident, kept in ((size, False), (size - 1, True), (-1, True)):
         found = datasets.load(str(root), min_size=32, resident=resident).train
-        assert type(found) is kind
-        assert stored.shapes(found) == [image.shape for image in images]
+        assert found.stored is kept
+        assert found.sizes.tolist() == [list(image.shape) for image in images]
+        assert (found.sizes.dtype, found.num_pixels) == (np.int32, size)
         for a, b in zip(found, images, strict=True):
             np.testing.assert_array_equal(a, b)
-    taken = datasets.take(found, np.array([3, 1]))
-    assert isinstance(taken, stored.Stored)
+    taken = found.take(np.array([3, 1]))
+    assert taken.stored
     same([*taken], [images[3], images[1]])
     with pytest.raises(InputError, match=r"0\.png.*smaller than the patch of 48"):
         datasets.load(str(root), min_size=48, resident=-1)
@@ -227,7 +227,7 @@ def test_stored_test_images(images, tmp_path):
     folders.write_image(tmp_path / "test" / "scratch" / "0.png", images[0])
     folders.write_image(tmp_path / "ground_truth" / "scratch" / "0_mask.png", (images[0] > 99).astype(np.uint8))
     here, there = (datasets.load(str(tmp_path), train=False, resident=r).test for r in (float("inf"), 0))
-    assert isinstance(datasets.images_of(there), stored.Stored)
+    assert datasets.images_of(there).stored
     assert [(t.name, t.kind) for t in there] == [(t.name, t.kind) for t in here]
     same([t.mask for t in there], [t.mask for t in here])
     same([t.image for t in there], [*datasets.images_of(there)])
@@ -263,5 +263,5 @@ def test_thresholds_without_maps(files, images):
 
 
 def test_grain_is_imported_only_where_it_is_used():
-    code = "import sys, steel_ad.data.stored; sys.exit('grain' in sys.modules)"  # its one owner
+    code = "import sys, steel_ad.data.workers; sys.exit('grain' in sys.modules)"  # its one owner
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import shutil
+from pathlib import Path
 
 import cv2
 import jax
@@ -13,7 +15,8 @@ import pytest
 from configs.segmentation import PRESETS
 from steel_ad import parallel
 from steel_ad.config import Autoencoder, Segmentation
-from steel_ad.data import datasets, defects, stored
+from steel_ad.data import datasets, defects, images, workers
+from steel_ad.data.images import Images, Later
 from steel_ad.detectors import segmentation
 from steel_ad.detectors.segmentation import Samples
 from steel_ad.errors import InputError
@@ -61,7 +64,7 @@ def root(tmp_path_factory):
 @pytest.fixture
 def here(monkeypatch):
     """Reads in this process, since processes take seconds to start."""
-    monkeypatch.setattr(stored, "_workers", lambda: 0)
+    monkeypatch.setattr(workers, "_workers", lambda: 0)
 
 
 @pytest.fixture
@@ -96,8 +99,8 @@ def samples(root, library, what):
         line = datasets.load(str(root.parent / "line"), resident=resident)
         good, new_line = (study.plates(d.train) for d in (data, line))
         if "labelled" in what:
-            images, masks, _ = study._labelled(data.labelled)
-            made = segmentation.labelled(good, images, masks, seed=0)
+            labelled = datasets.images_of(data.labelled), datasets.masks_of(data.labelled)
+            made = segmentation.labelled(good, *labelled, seed=0)
         else:
             made = Samples(good, library)
         found.append(made._replace(new_line=new_line) if "new line" in what else made)
@@ -114,12 +117,12 @@ KINDS = ["inserted, new line", "labelled", "labelled, new line, some in memory"]
 @pytest.mark.parametrize("what", KINDS)
 def test_the_samples_are_those_of_images_in_memory(root, library, what, monkeypatch):
     """To the bit, from the first step and from a later one, in several portions."""
-    monkeypatch.setattr(stored, "_PLACES", 2 * TINY.batch_size * 3)
+    monkeypatch.setattr(workers, "_PLACES", 2 * TINY.batch_size * 3)
     resident, there = samples(root, library, what)
     resident = jax.tree.map(jnp.asarray, resident)
     mesh, share, taken = parallel.mesh(), 0.5, set()
     draw = jax.jit(lambda data, step: segmentation.draw(TINY, share, data, step, ROOT))
-    empty = there._replace(**{n: None for n, s in there._asdict().items() if isinstance(s, stored.Stored)}, marks=None)
+    empty = there._replace(**{n: None for n, s in there._asdict().items() if isinstance(s, Images)}, marks=None)
     for first in (0, 5):
         read = segmentation.streamed(TINY, share, there, ROOT, first=first, steps=8, per_call=1, mesh=mesh)
         for s, batch in enumerate(read, first):
@@ -137,7 +140,7 @@ def test_worker_processes_give_the_steps_of_images_in_memory(root, library, monk
     """To the bit: parameters, statistics and every loss; and the step is compiled once."""
     compiled, make = [], segmentation._step
     monkeypatch.setattr(segmentation, "_step", lambda *a, **k: compiled.append(make(*a, **k)) or compiled[-1])
-    monkeypatch.setattr(stored, "_workers", lambda: 2)
+    monkeypatch.setattr(workers, "_workers", lambda: 2)
     config = dataclasses.replace(TINY, model="compact_cnn")  # it compiles in half the time
     objective, rule = segmentation.segmentation_objective(config), segmentation.optimizer(config, 4)
     ends = []
@@ -204,22 +207,27 @@ def test_transfer_reads_both_lines_from_their_files(root, tmp_path, monkeypatch)
     transfer.run(dataclasses.replace(TINY, data_path="grain"), **given, workdir=tmp_path / "w")
     assert list(held) == ["pretrain", "adapt", "classifier_before", "classifier_after"]
     for data in held.values():
-        assert all(isinstance(s, stored.Stored) for s in (data.good, data.labelled, data.masks))
-    for stage, path in (
+        assert all(isinstance(s, Images) for s in (data.good, data.labelled, data.masks))
+    for stage, size in (
         ("pretrain", None),
-        ("adapt", "line"),
+        ("adapt", [36, 40]),
         ("classifier_before", None),
-        ("classifier_after", "line"),
+        ("classifier_after", [36, 40]),
     ):
         new = held[stage].new_line
-        assert (None if new is None else new.paths[0].parts[-4]) == path
+        assert (None if new is None else new.sizes[0].tolist()) == size
 
 
 def test_dagm_stays_in_its_files(root):
     here, there = (datasets.load(str(root), resident=r) for r in (float("inf"), 0))
-    assert isinstance(there.train, stored.Stored)
-    assert isinstance(there.labelled, datasets.Labelled)
-    assert isinstance(datasets.images_of(there.test), stored.Stored)
+    kept = [
+        (d.train, datasets.images_of(d.labelled), datasets.masks_of(d.labelled), datasets.images_of(d.test))
+        for d in (here, there)
+    ]
+    assert [[i.stored for i in sets] for sets in kept] == [[False] * 4, [True] * 4]
+    assert not datasets.masks_of(there.test).stored
+    for a, b in zip(*kept, strict=True):
+        same([*a], [*b])
     for a, b in ((here.labelled, there.labelled), (here.test, there.test)):
         assert [(t.name, t.kind) for t in a] == [(t.name, t.kind) for t in b]
         same([(t.image, t.mask) for t in a], [(t.image, t.mask) for t in b])
@@ -227,25 +235,68 @@ def test_dagm_stays_in_its_files(root):
 
 
 def test_a_label_that_cannot_be_used_ends_in_a_sentence(root, tmp_path):
-    images = datasets.load(str(root), resident=-1).labelled.images
-    for label, said in ((np.zeros((48, 48)), "labels no pixel"), (np.ones((9, 9)), "give a mask of the image's size")):
-        write(tmp_path / "label.png", label.astype(np.uint8))
-        masks = stored.Masks([tmp_path / "label.png"], np.array([[48, 48]], np.int32))
+    for label, said in ((np.zeros((40, 48)), "labels no pixel"), (np.ones((9, 9)), "give a mask of the image's size")):
+        shutil.copytree(root, tmp_path / said)
+        write(tmp_path / said / "Train" / "Label" / "0004_label.PNG", label.astype(np.uint8))
+        labelled = datasets.load(str(tmp_path / said), resident=-1).labelled
+        with pytest.raises(InputError, match=rf"0004_label\.PNG.*{said}"):
+            study._labelled(labelled)
         with pytest.raises(InputError, match=said):
-            study._labelled(datasets.Labelled(images, masks, ["x"]))
+            datasets.load(str(tmp_path / said))
 
 
-def test_joined_images(root):
-    there = datasets.load(str(root), resident=-1)
-    parts = [there.train, [np.zeros((3, 4), np.uint8)], there.labelled.masks]
-    joined = stored.Joined(parts)
-    assert joined.starts.tolist() == [0, 5, 6, 10]
-    every = [image for part in parts for image in part]
+def test_images_of_any_kind_are_one_sequence(root):
+    there, drawn = datasets.load(str(root), resident=-1), []
+
+    def draw():
+        drawn.append(1)
+        return np.ones((5, 2), np.uint8)
+
+    parts = [there.train, [np.zeros((3, 4), np.uint8), Later((5, 2), draw)], datasets.masks_of(there.labelled)]
+    joined = Images(*parts)
+    assert drawn == []
+    assert joined.sizes.tolist() == [[40, 48]] * 2 + [[48, 48], [40, 48], [40, 48]] + [[3, 4], [5, 2]] + [
+        list(t.mask.shape) for t in there.labelled
+    ]
+    every = [image for part in parts[:1] for image in part] + [parts[1][0], draw()] + [*parts[2]]
+    assert len(joined) == len(every) == 11
     same([*joined], every)
-    same(joined[4:7], every[4:7])
-    assert stored.shapes(joined) == [image.shape for image in every]
-    cut = stored._Cutter(joined, 3)(np.array([[-1, 9, 9], [0, 2, 1], [6, 4, 29]], np.int32))
-    same(cut, np.stack([np.zeros((3, 3), np.uint8), every[0][2:5, 1:4], every[6][4:7, 29:32]]))
+    same([*joined[4:7]], every[4:7])
+    same([*joined.take(np.array([10, 0]))], [every[10], every[0]])
+    same(joined[-1], every[-1])
+    with pytest.raises(IndexError):
+        joined[11]
+    assert not Images(parts[1][:1]).stored
+    assert Images(parts[1]).stored
+    assert (Images().sizes.shape, Images().num_pixels, Images().stored) == ((0, 2), 0, False)
+    cut = workers._Cutter(joined, 3)(np.array([[-1, 9, 9], [0, 2, 1], [7, 4, 29]], np.int32))
+    same(cut, np.stack([np.zeros((3, 3), np.uint8), every[0][2:5, 1:4], every[7][4:7, 29:32]]))
+
+
+def test_a_layout_is_one_function_and_one_line(root, tmp_path, monkeypatch):
+    """Images `NNN_good.png`, `NNN_bad.png` and `NNN_bad.mask.png` in one folder."""
+
+    def flat(data, *, min_size, train, resident):
+        good = images.read(sorted(Path(data).glob("*_good.png")), min_size=min_size, resident=resident)
+        bad = images.read(sorted(Path(data).glob("*_bad.png")), min_size=min_size, resident=resident)
+        masks = sorted(Path(data).glob("*_bad.mask.png"))
+        test = [
+            datasets.TestImage(mask.name, "bad", item, images.read_mask(mask, item.shape, "is empty"))
+            for item, mask in zip(bad.items, masks, strict=True)
+        ]
+        return datasets.Dataset("flat", good, [{}] * len(good), test)
+
+    layout = datasets.Layout(lambda data: any(Path(data).glob("*_bad.mask.png")), flat)
+    monkeypatch.setattr(datasets, "LAYOUTS", {"flat": layout, **datasets.LAYOUTS})
+    dagm = datasets.load(str(root), resident=-1)
+    for i, image in enumerate(dagm.train):
+        write(tmp_path / "flat" / f"{i}_good.png", image)
+    write(tmp_path / "flat" / "7_bad.png", dagm.labelled[0].image)
+    write(tmp_path / "flat" / "7_bad.mask.png", np.uint8(200) * dagm.labelled[0].mask)
+    found = datasets.load(str(tmp_path / "flat"), min_size=40, resident=0)
+    same([*found.train], [*dagm.train])
+    same((found.test[0].image, found.test[0].mask), (dagm.labelled[0].image, dagm.labelled[0].mask))
+    assert len(dagm.labelled) == 4
 
 
 def test_settings(tmp_path):
@@ -266,6 +317,6 @@ def test_settings(tmp_path):
 
 
 def test_the_record_of_labelled_images_is_the_same(root):
-    rows = [study._labelled(datasets.load(str(root), resident=r).labelled)[2] for r in (float("inf"), -1)]
+    rows = [study._labelled(datasets.load(str(root), resident=r).labelled) for r in (float("inf"), -1)]
     assert rows[0] == rows[1]
     assert json.dumps(rows[0]).count("sha256") == 4

@@ -14,7 +14,8 @@ from steel_ad import config as configs
 from steel_ad import parallel
 from steel_ad.benchmark import peers, train
 from steel_ad.benchmark.timing import Maker, Program, Work, compiled
-from steel_ad.data import defects, folders, patches, plates, stored
+from steel_ad.data import defects, folders, patches, plates
+from steel_ad.data import images as data_images
 from steel_ad.detectors import autoencoder
 from steel_ad.ops.convolution import cpu_compiler_options
 from steel_ad.train.step import make_step, steps_per_call
@@ -99,8 +100,7 @@ def write_pngs(folder: Path, images: np.ndarray) -> list[Path]:
 def _from_files(config: configs.Autoencoder, files: int, side: int) -> Program:
     folder = tempfile.TemporaryDirectory()
     paths = write_pngs(Path(folder.name), _repeated(files, side))
-    images = stored.read(paths, min_size=config.patch_size, resident=-1)
-    assert isinstance(images, stored.Stored)
+    images = data_images.read(paths, min_size=config.patch_size, resident=-1)
     mesh, root = parallel.mesh(1), jax.random.key(0)
     state = autoencoder.initial_state(config, root)
     per_call = steps_per_call(config.total_steps, config.checkpoint_every)

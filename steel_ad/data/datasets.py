@@ -1,6 +1,6 @@
 """Data sets by name or folder: good images to train on, test images with masks.
 
-A new kind of data set is one reader here and one line in `READERS`.
+A new layout of folders is one function here and one line in `LAYOUTS`.
 """
 
 import dataclasses
@@ -9,26 +9,38 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, overload
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
 
-from steel_ad.data import folders, plates, stored
-from steel_ad.data.stored import Masks, Stored
+from steel_ad.data import folders, images, plates
+from steel_ad.data.images import Images, Later, made
 from steel_ad.errors import InputError
 
 
-@dataclasses.dataclass(frozen=True)
 class TestImage:
-    """One test image: `image` uint8 `[h, w]`, `mask` bool `[h, w]`, `kind` "good" or the defect's name."""
+    """One test image: `image` uint8 `[h, w]`, `mask` bool `[h, w]`, `kind` "good" or the defect's name.
+
+    `image` and `mask` may be given as `Later`, and are then made whenever they are asked for.
+    """
 
     __test__ = False  # not a test case, whatever its name
 
-    name: str
-    kind: str
-    image: np.ndarray
-    mask: np.ndarray
+    def __init__(self, name: str, kind: str, image: np.ndarray | Later, mask: np.ndarray | Later):
+        self.name, self.kind, self._image, self._mask = name, kind, image, mask
+
+    @property
+    def image(self) -> np.ndarray:
+        return made(self._image)
+
+    @property
+    def mask(self) -> np.ndarray:
+        return made(self._mask).astype(bool, copy=False)
+
+    def with_mask(self) -> "TestImage":
+        """The same with its mask in memory."""
+        return TestImage(self.name, self.kind, self._image, self.mask)
 
     @property
     def defective(self) -> bool:
@@ -36,111 +48,54 @@ class TestImage:
         return self.kind != "good"
 
 
-class _StoredTestImage(TestImage):
-    """A test image of the file `path`, which is read whenever `image` is asked for."""
-
-    def __init__(self, name: str, kind: str, path: Path, mask: np.ndarray):
-        for field, value in {"name": name, "kind": kind, "path": path, "mask": mask}.items():
-            object.__setattr__(self, field, value)
-
-    path: Path
-
-    @property
-    def image(self) -> np.ndarray:
-        return folders.read_image(self.path)
+def images_of(test: Sequence[TestImage]) -> Images:
+    """The images of test images; none is read."""
+    return Images([t._image for t in test])
 
 
-def images_of(test: Sequence[TestImage]) -> Sequence[np.ndarray]:
-    """The images of test images; of stored ones none is read yet."""
-    paths = [t.path for t in test if isinstance(t, _StoredTestImage)]
-    if test and len(paths) == len(test):
-        return Stored(paths, np.array([t.mask.shape for t in test], np.int32))
-    return [t.image for t in test]
-
-
-class Labelled(Sequence[TestImage]):
-    """Defective images and their `masks`, read whenever they are asked for where `images` are `Stored`.
-
-    Raises:
-      InputError: when it is asked for, a mask that cannot be used.
-    """
-
-    def __init__(self, images: Sequence[np.ndarray], masks: Masks, names: Sequence[str]):
-        self.images, self.masks, self._names = images, masks, names
-
-    @overload
-    def __getitem__(self, index: int) -> TestImage: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[TestImage]: ...
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return TestImage(self._names[index], "defect", self.images[index], self.mask(index))
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def mask(self, index: int) -> np.ndarray:
-        """The mask of one image, which is not read for it: bool `[h, w]`."""
-        mask = self.masks[index] > 0
-        if not mask.any():
-            raise InputError(f"{self.masks.paths[index]} labels no pixel of its image: remove it if the image is good")
-        return mask
-
-
-class _Drawn(Sequence[TestImage]):
-    """Test images that are drawn when the first of them is asked for: a training run does so after its last step."""
-
-    def __init__(self, draw: Callable[[], list[TestImage]]):
-        self._draw = functools.cache(draw)
-
-    def __getitem__(self, index):
-        return self._draw()[index]
-
-    def __len__(self) -> int:
-        return len(self._draw())
+def masks_of(test: Sequence[TestImage]) -> Images:
+    """The masks of test images, uint8, 0 and 1; none is read."""
+    return Images([m if isinstance(m, Later) else m.astype(np.uint8) for m in (t._mask for t in test)])
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """`train`: good images, uint8 `[h_i, w_i]`, with a manifest row (path, bytes, sha256) each; `test` may be empty.
-
-    `train` is a list, or `Stored` where the images stay in their files; `labelled` (defective training images) a list or, there,
-    `Labelled`.
-    """
+    """`train`: good images, with a manifest row (path, bytes, sha256) each; `test` and `labelled` (defective training images)
+    may be empty."""
 
     name: str
-    train: Sequence[np.ndarray]
+    train: Images
     manifest: list[dict]
     test: Sequence[TestImage]
-    labelled: Sequence[TestImage] = dataclasses.field(default_factory=list)
+    labelled: Sequence[TestImage] = ()
 
 
-def _folder(data: str, min_size: int, train: bool, resident: float) -> Dataset:
+class Layout(NamedTuple):
+    """`recognises`: whether `data` names a data set of this layout; `read`: with `load`'s arguments, all by name, reads it."""
+
+    recognises: Callable[[str], bool]
+    read: Callable[..., Dataset]
+
+
+def _folder(data: str, *, min_size: int, train: bool, resident: float) -> Dataset:
+    """A folder in the MVTec AD layout, or of good images alone."""
     root = Path(data)
     good = folders.good_images(root) if train else []
     samples = folders.samples(root)
-    images = stored.read([s.image for s in samples], min_size=min_size, resident=resident)
+    tested = images.read([s.image for s in samples], min_size=min_size, resident=resident)
+    unmarked = "marks no pixel, but its image is among the defective ones: mark it or move the image"
     test = []
-    for i, (sample, shape) in enumerate(zip(samples, stored.shapes(images), strict=True)):
-        mask = np.zeros(shape, bool) if sample.mask is None else folders.read_mask(sample.mask, shape)
-        if sample.mask is not None and not mask.any():
-            raise InputError(
-                f"{sample.mask} marks no pixel, but its image is among the defective ones: mark it or move the image"
-            )
-        test.append(_test_image(f"{sample.kind}/{sample.image.name}", sample.kind, images, i, mask))
+    for sample, item in zip(samples, tested.items, strict=True):
+        mask = np.zeros(item.shape, bool)
+        if sample.mask is not None:
+            mask = images.read_mask(sample.mask, item.shape, unmarked).astype(bool)
+        test.append(TestImage(f"{sample.kind}/{sample.image.name}", sample.kind, item, mask))
     return Dataset(
         root.resolve().name,
-        stored.read(good, min_size=min_size, resident=resident),
+        images.read(good, min_size=min_size, resident=resident),
         folders.manifest(good, root),
         test,
     )
-
-
-def _test_image(name: str, kind: str, images: Sequence[np.ndarray], i: int, mask: np.ndarray) -> TestImage:
-    if isinstance(images, Stored):
-        return _StoredTestImage(name, kind, images.paths[i], mask)
-    return TestImage(name, kind, images[i], mask)
 
 
 def _is_dagm(data: str) -> bool:
@@ -148,7 +103,7 @@ def _is_dagm(data: str) -> bool:
     return all(p.is_dir() for p in parts) and any((p / "Label").is_dir() for p in parts)
 
 
-def _dagm(data: str, min_size: int, train: bool, resident: float) -> Dataset:
+def _dagm(data: str, *, min_size: int, train: bool, resident: float) -> Dataset:
     """One class of DAGM 2007: `Train` and `Test` with images, `Label/<stem>_label.PNG` in each for defective ones."""
     root = Path(data)
 
@@ -159,46 +114,48 @@ def _dagm(data: str, min_size: int, train: bool, resident: float) -> Dataset:
             # What an archive program or a person left there beside the labels is none.
             paths = folders.list_images(root / name / "Label", root=root)
             labels = {p.stem.lower().removesuffix("_label"): p for p in paths if p.stem.lower().endswith("_label")}
-        images = folders.list_images(root / name, root=root)
-        if alone := sorted(set(labels) - {p.stem.lower() for p in images}):
+        found = folders.list_images(root / name, root=root)
+        if alone := sorted(set(labels) - {p.stem.lower() for p in found}):
             raise InputError(
                 f"{labels[alone[0]]} is a label without an image in {root / name}: add it or remove the label"
             )
-        defective = [p for p in images if p.stem.lower() in labels]
-        return (
-            [p for p in images if p.stem.lower() not in labels],
-            defective,
-            [labels[p.stem.lower()] for p in defective],
-        )
+        good, defective = ([p for p in found if (p.stem.lower() in labels) == marked] for marked in (False, True))
+        return good, defective, [labels[p.stem.lower()] for p in defective]
 
-    def labelled(paths: list[Path], labels: list[Path], images: Sequence[np.ndarray]) -> Labelled:
-        sizes = np.array(stored.shapes(images), np.int32).reshape(-1, 2)
-        return Labelled(images, Masks(labels, sizes), [f"defect/{path.name}" for path in paths])
+    def defects(paths: list[Path], labels: list[Path], items: Sequence[np.ndarray | Later]) -> list[TestImage]:
+        unmarked = "labels no pixel of its image: remove it if the image is good"
+        masks = [
+            Later(item.shape, functools.partial(images.read_mask, label, item.shape, unmarked))
+            for item, label in zip(items, labels, strict=True)
+        ]
+        return [TestImage(f"defect/{p.name}", "defect", i, m) for p, i, m in zip(paths, items, masks, strict=True)]
 
     good, defective, labels = part("Train") if train else ([], [], [])
     if train and not good:
         raise InputError(f"{root / 'Train'} has no good images: add some without a label")
-    found = labelled(defective, labels, stored.read(defective, min_size=min_size, resident=resident))
+    read = functools.partial(images.read, min_size=min_size, resident=resident)
+    found = read(defective)
+    labelled = defects(defective, labels, found.items)
     good_test, defective, labels = part("Test")
-    images = stored.read(good_test + defective, min_size=min_size, resident=resident)
-    masks = [np.zeros(shape, bool) for shape in stored.shapes(images[: len(good_test)])]
-    marked = labelled(defective, labels, images[len(good_test) :])
-    masks += [marked.mask(i) for i in range(len(marked))]
-    names = [("good", path) for path in good_test] + [("defect", path) for path in defective]
-    test = [_test_image(f"{kind}/{path.name}", kind, images, i, masks[i]) for i, (kind, path) in enumerate(names)]
+    items = read(good_test + defective).items
+    test = [
+        TestImage(f"good/{path.name}", "good", item, np.zeros(item.shape, bool))
+        for path, item in zip(good_test, items, strict=False)
+    ]
+    test += [t.with_mask() for t in defects(defective, labels, items[len(good_test) :])]
     return Dataset(
         root.resolve().name,
-        stored.read(good, min_size=min_size, resident=resident),
+        read(good),
         folders.manifest(good, root),
         test,
-        found if isinstance(found.images, Stored) else list(found),
+        labelled if found.stored else [t.with_mask() for t in labelled],
     )
 
 
 _TRAIN, _GOOD, _DEFECTIVE = 300, 60, 60
 
 
-def _procedural(data: str, min_size: int, train: bool, resident: float) -> Dataset:
+def _procedural(data: str, *, min_size: int, train: bool, resident: float) -> Dataset:
     """300 good plates of a line to train, 60 good and 60 defective ones to test, always the same ones.
 
     `data` is "procedural/LINE", of 256x256 pixels, or "procedural/LINE/SIDE".
@@ -228,31 +185,48 @@ def _procedural(data: str, min_size: int, train: bool, resident: float) -> Datas
         for i, image in enumerate(good)
     ]
 
-    def draw_test() -> list[TestImage]:
-        good = enumerate(draw(1, _GOOD))
-        test = [TestImage(f"good/{i:03d}", "good", image, np.zeros(image.shape, bool)) for i, image in good]
-        kinds = line.anomalies
-        most = -(-_DEFECTIVE // len(kinds))
-        for k, kind in enumerate(kinds):
-            num = len(range(k, _DEFECTIVE, len(kinds)))
-            of_kind = jax.random.fold_in(root, 2 + k)
-            drawn, masks = plates.render_defective(of_kind, line, kind, size, most, among=kinds)
-            pairs = zip(np.asarray(plates.to_uint8(drawn))[:num], np.asarray(masks)[:num], strict=True)
-            test += [TestImage(f"{kind}/{i:03d}", kind, image, mask) for i, (image, mask) in enumerate(pairs)]
-        return test
+    kinds = line.anomalies
+    most = -(-_DEFECTIVE // len(kinds))
 
-    return Dataset(data.replace("/", "_"), list(good), manifest, _Drawn(draw_test))
+    @functools.cache
+    def tested(kind: str) -> tuple[np.ndarray, np.ndarray]:
+        if kind == "good":
+            return draw(1, _GOOD), np.zeros((_GOOD, size, size), bool)
+        of_kind = jax.random.fold_in(root, 2 + kinds.index(kind))
+        drawn, masks = plates.render_defective(of_kind, line, kind, size, most, among=kinds)
+        return np.asarray(plates.to_uint8(drawn)), np.asarray(masks)
+
+    def later(kind: str, which: int, i: int) -> Later:
+        return Later((size, size), lambda: tested(kind)[which][i])
+
+    counts = {"good": _GOOD} | {kind: len(range(k, _DEFECTIVE, len(kinds))) for k, kind in enumerate(kinds)}
+    # Drawn when the first of a kind is asked for: a training run does so after its last step.
+    test = [
+        TestImage(f"{kind}/{i:03d}", kind, later(kind, 0, i), later(kind, 1, i))
+        for kind, count in counts.items()
+        for i in range(count)
+    ]
+    return Dataset(data.replace("/", "_"), Images(list(good)), manifest, test)
 
 
-READERS: dict[str, Callable[[str, int, bool, float], Dataset]] = {"procedural": _procedural}
+def _is_procedural(data: str) -> bool:
+    return data.startswith("procedural/") and not Path(data).is_dir()
+
+
+# The first that recognises a data set reads it; the last one takes what no other does.
+LAYOUTS = {
+    "procedural": Layout(_is_procedural, _procedural),
+    "dagm": Layout(_is_dagm, _dagm),
+    "folder": Layout(lambda data: True, _folder),
+}
 
 
 def load(data: str, *, min_size: int = 0, train: bool = True, resident: float = math.inf) -> Dataset:
     """The data set that `data` names.
 
     Args:
-      data: a folder in the MVTec AD layout, of one class of DAGM 2007 or of good images alone, or a name in `READERS`,
-        such as "procedural/diamond".
+      data: a folder in the MVTec AD layout, of one class of DAGM 2007 or of good images alone, or "procedural/LINE", such as
+        "procedural/diamond".
       min_size: least height and width of every image, in pixels.
       train: whether the training images are read.
       resident: bytes of good training images, of labelled ones and of test images, above which these stay in their files (a byte
@@ -261,19 +235,14 @@ def load(data: str, *, min_size: int = 0, train: bool = True, resident: float = 
     Raises:
       InputError: nothing there, or an image or mask that cannot be used.
     """
-    reader = READERS.get(data.split("/", 1)[0]) if "/" in data and not Path(data).is_dir() else None
-    return (reader or (_dagm if _is_dagm(data) else _folder))(data, min_size, train, resident)
+    layout = next(layout for layout in LAYOUTS.values() if layout.recognises(data))
+    return layout.read(data, min_size=min_size, train=train, resident=resident)
 
 
 class Load(Protocol):
     """`load`, or something that remembers what it has read."""
 
     def __call__(self, data: str, *, min_size: int = 0, resident: float = math.inf) -> Dataset: ...
-
-
-def take(images: Sequence[np.ndarray], indices: np.ndarray) -> list[np.ndarray] | Stored:
-    """The images of these indices; stored ones stay so."""
-    return images.take(indices) if isinstance(images, Stored) else [images[i] for i in indices]
 
 
 def chosen(indices: np.ndarray, count: int, seed: int) -> np.ndarray:

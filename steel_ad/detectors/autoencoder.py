@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 
 from steel_ad import config as configs
 from steel_ad import losses, models, parallel
-from steel_ad.data import patches, stored
+from steel_ad.data import patches, workers
+from steel_ad.data.images import Images
 from steel_ad.data.patches import Crops, Plates
-from steel_ad.data.stored import Stored
 from steel_ad.detectors import Detector
 from steel_ad.errors import InputError
 from steel_ad.models import initial
@@ -178,7 +178,7 @@ def _step(config: configs.Autoencoder, per_call: int, mesh: Mesh, streamed: bool
 
 
 def streamed(
-    config: configs.Autoencoder, images: Stored, root: Array, *, first: int, per_call: int, mesh: Mesh
+    config: configs.Autoencoder, images: Images, root: Array, *, first: int, per_call: int, mesh: Mesh
 ) -> Generator[Array]:
     """For each call from step `first` on its patches, uint8 `[per_call, b, p, p]`, those that `objective` would cut itself; each
     process reads its part of a batch."""
@@ -196,7 +196,7 @@ def streamed(
         drawn = draw(images.sizes, kept, np.int32(call * per_call), count * per_call)
         return np.asarray(drawn).reshape(count, per_call, *drawn.shape[1:])[:, :, mine]
 
-    batches = stored.batches(
+    batches = workers.batches(
         images,
         of_calls,
         first=first // per_call,
@@ -211,7 +211,7 @@ def streamed(
 
 def train(
     config: configs.Autoencoder,
-    images: Plates | Stored,
+    images: Plates | Images,
     *,
     state: TrainState | None = None,
     history: Sequence[Mapping[str, float]] = (),
@@ -222,7 +222,7 @@ def train(
     """Trains on good images, from `state` where one is given, and on all devices unless a `mesh` is given.
 
     Args:
-      images: uint8 plates, each at least `patch_size` on both sides. Stored ones are read while it trains, with the same result.
+      images: each at least `patch_size` on both sides. Those that are not in memory are read while it trains, with the same result.
       history: rows of the steps before `state`, as `on_step` was given them, each with its "step".
       on_step: called with (step number from 1, {"loss", "gradient_norm", "contrast"}) for every step, in order.
       save: called with (step, state) every `checkpoint_every` steps and at the end.
@@ -243,12 +243,14 @@ def train(
     state = initial_state(config, root) if state is None else state
     state = parallel.put(state, parallel.replicated(mesh))
     data: Any
-    if isinstance(images, Stored):
+    if isinstance(images, Images) and not images.stored:
+        images = patches.stack(images)
+    if isinstance(images, Images):
         data = streamed(config, images, root, first=int(state.step), per_call=per_call, mesh=mesh)
     else:
         kept = keep_crops(config, images.sizes, root)
         data = parallel.put(images if kept is None else (images, kept), parallel.replicated(mesh))
-    step = _step(dataclasses.replace(config, seed=0), per_call, mesh, isinstance(images, Stored))
+    step = _step(dataclasses.replace(config, seed=0), per_call, mesh, isinstance(images, Images))
     watch = DeadRun(config, history)
 
     def on_metrics(first: int, metrics: dict[str, np.ndarray]) -> None:
@@ -258,7 +260,7 @@ def train(
                 on_step(first + i + 1, row)
             watch(first + i + 1, row["contrast"])
 
-    with contextlib.closing(data) if isinstance(images, Stored) else contextlib.nullcontext():
+    with contextlib.closing(data) if isinstance(images, Images) else contextlib.nullcontext():
         return loop.run(
             step,
             state,
@@ -343,8 +345,8 @@ class AutoencoderDetector(Detector):
         return self.config.patch_size
 
     def fit(self, images: Sequence[np.ndarray]) -> Any:
-        """Parameters trained on good images, in memory."""
-        return train(self.config, patches.stack(images)).params
+        """Parameters trained on good images."""
+        return train(self.config, Images(images)).params
 
     def residual(self, state: Any, image: Array) -> Array:
         """The first map `[h, w]` of an image `[h, w]`, both sides at least `patch_size`."""

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from steel_ad import parallel
-from steel_ad.data import stored
+from steel_ad.data.images import Images
 from steel_ad.detectors import Detector
 from steel_ad.ops.convolution import cpu_compiler_options
 from steel_ad.ops.morphology import grey_opening
@@ -82,7 +82,7 @@ class Program:
         """
         state = parallel.put(state, parallel.replicated(self._mesh))
         groups: dict[tuple[int, ...], list[int]] = {}
-        for i, shape in enumerate(stored.shapes(images)):
+        for i, shape in enumerate(map(tuple, Images(images).sizes.tolist())):
             groups.setdefault(shape, []).append(i)
         results: list[Any] = [None] * len(images)
         done = 0

@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 
 from steel_ad import config as configs
 from steel_ad import losses, models, parallel
-from steel_ad.data import defects, patches, stored
+from steel_ad.data import defects, patches, workers
 from steel_ad.data.defects import Library
+from steel_ad.data.images import Images
 from steel_ad.data.patches import Crops, Plates
-from steel_ad.data.stored import Masks, Stored
 from steel_ad.detectors import Detector
 from steel_ad.models import compact_cnn, initial
 from steel_ad.train import checkpoint, loop, optimizers
@@ -33,7 +33,7 @@ _DRAWN = 64
 class Samples(NamedTuple):
     """What training samples are drawn from; every set is uint8 Plates, and each but `good` may be None.
 
-    Sets that are Stored are read while `train` goes on; what a step gets in their place are the patches that it uses, uint8
+    Sets that are Images are read while `train` goes on; what a step gets in their place are the patches that it uses, uint8
     `[b, p, p]`, cut at its places.
 
     Attributes:
@@ -44,12 +44,12 @@ class Samples(NamedTuple):
       new_line: good images of another line, mixed in while adapting.
     """
 
-    good: Plates | Stored | Array
+    good: Plates | Images | Array
     library: Library | None = None
-    labelled: Plates | Stored | Array | None = None
-    masks: Plates | Masks | Array | None = None
+    labelled: Plates | Images | Array | None = None
+    masks: Plates | Images | Array | None = None
     marks: Array | np.ndarray | None = None
-    new_line: Plates | Stored | Array | None = None
+    new_line: Plates | Images | Array | None = None
 
 
 class Batch(NamedTuple):
@@ -138,9 +138,9 @@ def streamed(
 ) -> Generator[dict[str, Array]]:
     """For each call from step `first` on, what `draw` takes in place of each set of `data` that is Stored: patches uint8
     `[per_call, b, p, p]`, zeros where it does not look. Each process reads its part of a batch, and of a sample one image."""
-    sets = {name: s for name, s in data._asdict().items() if isinstance(s, Stored)}
-    images = stored.Joined(list(sets.values()))
-    starts = dict(zip(sets, images.starts.tolist(), strict=False))
+    sets = {name: s for name, s in data._asdict().items() if isinstance(s, Images)}
+    images = Images(*sets.values())
+    starts = dict(zip(sets, np.cumsum([0, *map(len, sets.values())]).tolist(), strict=False))
     sizes = {n: s.sizes for n in ("good", "labelled", "new_line") if (s := getattr(data, n)) is not None}
     mine = parallel.part(config.batch_size, mesh)
 
@@ -173,7 +173,7 @@ def streamed(
         drawn = draw(sizes, data.marks, np.int32(call * per_call), count * per_call)
         return np.asarray(drawn).reshape(count, per_call, *drawn.shape[1:])[:, :, :, mine]
 
-    batches = stored.batches(
+    batches = workers.batches(
         images,
         of_calls,
         first=first // per_call,
@@ -187,21 +187,13 @@ def streamed(
             yield {name: mask[0] if name == "masks" else image for name in sets}
 
 
-def labelled(
-    good: Plates | Stored,
-    images: Sequence[np.ndarray],
-    masks: Sequence[np.ndarray],
-    *,
-    seed: int,
-    marks: int = 64,
-) -> Samples:
-    """Samples of labelled images uint8 `[h_i, w_i]` with masks bool `[h_i, w_i]`, none of them empty; both stored or neither."""
+def labelled(good: Plates | Images, images: Images, masks: Images, *, seed: int, marks: int = 64) -> Samples:
+    """Samples of labelled images with masks of 0 and 1, none of them empty; both stored or neither."""
     rng = np.random.default_rng([seed, 0x3A])
     places = np.array([rng.choice(np.argwhere(mask), marks) for mask in masks], np.int32)
-    if isinstance(images, Stored) and isinstance(masks, Masks):
+    if images.stored:
         return Samples(good, None, images, masks, places)
-    marked = patches.stack([mask.astype(np.uint8) for mask in masks])
-    return Samples(good, None, patches.stack(images), marked, places)
+    return Samples(good, None, patches.stack(images), patches.stack(masks), places)
 
 
 def network(config: configs.Segmentation) -> Any:
@@ -319,7 +311,7 @@ def train(
 ) -> TrainState:
     """Trains one stage to `steps` with the settings' seed and cadence; every stage draws samples of its own.
 
-    `data` is Samples for stage 1, (Samples, variables of stage 1) for stage 2; sets that are Stored are read while it trains,
+    `data` is Samples for stage 1, (Samples, variables of stage 1) for stage 2; sets that are Images are read while it trains,
     with the same result. `on_step` and `save` are as `train.loop.run`'s; on all devices unless a `mesh` is given.
 
     Raises:
@@ -328,7 +320,7 @@ def train(
     mesh = parallel.mesh() if mesh is None else mesh
     parallel.check_batch(config.batch_size, mesh)
     samples, *frozen = [data] if isinstance(data, Samples) else data
-    read: Any = Samples(*(isinstance(s, Stored) for s in samples))  # type: ignore[arg-type]
+    read: Any = Samples(*(isinstance(s, Images) for s in samples))  # type: ignore[arg-type]
     absent: dict[str, Any] = {name: None for name, r in read._asdict().items() if r}
     here = samples._replace(**absent)
     if read.labelled:

@@ -20,8 +20,9 @@ import jax
 
 from steel_ad import config as configs
 from steel_ad import files, parallel
-from steel_ad.data import datasets, stored
+from steel_ad.data import datasets
 from steel_ad.data.datasets import Dataset
+from steel_ad.data.images import Images
 from steel_ad.errors import InputError
 from steel_ad.report import tables
 from steel_ad.research import reading, results
@@ -79,8 +80,7 @@ def _adadelta(config: configs.Segmentation, value: str) -> dict[str, Any]:
 
 
 def _patch_fits(value: int, dataset: Dataset, config: Any) -> bool:
-    images = stored.Joined([dataset.train, datasets.images_of(dataset.test)])
-    return value <= min(map(min, stored.shapes(images)))
+    return value <= Images(dataset.train, datasets.images_of(dataset.test)).sizes.min()
 
 
 def _count_fits(value: int, dataset: Dataset, config: Any) -> bool:

@@ -10,8 +10,7 @@ import numpy as np
 
 from steel_ad import config as configs
 from steel_ad import losses, parallel
-from steel_ad.data import datasets, patches, stored
-from steel_ad.data.stored import Stored
+from steel_ad.data import datasets
 from steel_ad.detectors import autoencoder
 from steel_ad.detectors.autoencoder import AutoencoderDetector
 from steel_ad.detectors.opened import scaled
@@ -56,10 +55,9 @@ def run(
     train_indices = datasets.chosen(train_indices, config.train_images, config.seed)
     this.claim()
     this.keep("manifest.json", datasets.uses(dataset.manifest, train_indices, validation_indices), "good images")
-    training, validation = (datasets.take(dataset.train, i) for i in (train_indices, validation_indices))
-    plates = training if isinstance(training, Stored) else patches.stack(training)
+    training, validation = (dataset.train.take(i) for i in (train_indices, validation_indices))
     state, seconds = fit(
-        functools.partial(autoencoder.train, config, plates),
+        functools.partial(autoencoder.train, config, training),
         autoencoder.initial_state(config, jax.random.key(config.seed)),
         workdir,
         total_steps=config.total_steps,
@@ -90,7 +88,7 @@ def _evaluate(
     start = time.perf_counter()
     maps, _ = mapper(params, images, label="test")
     elapsed = time.perf_counter() - start
-    megapixels = sum(h * w for h, w in stored.shapes(images)) / 1e6
+    megapixels = images.num_pixels / 1e6
     here = parallel.local(params)
     reconstruct = jax.jit(
         lambda image: autoencoder.reconstruct(config, here, scaled(image)), compiler_options=cpu_compiler_options()

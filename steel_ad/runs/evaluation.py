@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from steel_ad import files, metrics, parallel
-from steel_ad.data import stored
 from steel_ad.data.datasets import TestImage
+from steel_ad.data.images import Images
 from steel_ad.detectors import Detector, opened
 
 
@@ -59,7 +59,7 @@ class Mapper:
         self, state: Any, images: Sequence[np.ndarray], percentile: float, *, label: str
     ) -> tuple[dict[str, "Thresholds"], np.ndarray | None]:
         """As `thresholds` of the maps of good images, by name, without keeping the maps; and their probabilities."""
-        pixels = sum(h * w for h, w in stored.shapes(images))
+        pixels = Images(images).num_pixels
         tails: dict[str, Tail] = {}
 
         def keep(result) -> tuple[dict[str, np.float32], Any]:

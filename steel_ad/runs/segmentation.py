@@ -14,10 +14,10 @@ import numpy as np
 
 from steel_ad import config as configs
 from steel_ad import files, losses, metrics, parallel
-from steel_ad.data import datasets, defects, patches, stored
-from steel_ad.data.datasets import Dataset, Labelled
+from steel_ad.data import datasets, defects, patches
+from steel_ad.data.datasets import Dataset
+from steel_ad.data.images import Images
 from steel_ad.data.patches import Plates
-from steel_ad.data.stored import Stored
 from steel_ad.detectors import segmentation
 from steel_ad.detectors.segmentation import Samples, SegmentationDetector
 from steel_ad.errors import InputError
@@ -106,8 +106,8 @@ class Line:
     """A line's data set, its training and validation images, and the manifest of both."""
 
     dataset: Dataset
-    training: list[np.ndarray] | Stored
-    validation: list[np.ndarray] | Stored
+    training: Images
+    validation: Images
     manifest: list[dict[str, Any]]
 
 
@@ -116,12 +116,12 @@ def load_line(config: configs.Segmentation, data: str, load: datasets.Load = dat
     train, validation = datasets.split(len(dataset.train), config.validation_fraction, config.seed)
     train = datasets.chosen(train, config.train_images, config.seed)
     manifest = datasets.uses(dataset.manifest, train, validation)
-    return Line(dataset, datasets.take(dataset.train, train), datasets.take(dataset.train, validation), manifest)
+    return Line(dataset, dataset.train.take(train), dataset.train.take(validation), manifest)
 
 
-def plates(images: list[np.ndarray] | Stored) -> Plates | Stored:
+def plates(images: Images) -> Plates | Images:
     """As training takes them: on the device, or read while it goes on."""
-    return images if isinstance(images, Stored) else patches.stack(images)
+    return images if images.stored else patches.stack(images)
 
 
 def samples_of(
@@ -134,8 +134,8 @@ def samples_of(
             raise InputError(
                 "the data set has no labelled training images: give --defects=FOLDER or --defects=procedural"
             )
-        images, masks, record = _labelled(labelled)
-        return segmentation.labelled(good, images, masks, seed=config.seed), record
+        images, masks = datasets.images_of(labelled), datasets.masks_of(labelled)
+        return segmentation.labelled(good, images, masks, seed=config.seed), _labelled(labelled)
     skipped: list[str] = []
     if defects_from in ("", "procedural"):
         key = jax.random.fold_in(jax.random.key(config.seed), 7)
@@ -157,23 +157,18 @@ def samples_of(
     return Samples(good, library), record
 
 
-def _labelled(
-    labelled: Sequence[datasets.TestImage],
-) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray], list[dict[str, str]]]:
-    """Images, masks, and a record of them with their hashes; stored ones stay so."""
+def _labelled(labelled: Sequence[datasets.TestImage]) -> list[dict[str, str]]:
+    """A record of labelled images with the hashes of them and their masks."""
 
-    def one(i: int) -> dict[str, str]:
-        t = labelled[i]
+    def one(t: datasets.TestImage) -> dict[str, str]:
         return {"source": t.name, "sha256": hashlib.sha256(t.image.tobytes() + t.mask.tobytes()).hexdigest()}
 
-    if not isinstance(labelled, Labelled):
-        return [t.image for t in labelled], [t.mask for t in labelled], [one(i) for i in range(len(labelled))]
     record = []
     with ThreadPoolExecutor() as pool, progress("check labels", len(labelled), "images") as update:
-        for row in pool.map(one, range(len(labelled))):
+        for row in pool.map(one, labelled):
             record.append(row)
             update(len(record))
-    return labelled.images, labelled.masks, record
+    return record
 
 
 def _kept_for_tests(data: str) -> set[str]:
@@ -261,7 +256,7 @@ def evaluate(
     start = time.perf_counter()
     maps, scores = mapper(state, images, label=f"test {line.dataset.name}")
     elapsed = time.perf_counter() - start
-    megapixels = sum(h * w for h, w in stored.shapes(images)) / 1e6
+    megapixels = images.num_pixels / 1e6
     labels = np.array([t.defective for t in test], bool)
     classification = {}
     if scores is not None and good_scores is not None:

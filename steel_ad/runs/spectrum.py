@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from steel_ad import config as configs
-from steel_ad.data import datasets, stored
+from steel_ad.data import datasets
+from steel_ad.data.images import Images
 from steel_ad.data.patches import common_size
 from steel_ad.detectors import Detector, detector_class
 from steel_ad.detectors.lattice import line_lattice
@@ -96,7 +97,7 @@ def _check_sizes(detectors: Sequence[Detector], dataset: datasets.Dataset) -> No
     """Raises InputError where an image is too small for a map that is asked for."""
     least = {"lattice's figure": _LATTICE_PX, **{f"map {d.name}": d.least_px for d in detectors}}
     what = max(least, key=lambda name: least[name])
-    for shape in stored.shapes([*dataset.train, *(t.image for t in dataset.test)]):
+    for shape in Images(dataset.train, datasets.images_of(dataset.test)).sizes.tolist():
         if min(shape) < least[what]:
             raise InputError(
                 f"an image of {dataset.name} is {shape[0]}x{shape[1]} pixels, smaller than the {least[what]} that the {what} needs: "
