@@ -20,7 +20,6 @@ from steel_ad.report import spectra
 from steel_ad.report.spectra import View
 from steel_ad.runs import evaluation
 from steel_ad.runs.run import Run, location
-from steel_ad.runs.runs import uses
 from steel_ad.versions import versions
 
 _LATTICE_PX = 32  # least side of an image that a lattice is read from
@@ -156,7 +155,7 @@ def _evaluate(
         speed[detector.name] = sum(image.size for image in test) / 1e6 / elapsed if test else None
     # Once nothing that could be wrong with the data is left.
     this.claim()
-    this.keep("manifest.json", uses(dataset.manifest, *split), "good images")
+    this.keep("manifest.json", datasets.uses(dataset.manifest, *split), "good images")
     for detector, state, _ in fitted:
         detector.save(state, this.folder)
     vectors = None if lattice is None else spectrum.pitch_and_angle(lattice)
