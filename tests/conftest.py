@@ -8,13 +8,15 @@ import tempfile
 from importlib import metadata
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of the suite's time, and its arrays are small; binaries that a test starts inherit it.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# The workers share the cores: a program divided to be compiled by threads costs a sixth more. The last of equal flags counts.
-os.environ["XLA_FLAGS"] = f"--xla_cpu_parallel_codegen_split_count=1 {os.environ.get('XLA_FLAGS', '')}".strip()
-# XLA's older emitters compile a training step in a quarter of the time. An XLA that does not know a flag aborts.
-if metadata.version("jaxlib").startswith("0.10."):
-    os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ['XLA_FLAGS']}"
+# `make test-optimised` runs numeric tests on the programs that users run.
+if "STEEL_AD_OPTIMISED" not in os.environ:
+    # Compiling is most of the suite's time, and its arrays are small; binaries that a test starts inherit it.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    # The workers share the cores: a program divided to be compiled by threads costs a sixth more. The last of equal flags counts.
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_parallel_codegen_split_count=1 {os.environ.get('XLA_FLAGS', '')}".strip()
+    # XLA's older emitters compile a training step in a quarter of the time. An XLA that does not know a flag aborts.
+    if metadata.version("jaxlib").startswith("0.10."):
+        os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ['XLA_FLAGS']}"
 
 import jax
 
