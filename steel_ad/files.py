@@ -6,7 +6,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +72,76 @@ def _refuse(constant: str) -> None:
 
 @contextlib.contextmanager
 def understood(path: Path, mend: str) -> Iterator[None]:
-    """Makes one sentence of what code raises that reads a damaged file's content: wrong types, missing keys, odd values.
+    """Makes one sentence of a ValueError or KeyError; for a few lines that parse or `check` a file's content, and no more.
 
     Raises:
       InputError: the content is damaged.
     """
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, csv.Error) as error:
+    except (ValueError, KeyError, csv.Error) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is damaged ({type(error).__name__}: {reason[:200]}): {mend}") from None
+
+
+NUMBER = (int, float)
+
+
+def check(value: Any, form: Any, name: str = "the file") -> None:
+    """Looks whether a JSON value has the form that code relies on.
+
+    Args:
+      form: a type, None, or a tuple of forms of which one must fit; `[form]` for a list of any length; `{str: form}` for a dict with
+        any keys; `{"key": form, "other?": form}` for a dict that has `key`, and may have `other` and further keys.
+      name: of the value, for the sentence.
+
+    Raises:
+      ValueError: it has another form.
+    """
+    if isinstance(form, tuple):
+        for one in form:
+            with contextlib.suppress(ValueError):
+                return check(value, one, name)
+        raise ValueError(f"{name} is {_shown(value)}")
+    if isinstance(form, dict):
+        check(value, dict, name)
+        for key, of in form.items():
+            if key is str:
+                for k, v in value.items():
+                    check(v, of, k)
+            elif key.rstrip("?") in value:
+                check(value[key.rstrip("?")], of, key.rstrip("?"))
+            elif not key.endswith("?"):
+                raise ValueError(f"{name} has no {key}")
+    elif isinstance(form, list):
+        check(value, list, name)
+        for item in value:
+            check(item, form[0], name)
+    elif form is None:
+        if value is not None:
+            raise ValueError(f"{name} is {_shown(value)}")
+    # True is an int in Python, and a larger int is no float.
+    elif not isinstance(value, form) or (isinstance(value, bool) and form in NUMBER):
+        raise ValueError(f"{name} is {_shown(value)}")
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"{name} is too large")
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else f"a {type(value).__name__}" if isinstance(value, dict | list) else repr(value)
+
+
+def read_csv(path: Path, columns: Iterable[str] = ()) -> list[dict[str, str]]:
+    """The rows that `write_csv` wrote, as text.
+
+    Raises:
+      ValueError or csv.Error: a row lacks a cell, has one too many, or lacks one of the columns.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if any(None in row or None in row.values() or not set(columns) <= set(row) for row in rows):
+        raise ValueError("a row lacks a cell or has one too many")
+    return rows
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:

@@ -5,7 +5,7 @@ The statistics are `calibration`'s: what threshold a set of scores supports, and
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,25 +79,19 @@ def reference(
         known = {"made_of": made_of, **measured}
         files.write_json(path, known)
     with files.understood(path, "delete it and run again"):
-        lattice = _lattice(known["lattice"])
+        files.check(
+            known, {"lattice": (None, [[files.NUMBER]]), "scores": [files.NUMBER], **dict.fromkeys(_COUNTS, int)}
+        )
+        lattice = known["lattice"]
+        if lattice is not None and (np.shape(lattice) != (2, 2) or not np.isfinite(lattice).all()):
+            raise ValueError("no lattice")
         looks = (*drift.LOOKS, *(drift.PITCHES if lattice else ()))
-        # A pitch that is not known, NaN, is null in the file.
-        values = {k: np.array([np.nan if v is None else float(v) for v in known[k]]) for k in ("scores", *looks)}
-        counts = {k: int(known[k]) for k in _COUNTS}
-        scores = values.pop("scores")
-        if np.isnan(scores).any():
-            raise ValueError("a score is none")
+        files.check(known, {k: [(*files.NUMBER, None)] for k in looks})
+    # A pitch that is not known, NaN, is null in the file.
+    values = {k: np.array(known[k], np.float64) for k in ("scores", *looks)}
+    scores, counts = values.pop("scores"), {k: known[k] for k in _COUNTS}
     threshold, promise = _promise(config, scores, counts, folder)
     return Reference(threshold, scores, {**counts, **promise}, {"score": scores, **values}, lattice)
-
-
-def _lattice(stored: Any) -> list[list[float]] | None:
-    if stored is None:
-        return None
-    vectors = np.array(stored, np.float64)
-    if vectors.shape != (2, 2) or not np.isfinite(vectors).all():
-        raise ValueError("no lattice")
-    return vectors.tolist()
 
 
 def _promise(
@@ -234,6 +228,28 @@ def _parts(good: Sequence[Path], used: set[Path], root: Path, strips: bool) -> l
                 parts.append((group, Strip(Camera(), "", tuple(run))))
                 run = []
     return parts
+
+
+_COUNTED = dict.fromkeys(("groups", "images", "left_out_as_trained_on"), int)
+_RATES = dict.fromkeys(("average_rate", "confidence", "confident_rate"), files.NUMBER)
+_FORMS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "model": {**_COUNTED, "per_m2": files.NUMBER, "per_m2_interval": [files.NUMBER], "exceedances": int},
+    "average": {**_COUNTED, **_RATES},
+    "confidence": {**_COUNTED, **_RATES},
+}
+
+
+def check_promise(record: Mapping[str, Any]) -> None:
+    """Looks whether a record that comes from a file says what `promise_sentence` needs.
+
+    Raises:
+      ValueError or KeyError: it does not.
+    """
+    files.check(record, {"form": str})
+    files.check(record, _FORMS[record["form"]])
+    if len(record.get("per_m2_interval", "lh")) != 2:
+        raise ValueError("an interval has other than two ends")
 
 
 def promise_sentence(record: dict[str, Any]) -> str:

@@ -18,6 +18,14 @@ from steel_ad.versions import versions
 
 # Rows in the report's table.
 _LISTED = 2000
+# What a binary prints of a finished inspection.
+_SUMMARY = {
+    **dict.fromkeys(("defects", "tiles", "tiles_with_an_alarm"), int),
+    "calibration": dict,
+    "recurrence": [{"side": str, "sentence": str}],
+    "unread": [str],
+    "watched?": {"waiting": [str]},
+}
 
 
 def write(
@@ -91,10 +99,8 @@ def finished(path: Path) -> dict[str, Any]:
     """
     summary = files.read_json(path, dict)
     with files.understood(path, "delete it and run again"):
-        _facts(summary)
-        if not all(isinstance(summary[k], int) for k in ("defects", "tiles", "tiles_with_an_alarm")):
-            raise TypeError("a number is none")
-        " ".join(summary["unread"])
+        files.check(summary, _SUMMARY)
+        good_tiles.check_promise(summary["calibration"])
     return summary
 
 

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import csv
 import dataclasses
 import functools
 import itertools
@@ -98,14 +97,14 @@ def _survey(path: Path, kept: Path, config: FromVideo) -> list[Row]:
 
 
 def _kept(path: Path) -> list[Row]:
-    with files.understood(path, "delete it and run again"), path.open(newline="", encoding="utf-8") as file:
+    with files.understood(path, "delete it and run again"):
         rows: list[Row] = [
             {
                 **{k: int(row[k]) for k in ("frame", "height", "width")},
                 **{k: float(row[k]) for k in ("contrast", "sharpness")},
                 "verdict": row["verdict"],
             }
-            for row in csv.DictReader(file)
+            for row in files.read_csv(path)
         ]
         if [row["frame"] for row in rows] != list(range(len(rows))):
             raise ValueError("its frames do not follow each other")

@@ -4,7 +4,6 @@ What a file is made of follows from its name and the settings alone, files are w
 not written again. `settings.json` keeps the settings, `manifest.csv`, written last, the SHA-256 of every file.
 """
 
-import csv
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -98,8 +97,8 @@ def _finish(plan: Plan) -> None:
     if not path.exists():
         files.write_csv(path, rows)
         return
-    with files.understood(path, "delete it and run again"), path.open(newline="", encoding="utf-8") as file:
-        before = {row["file"]: row["sha256"] for row in csv.DictReader(file)}
+    with files.understood(path, "delete it and run again"):
+        before = {row["file"]: row["sha256"] for row in files.read_csv(path, ("file", "sha256"))}
     for row in rows:
         if before.get(row["file"]) != row["sha256"]:
             raise InputError(f"{plan.out / row['file']} is not what manifest.csv says: delete it and run again")

@@ -12,7 +12,12 @@ from steel_ad.detectors import Detector, Fitted, detector_class
 from steel_ad.detectors.autoencoder import AutoencoderDetector
 from steel_ad.detectors.segmentation import SegmentationDetector
 from steel_ad.errors import InputError
-from steel_ad.report import tables
+
+# What binaries print of an evaluation, and what an inspection takes from it.
+_EVALUATION: dict[str, Any] = {
+    "maps": {str: {"defects_found?": dict}},
+    "thresholds?": {str: {"pixel": (*files.NUMBER, None)}},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +31,7 @@ class Kind:
       detectors: settings -> the detectors that a run has.
       manifests: files that say which images were trained on.
       evaluated: keys in metrics.json of the evaluation whose thresholds count.
+      record: form of metrics.json, as `files.check` takes it.
     """
 
     config: type
@@ -34,6 +40,7 @@ class Kind:
     detectors: Callable[[Any], list[Detector]]
     manifests: tuple[str, ...] = ("manifest.json",)
     evaluated: tuple[str, ...] = ()
+    record: Any = dataclasses.field(default_factory=lambda: _EVALUATION)
 
 
 _SUPERVISED = frozenset({"threshold", "percentile", "radius"})
@@ -54,6 +61,7 @@ KINDS = {
         lambda config: [SegmentationDetector(config, stages=("adapt", "classifier_after"))],
         ("source/manifest.json", "target/manifest.json"),
         ("after", "target"),
+        dict.fromkeys(("before", "after"), dict.fromkeys(("source", "target"), _EVALUATION)),
     ),
     "spectrum": Kind(
         configs.Spectrum,
@@ -144,26 +152,18 @@ class Run:
         if not path.exists():
             return None
         record = files.read_json(path, dict)
-        with files.understood(path, "delete it and run again"):
-            recorded = record.get("config", {})
-            if not isinstance(recorded, dict):
-                raise TypeError("its settings are none")
-            if completed(self.name, recorded) != self.settings:
-                return None
-            # Binaries print these tables.
-            for part in self._evaluations(record):
-                tables.metrics(part["maps"])
+        with files.understood(path, "restore it, or delete it and run again"):
+            files.check(record, {"config?": dict})
+        if completed(self.name, record.get("config", {})) != self.settings:
+            return None
+        with files.understood(path, "restore it, or delete it and run again"):
+            files.check(record, self.kind.record)
         return record
 
     def finished(self) -> dict[str, Any] | None:
         """The record of a run that was finished with these very settings, else None; raises as `record`."""
         record = self.record()
         return record if record is not None and record.get("finished") else None
-
-    def _evaluations(self, record: Mapping[str, Any]) -> list[Any]:
-        if self.name == "transfer":
-            return [part for when in ("before", "after") for part in record[when].values()]
-        return [record]
 
     def claim(self) -> None:
         """Records the settings of a new run, once everything that could be wrong with them has been looked at."""
@@ -199,14 +199,10 @@ class Run:
         if map_name and len(known) > 1 and map_name not in known:
             raise InputError(f"--map={map_name} is none of the run's maps: use one of {', '.join(known)}")
         detector = detector.only(map_name) if map_name else detector.only(detector.name)
-        record, path = self.record() or {}, self.folder / "metrics.json"
-        with files.understood(path, "restore it, or evaluate the run again"):
-            part = record
-            for key in self.kind.evaluated if record else ():
-                part = part[key]
-            threshold = part.get("thresholds", {}).get(detector.name, {"pixel": None})["pixel"]
-            if not (threshold is None or isinstance(threshold, float | int)):
-                raise ValueError("a threshold is no number")
+        record = part = self.record() or {}
+        for key in self.kind.evaluated if record else ():
+            part = part[key]
+        threshold = part.get("thresholds", {}).get(detector.name, {"pixel": None})["pixel"]
         return Fitted(
             detector,
             detector.restore(self.folder),
@@ -223,7 +219,8 @@ class Run:
         for name in self.kind.manifests:
             rows = files.read_json(self.folder / name, list)
             with files.understood(self.folder / name, "restore it"):
-                hashes |= {str(r["sha256"]) for r in rows if r["use"] == "train"}
+                files.check(rows, [{"sha256": str, "use": str}])
+            hashes |= {row["sha256"] for row in rows if row["use"] == "train"}
         return frozenset(hashes)
 
 

@@ -178,7 +178,8 @@ def _kept_for_tests(data: str) -> set[str]:
         return set()
     record = files.read_json(path, dict)
     with files.understood(path, "make_dataset wrote something else, restore or remove it"):
-        return {str(s["sha256"]) for s in record["test"]["sources"]}
+        files.check(record, {"test": {"sources": [{"sha256": str}]}})
+    return {source["sha256"] for source in record["test"]["sources"]}
 
 
 def stage_1(

@@ -1,6 +1,5 @@
 """Training in a working directory: from its newest checkpoint to the end, with progress and a history of the steps."""
 
-import csv
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -86,11 +85,8 @@ def read_history(path: Path) -> list[dict[str, float]]:
     """
     if not path.exists():
         return []
-    with (
-        files.understood(path, "delete it to go on without the record of the steps before"),
-        path.open(newline="", encoding="utf-8") as file,
-    ):
+    with files.understood(path, "delete it to go on without the record of the steps before"):
         return [
-            {"step": int(row.pop("step")), **{k: float(v) for k, v in row.items()}, "loss": float(row["loss"])}
-            for row in csv.DictReader(file)
+            {"step": int(row.pop("step")), **{k: float(v) for k, v in row.items()}}
+            for row in files.read_csv(path, ("step", "loss"))
         ]
