@@ -14,7 +14,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 .PHONY: demo test test-slow test-optimised lint clean
 demo: $(VENV)/installed
-	$(BIN)/python -m experiments.autoencoder --config=configs/autoencoder.py:demo --workdir=runs/demo
+	$(BIN)/python -m experiments.autoencoder --config=demo --workdir=runs/demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow"

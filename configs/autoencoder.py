@@ -1,6 +1,6 @@
 """Autoencoder trained on good images only (SPEC section 4).
 
-    python -m experiments.autoencoder --config=configs/autoencoder.py:quick --data=DIR --workdir=DIR
+    python -m experiments.autoencoder --config=quick --data=DIR --workdir=DIR
 
 preset   what                                                            cost on 2 CPU cores
 quick    fresh crops, Adam with warm-up, cosine and clipping             3 minutes
@@ -9,12 +9,11 @@ demo     quick, a quarter as long: for `make demo`                       1 minut
 tiny     a smoke test                                                    seconds
 """
 
-import dataclasses
 from typing import Any
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
-from steel_ad.config import Autoencoder
+from steel_ad import config, recipes
 
 PRESETS: dict[str, dict[str, Any]] = {
     "thesis": {},
@@ -63,26 +62,5 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def get_config(preset: str = "quick") -> ConfigDict:
-    """Settings of a preset, every field open to `--config.FIELD=value`.
-
-    Raises:
-      ValueError: no such preset.
-    """
-    if preset not in PRESETS:
-        raise ValueError(f"there is no preset {preset!r}: use one of {', '.join(PRESETS)}")
-    config = ConfigDict(dataclasses.asdict(Autoencoder(**PRESETS[preset])))
-    # None leaves an option at the loss's default; c1 and c2 follow `constants` unless given here.
-    config.loss_options = ConfigDict(
-        {
-            "window_size": config_dict.placeholder(int),
-            "window": config_dict.placeholder(str),
-            "sigma": config_dict.placeholder(float),
-            "c1": config_dict.placeholder(float),
-            "c2": config_dict.placeholder(float),
-            "alpha": config_dict.placeholder(float),
-            "beta": config_dict.placeholder(float),
-            "gamma": config_dict.placeholder(float),
-            "weight": config_dict.placeholder(float),
-        }
-    )
-    return config
+    """Settings of a preset, to be changed field by field in a recipe of your own; raises as `recipes.of`."""
+    return recipes.of(config.Autoencoder, PRESETS, preset)

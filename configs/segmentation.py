@@ -1,7 +1,7 @@
 """CompactCNN or U-Net with a classification stage, on good plates with inserted defects (SPEC sections 2 and 3).
 
-    python -m experiments.segmentation --config=configs/segmentation.py:quick --data=DIR --defects=DIR --workdir=DIR
-    python -m experiments.transfer --config=configs/segmentation.py:quick --source=DIR --target=DIR --defects=DIR --workdir=DIR
+    python -m experiments.segmentation --config=quick --data=DIR --defects=DIR --workdir=DIR
+    python -m experiments.transfer --config=quick --source=DIR --target=DIR --defects=DIR --workdir=DIR
 
 preset   what                                                              cost on 2 CPU cores
 quick    U-Net of width 16, cross-entropy and Dice, Adam, difference blend  about 10 minutes
@@ -9,12 +9,11 @@ thesis   SPEC section 2 to the letter: width 64, MSE, Adadelta, paste       days
 tiny     a smoke test                                                      seconds
 """
 
-import dataclasses
 from typing import Any
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
-from steel_ad.config import Segmentation
+from steel_ad import config, recipes
 
 PRESETS: dict[str, dict[str, Any]] = {
     "thesis": {},
@@ -52,24 +51,5 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def get_config(preset: str = "quick") -> ConfigDict:
-    """Settings of a preset, every field open to `--config.FIELD=value`.
-
-    Raises:
-      ValueError: no such preset.
-    """
-    if preset not in PRESETS:
-        raise ValueError(f"there is no preset {preset!r}: use one of {', '.join(PRESETS)}")
-    config = ConfigDict(dataclasses.asdict(Segmentation(**PRESETS[preset])))
-    # None leaves an option at the loss's default.
-    config.loss_options = ConfigDict(
-        {
-            "gamma": config_dict.placeholder(float),
-            "alpha": config_dict.placeholder(float),
-            "smooth": config_dict.placeholder(float),
-            "weight": config_dict.placeholder(float),
-            "window_size": config_dict.placeholder(int),
-            "c1": config_dict.placeholder(float),
-            "c2": config_dict.placeholder(float),
-        }
-    )
-    return config
+    """Settings of a preset, to be changed field by field in a recipe of your own; raises as `recipes.of`."""
+    return recipes.of(config.Segmentation, PRESETS, preset)

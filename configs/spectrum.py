@@ -7,12 +7,11 @@ default  24 good images looked at, all three maps            seconds a data set
 tiny     a smoke test on images of 64 pixels                 seconds
 """
 
-import dataclasses
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from steel_ad.config import Spectrum
+from steel_ad import config, recipes
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -21,11 +20,5 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def get_config(preset: str = "default") -> ConfigDict:
-    """Settings of a preset, every field open to `--config.FIELD=value`.
-
-    Raises:
-      ValueError: no such preset.
-    """
-    if preset not in PRESETS:
-        raise ValueError(f"there is no preset {preset!r}: use one of {', '.join(PRESETS)}")
-    return ConfigDict(dataclasses.asdict(Spectrum(**PRESETS[preset])))
+    """Settings of a preset, to be changed field by field in a recipe of your own; raises as `recipes.of`."""
+    return recipes.of(config.Spectrum, PRESETS, preset)

@@ -12,23 +12,24 @@ from absl import flags
 from steel_ad import cli
 
 _RUNS = flags.DEFINE_list("runs", [], "Folders with runs and studies, at any depth; none: the CSV files stay.")
-_OUT = flags.DEFINE_string("out", "docs/results.md", "The page; CSV files and figures are in the folder of its name.")
+_OUT = flags.DEFINE_string(
+    "out", "docs/results.md", "Page to write; CSV files and figures are in the folder of its name."
+)
 
 
 def main() -> None:
-    from configs import autoencoder, segmentation, spectrum
     from steel_ad import config as configs
+    from steel_ad import recipes
     from steel_ad.research import results
     from steel_ad.research import results_page as page
 
     out = Path(_OUT.value)
-    supervised = {name: configs.Segmentation(**p) for name, p in segmentation.PRESETS.items()}
+    kinds = {"autoencoder": configs.Autoencoder, "segmentation": configs.Segmentation, "spectrum": configs.Spectrum}
     presets: dict[str, dict[str, Any]] = {
-        "autoencoder": {name: configs.Autoencoder(**p) for name, p in autoencoder.PRESETS.items()},
-        "segmentation": supervised,
-        "transfer": supervised,
-        "spectrum": {name: configs.Spectrum(**p) for name, p in spectrum.PRESETS.items()},
+        name: {preset: kind(**settings) for preset, settings in recipes.presets(name).items()}
+        for name, kind in kinds.items()
     }
+    presets["transfer"] = presets["segmentation"]
     if _RUNS.value:
         page.write(out, *results.gather([Path(folder) for folder in _RUNS.value], presets))
     print(f"Results: {page.render(out)}; the numbers: {out.with_suffix('')}")

@@ -1,6 +1,6 @@
 """Trains CompactCNN or U-Net and its classification stage on a line's good plates with inserted defects, and tests both.
 
-python -m experiments.segmentation --config=configs/segmentation.py:quick --data=DIR --defects=DIR --workdir=DIR
+python -m experiments.segmentation --config=quick --data=DIR --defects=DIR --workdir=DIR
 """
 
 from pathlib import Path
@@ -8,37 +8,29 @@ from pathlib import Path
 from absl import flags
 
 from steel_ad import cli
+from steel_ad import config as configs
 
-_CONFIG = cli.define_config("configs/segmentation.py:quick")
-cli.define_processes()
+_CONFIG = cli.define_config(configs.Segmentation, "segmentation", "quick")
 _DATA = flags.DEFINE_string(
     "data", "procedural/teardrop1", "Folder in the MVTec AD or DAGM layout, or procedural/LINE."
 )
-_DEFECTS = flags.DEFINE_string(
-    "defects",
-    "",
-    "Folder of defects on plain steel with masks, procedural, or labelled (the data set's own); by default its own, "
-    "else procedural.",
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run: checkpoints, metrics, figures. Run again to resume."
-)
-_EVALUATE_ONLY = flags.DEFINE_bool(
-    "evaluate_only", False, "Evaluate the last checkpoints in --workdir, without training."
-)
+_DEFECTS = cli.define_defects()
+_WORKDIR, _EVALUATE_ONLY = cli.define_run()
 _BESIDE = flags.DEFINE_list("beside", [], "Workdirs of other models on the same data, drawn beside this one's maps.")
 
 
 def main() -> None:
-    from steel_ad import config as configs
     from steel_ad.report import tables
     from steel_ad.runs import segmentation
 
-    config = cli.settings(_CONFIG, configs.Segmentation)
-    workdir = Path(cli.required(_WORKDIR))
+    config, workdir = _CONFIG.value, Path(cli.required(_WORKDIR))
     finished = (workdir / "metrics.json").exists() and not _EVALUATE_ONLY.value
     result = segmentation.run(
-        config, data=_DATA.value, defects_from=_DEFECTS.value, workdir=workdir, evaluate_only=_EVALUATE_ONLY.value
+        config,
+        data=_DATA.value,
+        defects_from=_DEFECTS.value,
+        workdir=workdir,
+        evaluate_only=_EVALUATE_ONLY.value,
     )
     if finished:
         print(f"The run in {workdir} was finished already.")

@@ -9,8 +9,9 @@ from pathlib import Path
 from absl import flags
 
 from steel_ad import cli
+from steel_ad import config as configs
 
-_CONFIG = cli.define_config("configs/spectrum.py:default", loss=False)
+_CONFIG = cli.define_config(configs.Spectrum, "spectrum", "default")
 _LINES = ("teardrop1", "teardrop2", "teardrop3", "teardrop4", "diamond")
 _DATA = flags.DEFINE_list(
     "data",
@@ -21,12 +22,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results; of sever
 
 
 def main() -> None:
-    from steel_ad import config as configs
     from steel_ad.report import tables
     from steel_ad.runs import spectrum
 
-    config = cli.settings(_CONFIG, configs.Spectrum)
-    workdir = Path(cli.required(_WORKDIR))
+    config, workdir = _CONFIG.value, Path(cli.required(_WORKDIR))
     results = spectrum.run(config, data=_DATA.value, workdir=workdir)
     print(tables.table(spectrum.lattice_rows(results), spectrum.LATTICE_COLUMNS))
     for folder, (result, finished) in results.items():

@@ -10,35 +10,36 @@ from pathlib import Path
 from absl import flags
 
 from steel_ad import cli
+from steel_ad import config as configs
 
 _EXPERIMENT = flags.DEFINE_enum(
-    "experiment", "autoencoder", ["autoencoder", "segmentation", "transfer"], "Whose settings are varied."
+    "experiment", "autoencoder", ["autoencoder", "segmentation", "transfer"], "Experiment whose settings are varied."
 )
-_CONFIG = cli.define_config(
-    "configs/autoencoder.py:quick"
+_CONFIG: cli.Flags = (
+    cli.define_config(configs.Autoencoder, "autoencoder", "quick")
     if cli.early("experiment", "autoencoder") == "autoencoder"
-    else "configs/segmentation.py:quick"
+    else cli.define_config(configs.Segmentation, "segmentation", "quick")
 )
-_STUDY = flags.DEFINE_list("study", [], "Studies, whose names a wrong one lists; several share their runs.")
-_AXIS = flags.DEFINE_string("axis", "", "Instead of a study: a number, word or yes/no of the config, with --values.")
+_STUDY = flags.DEFINE_list("study", [], "Studies; a wrong name lists them, and several share their runs.")
+_AXIS = flags.DEFINE_string(
+    "axis", "", "Setting to vary instead of a study, with --values: a number, a word, or true or false."
+)
 _VALUES = flags.DEFINE_list("values", [], "Values to try; by default the study's own.")
 _SEEDS = flags.DEFINE_integer("seeds", 1, "Runs of each value, with seeds from --config.seed on.")
 _DATA = flags.DEFINE_list(
     "data", ["procedural/teardrop1"], "Data sets: folders or procedural/LINE; of a transfer the new lines."
 )
-_SOURCE = flags.DEFINE_string("source", "procedural/teardrop2", "Of a transfer: the line to pretrain on.")
-_DEFECTS = flags.DEFINE_string(
-    "defects", "", "Of the supervised experiments: folder of defects, procedural, or labelled."
-)
+_SOURCE = flags.DEFINE_string("source", "procedural/teardrop2", "Line that a transfer pretrains on.")
+_DEFECTS = cli.define_defects()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the studies: runs, results. Run again to resume.")
 
 
 def main() -> None:
     from steel_ad.research import sweep
 
-    experiment, workdir = _EXPERIMENT.value, Path(cli.required(_WORKDIR))
+    config, experiment, workdir = _CONFIG.value, _EXPERIMENT.value, Path(cli.required(_WORKDIR))
     sweep.run(
-        cli.settings(_CONFIG, sweep.KINDS[experiment]),
+        config,
         experiment=experiment,
         studies=sweep.select(experiment, _STUDY.value, _AXIS.value, _VALUES.value),
         data=_DATA.value,
@@ -46,7 +47,7 @@ def main() -> None:
         seeds=_SEEDS.value,
         source=_SOURCE.value if experiment == "transfer" else "",
         defects_from=_DEFECTS.value,
-        command=cli.command("sweep"),
+        command=cli.command(),
     )
     print((workdir / "table.md").read_text(encoding="utf-8"))
     print(f"Figures and every number: {workdir}")

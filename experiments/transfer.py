@@ -1,6 +1,6 @@
 """Pretrains on one line with defects, adapts to a line with good images only, and tests both on both (SPEC section 3).
 
-python -m experiments.transfer --config=configs/segmentation.py:quick --source=DIR --target=DIR --defects=DIR --workdir=DIR
+python -m experiments.transfer --config=quick --source=DIR --target=DIR --defects=DIR --workdir=DIR
 """
 
 from pathlib import Path
@@ -8,34 +8,22 @@ from pathlib import Path
 from absl import flags
 
 from steel_ad import cli
+from steel_ad import config as configs
 
-_CONFIG = cli.define_config("configs/segmentation.py:quick")
-cli.define_processes()
+_CONFIG = cli.define_config(configs.Segmentation, "segmentation", "quick")
 _SOURCE = flags.DEFINE_string("source", "procedural/teardrop2", "Line to pretrain on: folder or procedural/LINE.")
 _TARGET = flags.DEFINE_string(
     "target", "procedural/teardrop1", "Line with good images only: folder or procedural/LINE."
 )
-_DEFECTS = flags.DEFINE_string(
-    "defects",
-    "",
-    "Folder of defects on plain steel with masks, procedural, or labelled (the data set's own); by default its own, "
-    "else procedural.",
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run: checkpoints, metrics, figures. Run again to resume."
-)
-_EVALUATE_ONLY = flags.DEFINE_bool(
-    "evaluate_only", False, "Evaluate the last checkpoints in --workdir, without training."
-)
+_DEFECTS = cli.define_defects()
+_WORKDIR, _EVALUATE_ONLY = cli.define_run()
 
 
 def main() -> None:
-    from steel_ad import config as configs
     from steel_ad.report import tables
     from steel_ad.runs import transfer
 
-    config = cli.settings(_CONFIG, configs.Segmentation)
-    workdir = Path(cli.required(_WORKDIR))
+    config, workdir = _CONFIG.value, Path(cli.required(_WORKDIR))
     result = transfer.run(
         config,
         source=_SOURCE.value,

@@ -1,26 +1,27 @@
-"""What every binary does around its library call: flags, one sentence for an error, caches, log levels."""
+"""What every binary does around its library call: flags, help, one sentence for an error, caches, log levels."""
 
-import argparse
 import ast
 import contextlib
 import ctypes
 import functools
 import os
+import re
 import shlex
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 from steel_ad import config as configs
+from steel_ad import fields, recipes, usage
 from steel_ad.errors import InputError
 
-T = TypeVar("T")
+T = TypeVar("T", bound=fields.Settings)
+FLAGS = flags.FLAGS
 
 _CACHE = flags.DEFINE_string(
     "compilation_cache",
@@ -32,77 +33,145 @@ _NATIVE = flags.DEFINE_bool(
     True,
     "Convolutions (on CPU) and SSIM (also on a GPU) compiled once for this machine where it has a compiler; no: XLA's.",
 )
+_HELP = {"-h", "--h", "-help", "--help", "-helpshort", "--helpshort", "-helpfull", "--helpfull"}
+
+program: list[str] = []  # what was typed before the flags; empty: python -m experiments.NAME
 
 
 def run(
     main: Callable[..., int | None],
-    commands: Sequence[str] = (),
+    commands: Mapping[str, Sequence[str]] | None = None,
     *,
     interrupted: str = "run the same command again to go on from the last checkpoint",
 ) -> None:
     """Parses flags and calls `main`; its return value is the exit status (None: 0).
 
-    With `commands`, exactly one of them is given beside the flags, and `main` is called with it.
+    With `commands`, each with the names of its flags, exactly one of them is given beside the flags, and `main` is called with it.
 
     Ctrl-C ends it with what `interrupted` says. An InputError is printed as one sentence and ends with its status; a flag that does not
     exist or does not parse, and a command that is missing or none of `commands`, with 2.
     """
-    for flag in flags.FLAGS.get_flags_for_module(__name__):
-        # --help lists what the binary itself defines.
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     app.run(
         lambda rest: _guarded(functools.partial(main, *rest[1:]), interrupted),
-        flags_parser=functools.partial(_parse, commands=commands),
+        flags_parser=functools.partial(_parse, commands=commands or {}),
     )
 
 
-def define_config(default: str, *, loss: bool = True) -> flags.FlagHolder:
-    """The flag --config, a recipe as `FILE:PRESET`, and --config.FIELD for each of its settings; --loss_option with a `loss`."""
-    if loss:
-        flags.DEFINE_multi_string(
-            "loss_option", [], "Option of the loss as name=value, of a loss of one's own too; repeatable."
-        )
+class _Parser(flags.ArgumentParser):
+    def __init__(self, kind: Any):
+        self._kind = kind
+
+    def parse(self, argument: Any) -> Any:
+        return fields.read(argument, self._kind) if isinstance(argument, str) else argument
+
+
+class Flags(Generic[T]):
+    """Settings as flags: one for each field of a dataclass, or for each of those in `only`.
+
+    Attributes:
+      names: field -> flag.
+    """
+
+    made: ClassVar[list["Flags"]] = []
+
+    def __init__(
+        self,
+        kind: type[T],
+        only: Sequence[str] = (),
+        *,
+        title: str = "settings",
+        recipe: str = "",
+    ):
+        self.title, self.recipe, self._kind = title, recipe, kind
+        self.fields = [f for f in fields.fields(kind) if not only or f.name in only]
+        self.names = {f.name: f"{kind.flag}{f.name}".removeprefix("--") for f in self.fields}
+        if "loss_options" in self.names:
+            self.names["loss_options"] = "loss_option"
+        for field, name in zip(self.fields, self.names.values(), strict=True):
+            if name == "loss_option":
+                flags.DEFINE_multi_string(name, [], field.help)
+            elif name not in FLAGS:  # two commands of a binary may have it
+                parser, serializer = _Parser(field.type), flags.ArgumentSerializer()  # type: ignore[var-annotated]
+                flag = flags.Flag(parser, serializer, name, None, field.help, boolean=field.type is bool)
+                flags.DEFINE_flag(flag)
+        self.made.append(self)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Field -> value, of the flags that the command line has."""
+        return {f: FLAGS[name].value for f, name in self.names.items() if not FLAGS[name].using_default_value}
+
+    def base(self) -> dict[str, Any]:
+        """The settings before flags change them; raises InputError where they cannot be loaded."""
+        return recipes.load(FLAGS.config, self.recipe) if self.recipe else {}
+
+    @property
+    def value(self) -> T:
+        """The settings.
+
+        Raises:
+          InputError: a recipe that cannot be loaded, or settings that their class refuses.
+        """
+        values, given = self.base(), self.given
+        if options := given.pop("loss_options", None):
+            given["loss_options"] = {**values.get("loss_options", {}), **dict(map(_option, options))}
+        return configs.from_mapping(self._kind, {**values, **given})
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """Name and value of a --loss_option."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise InputError(f"--loss_option={text} must have the form name=value")
     try:
-        return config_flags.DEFINE_config_file("config", default, "Recipe and preset, FILE:PRESET.", lock_config=True)
-    except (AttributeError, KeyError, ValueError, TypeError, ImportError, SyntaxError, OSError) as error:
-        # An override of a setting that does not exist fails here already.
-        _fail(f"a --config setting is wrong: {error}", 2)
-        raise
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def define_config(kind: type[T], recipe: str, preset: str) -> Flags[T]:
+    """The flag --config, a preset or a recipe of one's own, and --config.FIELD for each of its settings."""
+    flags.DEFINE_string("config", preset, "Preset, or FILE.py:PRESET of a recipe of your own.")
+    return Flags(kind, recipe=recipe)
+
+
+def define_run() -> tuple[flags.FlagHolder[str | None], flags.FlagHolder[bool]]:
+    """The flags --workdir and --evaluate_only of an experiment that trains, and those of several processes."""
+    workdir = flags.DEFINE_string(
+        "workdir", None, "Folder of the run: checkpoints, metrics, figures. Run again to resume."
+    )
+    define_processes()
+    return workdir, flags.DEFINE_bool(
+        "evaluate_only", False, "Evaluation of the last checkpoint in --workdir, without training."
+    )
 
 
 def define_processes() -> None:
     """The flags of a run of several processes, which `run` then joins."""
     flags.DEFINE_string(
-        "coordinator", "", "Of a run of several processes: host:port of process 0, or auto (Slurm, Open MPI, TPU pods)."
+        "coordinator", "", "Process 0 of a run of several processes as host:port, or auto (Slurm, Open MPI, TPU pods)."
     )
     flags.DEFINE_integer(
         "num_processes", None, "Processes of the run, each started with the same command.", lower_bound=1
     )
-    flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.", lower_bound=0)
+    flags.DEFINE_integer("process_id", None, "Number of this process among them, from 0.", lower_bound=0)
 
 
-def settings(holder: flags.FlagHolder, kind: type[T]) -> T:
-    """The flag's value as the dataclass `kind`.
+def define_model() -> flags.FlagHolder[str | None]:
+    """The flag --model, a run whose detector is used."""
+    return flags.DEFINE_string(
+        "model", None, "Workdir of a run of the experiment autoencoder, segmentation, transfer or spectrum."
+    )
 
-    Raises:
-      InputError: a file that cannot be loaded, or a value that `kind` refuses.
-    """
-    try:
-        values = dict(holder.value)
-    except OSError as error:
-        raise InputError(f"--config cannot be loaded: {str(error).splitlines()[-1].strip()}") from None
-    if "loss_options" not in values:
-        return configs.from_mapping(kind, values)
-    options = dict(configs.plain(values["loss_options"]))
-    for option in flags.FLAGS.loss_option:
-        name, equals, value = option.partition("=")
-        if not (name and equals):
-            raise InputError(f"--loss_option={option} must have the form name=value")
-        try:
-            options[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[name] = value
-    return configs.from_mapping(kind, {**values, "loss_options": options})
+
+def define_defects() -> flags.FlagHolder[str]:
+    """The flag --defects of the supervised experiments."""
+    return flags.DEFINE_string(
+        "defects",
+        "",
+        "Folder of defects on plain steel with masks, procedural, or labelled (the data set's own); by default its own, "
+        "else procedural.",
+    )
 
 
 def required(holder: flags.FlagHolder) -> str:
@@ -118,22 +187,21 @@ def required(holder: flags.FlagHolder) -> str:
 
 def early(name: str, default: str) -> str:
     """The value of a flag before flags are parsed, for what depends on it where flags are defined."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(f"--{name}", f"-{name}", default=default)
-    return getattr(parser.parse_known_args()[0], name)
+    values = [w.partition("=")[2] for w in joined(sys.argv[1:]) if w.startswith(f"--{name}=")]
+    return values[-1] if values else default
 
 
-def command(binary: str) -> str:
+def command() -> str:
     """The command line that started this binary, without --compilation_cache, which changes no number."""
     arguments = [a for a in joined(sys.argv[1:]) if not a.startswith("--compilation_cache")]
-    return shlex.join(["python", "-m", f"experiments.{binary}", *arguments])
+    return shlex.join([*(program or ["python", "-m", f"experiments.{Path(sys.argv[0]).stem}"]), *arguments])
 
 
 def joined(words: Sequence[str]) -> list[str]:
     """Words of a command line with every flag as one, --name=value, whichever of the forms that flags take it had."""
     found: list[str] = []
     for word in words:
-        if word.startswith("-"):
+        if re.match(r"-+[A-Za-z]", word):
             found.append("--" + word.lstrip("-"))
         elif found and found[-1].startswith("--") and "=" not in found[-1]:
             found[-1] += f"={word}"
@@ -142,34 +210,40 @@ def joined(words: Sequence[str]) -> list[str]:
     return found
 
 
-def _parse(argv: Sequence[str], commands: Sequence[str] = ()) -> list[str]:
+def _parse(argv: Sequence[str], commands: Mapping[str, Sequence[str]]) -> list[str]:
     # What a user must know is said in one sentence; orbax would log the traceback as well.
     logging.set_verbosity(logging.FATAL)
+    words = [re.sub(r"^--?config\.loss_options\.", "--loss_option=", word) for word in argv if word not in _HELP]
     try:
-        rest = flags.FLAGS(list(argv))
-    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, ImportError, SyntaxError, OSError) as error:
-        # ml_collections passes on whatever the config file or an override raised, some of it with the traceback's text.
-        reason = str(error)
-        if "Traceback" in reason:
-            reason = reason.strip().splitlines()[-1].partition(": ")[2]
-        if isinstance(error, (AttributeError, KeyError)):  # an override of what is no setting
-            name, _, hint = reason.replace("\\n", " ").strip("'\"").partition("Did you mean")
-            reason = f"--config has no setting {name.strip()}" + (f": did you mean{hint}" if hint else "")
-        _fail(f"{reason}; --help lists the flags", 2)
-    if commands:
-        given = " ".join(rest[1:])
-        if given not in commands:
-            names = ", ".join(commands)
-            _fail(f"{given!r} is not a command: give one of {names}" if given else f"give a command: one of {names}", 2)
-    elif len(rest) > 1:
-        _fail(f"{rest[1]!r} is no flag: every argument has the form --name=value, --help lists them", 2)
+        rest = FLAGS(words)
+        if len(words) < len(argv):
+            print(usage.text(Flags.made, program), flush=True)
+            sys.exit(0)
+    except BrokenPipeError:
+        os._exit(0)  # the reader of the help has seen enough
+    except flags.UnrecognizedFlagError as error:
+        fail(usage.unknown(error.flagname), 2)
+    except flags.Error as error:
+        fail(f"{str(error).removeprefix('flag ')}; --help lists the flags", 2)
+    except InputError as error:
+        fail(str(error), error.status)
+    if not commands:
+        if len(rest) > 1:
+            fail(f"{rest[1]!r} is no flag: every argument has the form --name=value, --help lists them", 2)
+        return rest
+    given = " ".join(rest[1:])
+    if given not in commands:
+        names = ", ".join(commands)
+        fail(f"{given!r} is not a command: give one of {names}" if given else f"give a command: one of {names}", 2)
+    for name in (name for names in commands.values() for name in names):
+        if FLAGS[name].present and name not in commands[given]:
+            fail(f"--{name} is not a flag of {given}, which has --{', --'.join(commands[given])}", 2)
     return rest
 
 
-def _fail(message: str, status: int) -> None:
-    # Messages of flag libraries come quoted inside quotes.
-    text = message.replace("\\n", " ").replace("\\'", "").replace('"', "")
-    print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
+def fail(message: str, status: int) -> NoReturn:
+    """Ends the process with one sentence."""
+    print("error: " + " ".join(message.splitlines()), file=sys.stderr, flush=True)
     if _watcher is not None:
         _watcher.communicate(b"said")
         # An orderly end would wait for processes that are waiting for this one.
@@ -192,18 +266,18 @@ def _guarded(main: Callable[[], int | None], interrupted: str) -> None:
         with _as_one_of_several():
             status = main()
     except InputError as error:
-        _fail(str(error), error.status)
+        fail(str(error), error.status)
     except Exception as error:
         if _watcher is None:
             raise
         from steel_ad import parallel
 
         if gone := parallel.lost(error):
-            _fail(str(gone), gone.status)
+            fail(str(gone), gone.status)
         traceback.print_exc()
-        _fail("this process has failed, and with it the run", 1)
+        fail("this process has failed, and with it the run", 1)
     except KeyboardInterrupt:
-        _fail(f"interrupted: {interrupted}", 130)
+        fail(f"interrupted: {interrupted}", 130)
     sys.exit(status or 0)
 
 

@@ -286,6 +286,6 @@ def mortal(folder: Path, steps: int = 10**6) -> None:
 if __name__ == "__main__":
     mode = {"devices": devices, "process": process, "late": late}[sys.argv.pop(1)]
     target = Path(sys.argv.pop(1))
-    cli.define_config("configs/autoencoder.py:tiny")
+    cli.define_config(Autoencoder, "autoencoder", "tiny")
     cli.define_processes()
     cli.run(lambda: mode(target))

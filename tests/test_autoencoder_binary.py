@@ -318,7 +318,7 @@ def sentence(result, *said, status=2):
     ("arguments", "said"),
     [
         (["--wrokdir=x"], ["wrokdir"]),
-        (["--config.lss=l2"], ["--config has no setting lss: did you mean"]),
+        (["--config.lss=l2"], ["no setting --config.lss", "did you mean --config.loss?", "latent"]),
         (["--config.latent=many"], ["latent"]),
         (["--config.latent=0"], ["latent=0", "at least 1"]),
         (["--config.seed=-1"], ["seed=-1"]),

@@ -81,12 +81,16 @@ def exported(models, tmp_path_factory):
     """Exported files by name, the U-Net's by the binary."""
     root = tmp_path_factory.mktemp("files")
     found = {name: root / f"{name}.stablehlo" for name in ("autoencoder", "unet", "compact_cnn")}
-    export.run(Run.open(models / "autoencoder").detector("ssim"), found["autoencoder"], height=48, width=40)
+    export.run(
+        configs.Export(height=48, width=40), Run.open(models / "autoencoder").detector("ssim"), found["autoencoder"]
+    )
     with pytest.MonkeyPatch.context() as patch:
         # Compiling its large kernels takes long, and agreement is tested with the others.
         patch.setattr(export, "check", lambda *_: 0.0)
         export.run(
-            Run.open(models / "compact_cnn").detector(), found["compact_cnn"], height=33, width=40, threshold=0.25
+            configs.Export(height=33, width=40, threshold=0.25),
+            Run.open(models / "compact_cnn").detector(),
+            found["compact_cnn"],
         )
     cache = f"--compilation_cache={os.environ['STEEL_AD_TEST_CACHE']}"
     line = [sys.executable, "-m", "experiments.export", cache, f"--model={models / 'unet'}", f"--out={found['unet']}"]
@@ -196,7 +200,7 @@ def test_no_file_is_written_that_does_not_agree(tmp_path, monkeypatch):
         return program
 
     def run():
-        return export.run(PLAIN, tmp_path / "a.stablehlo", height=40, width=300)
+        return export.run(configs.Export(height=40, width=300), PLAIN, tmp_path / "a.stablehlo")
 
     for key, change in (("map", lambda v: v + 2e-4), ("score", lambda v: v - 2e-4), ("map", lambda v: v * jnp.nan)):
         monkeypatch.setattr(export, "_program", changed(key, change))
@@ -214,7 +218,7 @@ def test_no_file_is_written_that_does_not_agree(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"platforms": ("cpu", "gpu")}, "--platforms has 'gpu'"),
+        ({"platforms": ("cpu", "gpu")}, "--platforms=cpu,gpu must be a list, each of it one of cpu"),
         ({"platforms": ("tpu",)}, "--platforms lacks cpu"),
         ({"height": 16}, "--height=16 is smaller than the detector's least image of 32"),
         ({"out": "a.json"}, "JSON file beside it"),
@@ -224,7 +228,7 @@ def test_what_is_wrong_is_said(tmp_path, arguments, message):
     arguments = dict(arguments)
     out = tmp_path / arguments.pop("out", "a.stablehlo")
     with pytest.raises(InputError, match=message):
-        export.run(PLAIN, out, **arguments)
+        export.run(configs.Export(**arguments), PLAIN, out)
     assert not list(tmp_path.iterdir())
 
 
@@ -239,7 +243,7 @@ def test_a_pixel_at_the_threshold_is_no_defect():
 def test_an_onnx_file_agrees_with_the_model(models, plates_64, tmp_path, name):
     pytest.importorskip("jax2onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
-    record = export.run(Run.open(models / name).detector(), tmp_path / "a.onnx", height=48, width=64)
+    record = export.run(configs.Export(height=48, width=64), Run.open(models / name).detector(), tmp_path / "a.onnx")
     assert record["input"]["shape"] == [1, 48, 64]
     assert record["largest_difference"] < 1e-5
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
@@ -254,5 +258,5 @@ def test_an_onnx_file_agrees_with_the_model(models, plates_64, tmp_path, name):
 def test_onnx_without_its_converter_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'steel_ad\[onnx\]'"):
-        export.run(PLAIN, tmp_path / "a.onnx")
+        export.run(configs.Export(), PLAIN, tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())

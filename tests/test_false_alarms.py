@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from steel_ad import config as configs
 from steel_ad.data import plates
-from steel_ad.detectors.lattice import LatticeState
 from steel_ad.errors import InputError
 from steel_ad.research import false_alarms
 
@@ -60,22 +60,7 @@ def test_lines_of_a_pattern_share_their_programs():
         sizes.append(false_alarms._render._cache_size())
         pitches.append((own["pitch_px"], own["pitch_px"] * np.tan(np.radians(own["angle_deg"]))))
     assert sizes[0] == sizes[-1]
-    assert np.ptp(pitches, axis=0).max() <= false_alarms._SAME_CELL * np.min(pitches)
     assert 3.5 * np.max(pitches) < 32
-
-
-def test_a_lattice_takes_the_layout_of_a_line_before_it_where_it_fits():
-    @dataclasses.dataclass(frozen=True)
-    class Reader:
-        def fit(self, images):
-            pitch = float(images.pixels[0]) / 10
-            cell = ((0, round(pitch)), (round(pitch), 0))
-            return LatticeState(jnp.asarray([[0.0, pitch], [pitch, 0.0]]), jnp.zeros(1), cell)
-
-    settings = {"calibration": 8, "fresh": 8}
-    simulation = false_alarms._Simulation({}, settings, [((0, 20), (20, 0))])
-    found = [simulation._fit(Reader(), [np.full((8, 8), p, np.uint8)]).cell[0][1] for p in (208, 160, 166, 155, 240)]
-    assert found == [20, 16, 16, 16, 24]
 
 
 def simulated(lines, rate_of, *, fresh=5000, n=1999, frames=1, form="confidence", seed=0):
@@ -161,14 +146,26 @@ def test_the_binary_resumes_and_refuses_what_it_cannot_promise(tmp_path, monkeyp
     assert len(found["verdicts"]) == 6
 
     monkeypatch.setattr(false_alarms._Simulation, "line", lambda *_: pytest.fail("a finished line was simulated again"))
-    same = {"fresh": 64, "calibrate": 64, "rates": [0.05], "maps": ["phase_only"], "size": 48}
-    again = false_alarms.run(out, lines=2, **same)
-    assert again == found
-    with pytest.raises(InputError, match="other settings"):
-        false_alarms.run(out, lines=2, **{**same, "fresh": 65})
-    with pytest.raises(InputError, match="it takes 299"):
-        false_alarms.run(tmp_path / "b.json", **{**same, "rates": [0.01]})
-    with pytest.raises(InputError, match="must name some of"):
-        false_alarms.run(tmp_path / "b.json", **{**same, "maps": ["fase"]})
-    with pytest.raises(InputError, match="between 0 and 1"):
-        false_alarms.run(tmp_path / "b.json", **{**same, "rates": [5.0]})
+    same = configs.FalseAlarms(lines=2, fresh=64, calibration=64, rates=(0.05,), maps=("phase_only",), size=48)
+    assert false_alarms.run(same, out) == found
+    for change, said in (
+        ({"fresh": 65}, "other settings"),
+        ({"rates": (0.01,)}, "it takes 299"),
+        ({"maps": ("fase",)}, "there is no detector 'fase'"),
+    ):
+        with pytest.raises(InputError, match=said):
+            false_alarms.run(dataclasses.replace(same, **change), out if "fresh" in change else tmp_path / "b.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        *(("lines", 1, "at least 2"), ("fresh", 0, "at least 1"), ("calibration", 0, "at least 1")),
+        *(("size", 47, "at least 48"), ("seed", -1, "at least 0")),
+        *(("rates", r, "numbers between 0 and 1") for r in ((), (0.0,), (1.0,), (0.1, 5.0))),
+        *(("maps", m, "each once") for m in ((), ("lattice", "lattice"))),
+    ],
+)
+def test_what_cannot_be_simulated(name, value, said):
+    with pytest.raises(InputError, match=f"--{name}=.* must be .*{said}"):
+        configs.FalseAlarms(**{name: value})

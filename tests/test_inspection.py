@@ -693,7 +693,7 @@ def test_a_clean_plate_has_an_empty_ledger(model, plates_64, whole, tmp_path):
     [
         ({"--model": "nowhere"}, "no run in nowhere"),
         ({"--source": "nowhere.png"}, "cannot be read"),
-        ({"--confidence": "high"}, "must be average or a number"),
+        ({"--confidence": "high"}, "must be average or a finite number"),
         ({"--false_alarms_per_m2": "0.1"}, "needs --mm_per_px"),
         ({"--halo_px": "0", "--tile_px": "16"}, "smaller than the detector's patch"),
     ],

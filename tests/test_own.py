@@ -89,7 +89,7 @@ def test_a_detector_of_ones_own_is_sized(fitted, data, tmp_path):
 
 def test_a_detector_of_ones_own_is_exported(fitted, tmp_path):
     out = tmp_path / "own.stablehlo"
-    export.run(Run.open(fitted[0]).detector(), out, height=32, width=40)
+    export.run(configs.Export(height=32, width=40), Run.open(fitted[0]).detector(), out)
     program = jax.export.deserialize(bytearray(out.read_bytes()))
     dark = np.full((1, 32, 40), 128, np.uint8)
     dark[0, 5:20, 5:20] = 10

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from steel_ad.config import SimulatedRolls
+from steel_ad.errors import InputError
 from steel_ad.inspection import recurrence
 from steel_ad.research import simulated_rolls as study
 
@@ -31,7 +33,7 @@ def strip(rng, turns):
 @pytest.mark.parametrize("same_place", [False, True])
 def test_periods_are_found_and_p_values_uniform_with_a_fifth_missed_and_a_fifth_false(tmp_path, same_place):
     out = tmp_path / "found.json"
-    found = study.run(out, strips=60, least_turns=10, same_place=same_place)
+    found = study.run(SimulatedRolls(strips=60, least_turns=10, same_place=same_place), out)
     assert found["right_with_a_period"] >= 57 / 60
     assert found["right_without"] >= 59 / 60
     assert found["uniform_p_values_ks"] > 1e-3
@@ -185,6 +187,17 @@ def test_too_few_defects_at_a_place_are_no_evidence():
 def test_what_does_not_fit_is_refused(arguments, options):
     with pytest.raises(ValueError, match=r"fit together|strip|must lie"):
         recurrence.find(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("settings", "least"),
+    [({"strips": 0}, 1), ({"least_turns": 5}, 6), ({"most_turns": 7}, 8), ({"seed": -1}, 0)],
+)
+def test_what_cannot_be_simulated(settings, least):
+    ((name, value),) = settings.items()
+    with pytest.raises(InputError, match=f"--{name}={value} must be at least {least}"):
+        SimulatedRolls(**settings)
+    assert SimulatedRolls(**{name: least})
 
 
 def test_the_binary_writes_what_it_found(tmp_path):

@@ -125,8 +125,8 @@ def test_the_command_of_settings():
         "autoencoder", config, SETTINGS["autoencoder"], {"data": "a b", "defects": "", "workdir": "W"}
     )
     assert line == (
-        "python -m experiments.autoencoder --config=configs/autoencoder.py:quick --config.seed=2 --config.loss=l2 "
-        "--loss_option=weight=0.3 '--data=a b' --workdir=W"
+        "python -m experiments.autoencoder --config=configs/autoencoder.py:quick --config.seed=2 "
+        "--loss_option=weight=0.3 --config.loss=l2 '--data=a b' --workdir=W"
     )
     line = "python -m experiments.sweep --config=c.py:x --data=/q/lens,procedural/diamond --workdir=/tmp/w --workdir V"
     assert results.public(line) == (

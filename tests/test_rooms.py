@@ -18,7 +18,7 @@ from steel_ad.train.step import make_step
 ROOT = Path(__file__).parent.parent
 # Imports go down this list only; the last line's modules are everybody's.
 ROOMS = [
-    ["experiments", "configs"],
+    ["experiments", "configs", "steel_ad.__main__"],
     ["steel_ad.benchmark"],
     ["steel_ad.research"],
     ["steel_ad.making"],
@@ -33,6 +33,8 @@ ROOMS = [
     ["steel_ad.metrics"],
     ["steel_ad.ops"],
     ["steel_ad.cli"],
+    ["steel_ad.usage"],
+    ["steel_ad.recipes"],
     ["steel_ad.versions"],
     ["steel_ad.native"],
     ["steel_ad.named"],
@@ -40,7 +42,8 @@ ROOMS = [
     ["steel_ad.files"],
     ["steel_ad.parallel"],
     ["steel_ad.config"],
-    ["steel_ad.errors", "steel_ad.__init__"],
+    ["steel_ad.fields"],
+    ["steel_ad.errors", "steel_ad.__init__", "steel_ad.__version__"],
 ]
 SOURCES = [p for folder in ("experiments", "configs", "steel_ad") for p in sorted((ROOT / folder).rglob("*.py"))]
 # Heavy or replaceable packages, and the only places that know them; what is measured against the project may use all.

@@ -127,7 +127,7 @@ def test_nothing_is_trained_twice_and_other_studies_share_the_runs(finished, dat
     monkeypatch.setattr(detector, "train", lambda *a, **k: pytest.fail("trained again"))
     assert run(data, workdir, axis="latent", values=["8"], seeds=2) == [{**r, "command": "c"} for r in before]
     monkeypatch.setattr(sys, "argv", ["x", "--compilation_cache", "/c", "-axis=latent", "--values", "8"])
-    assert cli.command("sweep") == "python -m experiments.sweep --axis=latent --values=8"
+    assert cli.command() == "python -m experiments.x --axis=latent --values=8"
     assert cli.early("axis", "") == "latent"
     rows = run(data, workdir, "percentile,radius,stride,map")
     assert {r["study"] for r in rows} == {"latent", "percentile", "radius", "stride", "map"}
@@ -346,7 +346,7 @@ def test_where_runs_of_the_folder_one_is_in_go(data, monkeypatch):
         ("", "latnt", ["1"], "--axis=latnt.*latent"),
         ("", "loss_options", ["1"], "--axis=loss_options"),
         ("latent", "", ["many"], "--values=many must be a whole number"),
-        ("", "learning_rate", ["0.1", "x"], "--values=x must be a number"),
+        ("", "learning_rate", ["0.1", "x"], "--values=x must be a finite number"),
         ("", "flips", ["yes"], "--values=yes must be true or false"),
         ("latent", "", ["0"], "latent=0 must be at least 1"),
         ("loss", "", ["l3"], "no loss 'l3'"),

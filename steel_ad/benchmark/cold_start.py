@@ -17,9 +17,9 @@ from steel_ad.benchmark.timing import Program, Unavailable, Work
 from steel_ad.data import datasets
 
 OURS = "steel_ad"
-# Where the binaries and their recipes are.
-_ROOT = Path(__file__).resolve().parents[3]
-_IMPORTS = "import experiments.autoencoder, steel_ad.report.tables, steel_ad.runs.autoencoder"
+# Where the package is.
+_ROOT = Path(__file__).resolve().parents[2]
+_IMPORTS = "import steel_ad.cli, steel_ad.report.tables, steel_ad.runs.autoencoder"
 
 
 def works(*, tiny: bool) -> list[Work]:
@@ -49,7 +49,7 @@ def _start(*, cached: bool, files: bool = False) -> Program:
         count += 1
         first_step(
             (
-                *(sys.executable, "-m", "experiments.autoencoder", "--config=configs/autoencoder.py:quick"),
+                *(sys.executable, "-m", "steel_ad", "autoencoder", "--config=quick"),
                 *(f"--data={images}", "--config.steps=1", f"--compilation_cache={cache}"),
                 f"--workdir={folder.name}/{count}",
             ),
@@ -84,7 +84,7 @@ def first_step(command: Sequence[str], environment: Mapping[str, str] | None = N
             if line.startswith("train: 1/1 "):
                 process.kill()
                 return
-    raise Unavailable(f"{' '.join(command[1:3])} ended before its first step: {said}")
+    raise Unavailable(f"{' '.join(command[1:4])} ended before its first step: {said}")
 
 
 def _import() -> Program:

@@ -227,20 +227,10 @@ def _verdict(form: str, some: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def run(
-    out: Path,
-    *,
-    lines: int = 20,
-    fresh: int = 5000,
-    calibrate: int = 2000,
-    rates: Sequence[float] = (0.05, 0.01, 0.002),
-    maps: Sequence[str] = ("phase_only", "whitening", "lattice"),
-    size: int = 64,
-    seed: int = 0,
-) -> dict[str, Any]:
+def run(config: configs.FalseAlarms, out: Path) -> dict[str, Any]:
     """Simulates, and writes cases and verdicts to `out`, a JSON file, with a figure of the same name beside it.
 
-    Each line's plates come once independent, and once in strips of 8 frames: `calibrate` strips, of which every 8th is whole and
+    Each line's plates come once independent, and once in strips of 8 frames: `calibration` strips, of which every 8th is whole and
     of the others one frame is seen, then `fresh` frames in whole strips. What a line gave is kept: the same call, also one with
     more `lines`, goes on after an interruption.
 
@@ -248,25 +238,16 @@ def run(
       What the file holds.
 
     Raises:
-      InputError: a calibration too small for a rate, names that are none, an `out` of other settings.
+      InputError: a calibration too small for a rate, no such detector, an `out` of other settings.
     """
-    settings = {
-        "fresh": fresh,
-        "calibration": calibrate,
-        "rates": list(rates),
-        "maps": list(maps),
-        "size": size,
-        "seed": seed,
-    }
-    if not maps or len(set(maps)) < len(maps):
-        raise InputError(f"--maps={','.join(maps)} must name at least one detector, each once")
-    spectrum = configs.Spectrum(tile=size // 4 * 2)
-    known = {name: detector_class(name).configured(spectrum) for name in maps}
-    if not rates or not all(0 < rate < 1 for rate in rates):
-        raise InputError(f"--rates={','.join(map(str, rates))} must be numbers between 0 and 1")
-    if calibrate < (least := calibration.needed(min(rates), _CONFIDENCE)):
+    settings = configs.to_dict(config)
+    lines = settings.pop("lines")
+    spectrum = configs.Spectrum(tile=config.size // 4 * 2)
+    known = {name: detector_class(name).configured(spectrum) for name in config.maps}
+    rate = min(config.rates)
+    if config.calibration < (least := calibration.needed(rate, _CONFIDENCE)):
         raise InputError(
-            f"--calibration={calibrate} cannot promise a rate of {min(rates):g} with confidence {_CONFIDENCE:g}: it takes {least}"
+            f"--calibration={config.calibration} cannot promise a rate of {rate:g} with confidence {_CONFIDENCE:g}: it takes {least}"
         )
     done: dict[str, Any] = files.read_json(out, dict) if out.exists() else {"settings": settings, "lines": []}
     if not isinstance(done, dict) or done.get("settings") != settings:

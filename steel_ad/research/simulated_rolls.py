@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from steel_ad import config as configs
 from steel_ad import files
 from steel_ad.inspection import recurrence
 from steel_ad.progress import progress
@@ -50,30 +51,22 @@ def simulate(
     return along if periodic else rng.uniform(0, length, along.size), across, length, period
 
 
-def run(
-    out: Path,
-    *,
-    strips: int = 1000,
-    least_turns: int = 8,
-    most_turns: int = 40,
-    same_place: bool = False,
-    seed: int = 0,
-) -> dict[str, Any]:
+def run(config: configs.SimulatedRolls, out: Path) -> dict[str, Any]:
     """Simulates as many strips with a period as without one, and writes what was found to `out`, a JSON file.
 
     Returns:
       Shares of right answers (with a period: found, and within 1 %), the errors of the period, and the p-value of
       Kolmogorov and Smirnov's test that the p-values of the strips without one are uniform.
     """
-    rng = np.random.default_rng([seed, 0x57])
+    strips, rng = config.strips, np.random.default_rng([config.seed, 0x57])
     right = {True: 0, False: 0}
     wrong, errors, p_values = 0, [], []
     by_turns: dict[int, list[int]] = {}
     with progress("strips", 2 * strips, "strips") as update:
         for i in range(2 * strips):
             periodic = i % 2 == 0
-            turns = int(rng.integers(least_turns, most_turns + 1))
-            along, across, length, period = simulate(rng, turns, periodic=periodic, same_place=same_place)
+            turns = int(rng.integers(config.least_turns, config.most_turns + 1))
+            along, across, length, period = simulate(rng, turns, periodic=periodic, same_place=config.same_place)
             found = recurrence.find(along, across, length, seed=i)
             said = found is not None and found.periodic
             if not periodic:
@@ -91,8 +84,8 @@ def run(
             update(i + 1)
     result = {
         "strips": {"with a period": strips, "without": strips},
-        "turns": [least_turns, most_turns],
-        "false_at_the_same_place": same_place,
+        "turns": [config.least_turns, config.most_turns],
+        "false_at_the_same_place": config.same_place,
         "right_with_a_period": right[True] / strips,
         "right_without": right[False] / strips,
         "wrong_periods": wrong,

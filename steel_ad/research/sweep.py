@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 import time
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import jax
 
 from steel_ad import config as configs
-from steel_ad import files, parallel
+from steel_ad import fields, files, parallel
 from steel_ad.data import datasets
 from steel_ad.data.datasets import Dataset
 from steel_ad.data.images import Images
@@ -190,24 +191,14 @@ def select(experiment: str, studies: Sequence[str], axis: str, values: Sequence[
     return chosen
 
 
-# Type of a setting -> (how its text is read, how a person calls it).
-_PARSERS: dict[Any, tuple[Callable[[str], Any], str]] = {
-    int: (int, "a whole number"),
-    float: (float, "a number"),
-    bool: (lambda text: {"true": True, "false": False}[text.lower()], "true or false"),
-    str: (str, "text"),
-}
-
-
 def _parse(kind: type, field: str, text: str) -> Any:
-    types = {f.name: f.type for f in dataclasses.fields(kind) if f.type in _PARSERS}
+    types = {f.name: f.type for f in fields.fields(kind) if typing.get_origin(f.type) in (None, typing.Literal)}
     if field not in types:
         raise InputError(f"--axis={field} is no setting that can be varied: use one of {', '.join(types)}")
-    parse, name = _PARSERS[types[field]]
-    try:
-        return parse(text)
-    except (ValueError, KeyError):
-        raise InputError(f"--values={text} must be {name}, as the setting {field} is") from None
+    value = fields.read(text, types[field])
+    if not fields.is_a(value, types[field]):
+        raise InputError(f"--values={text} must be {fields.called(types[field])}, as the setting {field} is")
+    return value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from steel_ad import config as configs
 from steel_ad import files, native
 from steel_ad.data import plates
 from steel_ad.detectors import Detector, Fitted
@@ -23,7 +24,6 @@ from steel_ad.errors import InputError
 from steel_ad.runs import evaluation
 from steel_ad.versions import versions
 
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 TOLERANCE = 1e-4
 _SIDE_PX = 256
 # uint8 [h, w] -> outputs by name
@@ -32,15 +32,7 @@ Program = Callable[[Array], dict[str, Array]]
 Shape = tuple[int | str, ...]
 
 
-def run(
-    fitted: Fitted,
-    out: Path,
-    *,
-    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
-    height: int = 0,
-    width: int = 0,
-    threshold: float | None = None,
-) -> dict[str, Any]:
+def run(config: configs.Export, fitted: Fitted, out: Path) -> dict[str, Any]:
     """Exports a trained model to `out`, and what has to be known of it to a JSON file of that name.
 
     A name that ends in `.onnx` is written as ONNX by jax2onnx, of one image at a time and of fixed size. The program takes
@@ -50,37 +42,31 @@ def run(
 
     Args:
       fitted: as `Run.detector` has it.
-      platforms: of `PLATFORMS`; the one of this process must be among them. ONNX names none.
-      height, width: of the images, px. 0: a U-Net takes every multiple of 16 (256 as ONNX), other detectors 256.
-      threshold: of the mask; None for the run's own.
 
     Returns:
       What the JSON file holds.
 
     Raises:
-      InputError: a model, platform or size that cannot be used, no converter to ONNX, a file that does not agree or cannot be
-        written.
+      InputError: a model or size that cannot be used, platforms without this process' own, no converter to ONNX, a file that
+        does not agree or cannot be written.
     """
     onnx = out.suffix == ".onnx"
     if onnx:
         _check_onnx()
     here = jax.export.default_export_platform()
-    if unknown := sorted(set(platforms) - set(PLATFORMS)):
-        raise InputError(f"--platforms has {unknown[0]!r}: use a list of {', '.join(PLATFORMS)}")
-    if here not in platforms:
+    if here not in config.platforms:
         raise InputError(f"--platforms lacks {here}, where this process runs and checks the file: add it")
     if out.suffix == ".json":
         raise InputError(f"--out={out} is the name of the JSON file beside it: use another, such as detector.stablehlo")
-    if threshold is None:
-        threshold = fitted.threshold
+    threshold = fitted.threshold if config.threshold is None else config.threshold
     if threshold is None:
         raise InputError("the model has no threshold of its own, its run is not finished: give --threshold")
-    shape = _shape(fitted.detector, height, width)
+    shape = _shape(fitted.detector, config.height, config.width)
     if onnx:
         shape = tuple(n if isinstance(n, int) else _SIDE_PX for n in shape)
     program = _program(fitted, threshold)
     with native.suspended():  # the file is for other machines
-        data = _to_onnx(program, shape) if onnx else _to_stablehlo(program, shape, platforms)
+        data = _to_onnx(program, shape) if onnx else _to_stablehlo(program, shape, config.platforms)
         made_with = versions()
     call = _from_onnx(data) if onnx else jax.jit(jax.export.deserialize(bytearray(data)).call)
     difference = check(call, fitted, threshold, shape)
@@ -97,7 +83,7 @@ def run(
         "map": fitted.detector.name,
         "threshold": threshold,
         "radius_px": fitted.radius,
-        "platforms": None if onnx else list(platforms),
+        "platforms": None if onnx else list(config.platforms),
         "model_sha256": fitted.sha256,
         "file_sha256": hashlib.sha256(data).hexdigest(),
         "largest_difference": difference,
