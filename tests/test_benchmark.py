@@ -288,14 +288,13 @@ def test_flops_of_an_inspection_are_what_xla_counts_in_the_plain_form(monkeypatc
     monkeypatch.setattr(sliding, "_shares", lambda *_: False)  # the count is of each window by itself
     config = configs.Autoencoder(stride=64)
     params = jax.eval_shape(lambda: autoencoder.initial_state(config, jax.random.key(0)).params)
-    program = inspection.inspector(autoencoder.AutoencoderDetector(config), radius=config.radius)
     images = jax.ShapeDtypeStruct((1, 256, 256), np.uint8)
-    counted = program.lower(params, images).cost_analysis()["flops"]
+    counted = inspection.program(config).lower(params, images).cost_analysis()["flops"]
     flops, moved = inspection.cost(config, (1, 256, 256))
     assert flops == pytest.approx(counted, rel=0.1)
     # 121 million multiply-adds a window of 128 (SPEC section 4).
     assert inspection.network_flops(config) == pytest.approx(2 * 121e6, rel=0.01)
-    assert moved == 256**2 * (1 + 2 * 2) + 4 * 1_048_549
+    assert moved == 256**2 * (1 + 2 * 4) + 4 * 1_048_549
 
 
 def test_flops_of_a_step_of_the_unet_are_near_what_xla_counts():

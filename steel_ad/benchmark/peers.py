@@ -500,7 +500,7 @@ def _torch_inspection(config: configs.Autoencoder, images: Frames, layout: str, 
         for image, reconstruction in pairs:
             raw = 1 - _cv2_map(reconstruction, image, config.window_size)
             opened = cv2.morphologyEx(raw, cv2.MORPH_OPEN, footprint)
-            found.append((raw.astype(np.float16), opened.astype(np.float16), np.float16(opened.max())))
+            found.append((raw, opened, opened.max()))
         return found
 
     part = corners[: max(_TILES[device])]
