@@ -1,7 +1,8 @@
-"""Thresholds with a false-alarm promise, from scores of good tiles that no training has seen.
+"""The statistics of calibration: thresholds with a false-alarm promise, as pure functions of scores.
 
-A tile is called defective where its score, the maximum of its opened map, is above the threshold. Everything here is float64
-and needs no distribution, but for the tail model, which says so.
+`good_tiles` finds the images that the scores come from. A score is the maximum of a tile's opened map; a tile is called
+defective where its score is above the threshold. The good tiles must be ones that no training has seen. Everything here is in
+float64, and nothing but the tail model assumes a distribution.
 
 Sources: Vovk et al. 2005 and Vovk 2012 (split conformal prediction, on average and given the calibration set), Clopper and
 Pearson 1934, Coles 2001, chapter 4 (generalised Pareto distribution, profile likelihood).
@@ -18,11 +19,11 @@ from scipy import optimize, stats
 
 from steel_ad.errors import InputError
 
-# The share of the scores that the tail model is fitted to, and how many it needs.
+# The share of the scores that the tail model is fitted to, and the least number of them.
 _TAIL = 0.1
 _LEAST_EXCEEDANCES = 30
 _LEAST_SHAPE = -0.95
-# A deviance that stands for infinity in searches.
+# The deviance that stands for infinity in searches.
 _IMPOSSIBLE = 1e9
 
 
@@ -33,7 +34,7 @@ class Promise:
     Attributes:
       threshold: a score above it is an alarm; a calibration score itself.
       rank: the threshold is the `rank`-th largest of `count` independent scores.
-      count: of independent scores, one a group.
+      count: number of independent scores, one a group.
       average_rate: probability of a false alarm on a good tile, on average over calibration sets: at most this, and exactly
         this where no two scores are equal.
       confident_rate: with probability `confidence` over calibration sets, the line's false-alarm rate is at most this.
@@ -49,7 +50,7 @@ class Promise:
 
 
 def needed(rate: float, confidence: float | None = None) -> int:
-    """The least number of independent scores that can promise a false-alarm rate, on average (None) or with a confidence."""
+    """The least number of independent scores that can promise a false-alarm rate, with a confidence or, for None, on average."""
     if confidence is None:
         return math.ceil(1 / _exact(rate)) - 1
     # The maximum of n scores: (1 - rate)^n <= 1 - confidence.
@@ -62,14 +63,15 @@ def needed(rate: float, confidence: float | None = None) -> int:
 def promise(scores: ArrayLike, rate: float, confidence: float | None = None) -> Promise:
     """The lowest threshold that keeps the false-alarm rate of good tiles.
 
-    On average (`confidence` None) it is the score of rank ceil((n + 1)(1 - rate)), so that a new score, exchangeable with
-    the n, is above it with probability at most `rate`. With a confidence it is the r-th largest score, r the largest with
-    P(Beta(r, n + 1 - r) <= rate) >= confidence: the rate that the threshold will have on the line is itself so distributed.
+    On average (`confidence` None) the threshold is the score of rank ceil((n + 1)(1 - rate)): a new score that is
+    exchangeable with the n is above it with probability at most `rate`. With a confidence it is the r-th largest score,
+    where r is the largest number with P(Beta(r, n + 1 - r) <= rate) >= confidence: the false-alarm rate that the r-th
+    largest score has on the line is distributed as Beta(r, n + 1 - r).
 
     Args:
-      scores: `[n]`, of independent good tiles (`one_per_group`), any unit.
-      rate: in (0, 1), of alarms among good tiles.
-      confidence: in (0, 1), or None; `confident_rate` then is at 0.95.
+      scores: `[n]`, of independent good tiles (`one_per_group`), in any unit.
+      rate: share of good tiles that raise an alarm, in (0, 1).
+      confidence: in (0, 1); None: on average, and `confident_rate` is at 0.95.
 
     Raises:
       InputError: too few scores for the promise; the message says how many it takes.
@@ -99,10 +101,10 @@ def one_per_group(scores: ArrayLike, groups: Sequence[Hashable], *, seed: int = 
     """One score of each group, drawn uniformly: `[g]`, in the order of the groups' first scores.
 
     Tiles of one strip resemble each other, so n of them are worth fewer than n. Where the groups (strips) are exchangeable,
-    one tile drawn from each is exchangeable with a tile drawn from a new group. A promise made from them therefore holds for
-    the share of good tiles with an alarm in a new group, on average over groups, however the tiles within one depend on
-    each other; with a confidence, groups that are independent and alike are assumed. What it does not say is how the
-    alarms spread: those of one group may come together.
+    one tile drawn from each is exchangeable with a tile drawn from a new group. A promise made from such tiles holds for the
+    share of good tiles with an alarm in a new group, on average over groups, however the tiles of a group depend on each
+    other. A promise with a confidence also assumes that the groups are independent and alike. Neither says how the alarms
+    spread: those of one group may come together.
 
     Args:
       scores: `[n]`.
@@ -119,7 +121,7 @@ def one_per_group(scores: ArrayLike, groups: Sequence[Hashable], *, seed: int = 
 
 
 def p_values(scores: ArrayLike, calibration: ArrayLike) -> np.ndarray:
-    """Of scores `[k]` against independent good ones `[n]`: (1 + number of those at least as high) / (n + 1), float64 `[k]`.
+    """p-values float64 `[k]` of scores `[k]`: (1 + number of the n calibration scores that are at least as high) / (n + 1).
 
     For a good tile, P(p <= a) <= a for every a, on average over calibration sets.
     """
@@ -130,14 +132,14 @@ def p_values(scores: ArrayLike, calibration: ArrayLike) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Tail:
-    """A threshold from a model of the tail: nothing that the scores alone can prove.
+    """A threshold from a model of the tail, which the scores alone cannot prove.
 
     Attributes:
       threshold: the model's quantile at 1 - `rate`.
       threshold_interval: its 95 % profile-likelihood interval; the upper end is infinite where the likelihood sets none.
-      rate: of alarms among good tiles, as asked for.
+      rate: share of good tiles that raise an alarm, as asked for.
       rate_interval: 95 % profile-likelihood interval of the rate that `threshold` has. Both intervals take the share of scores
-        above `start` as known; from 30 exceedances it is known to a third, from 100 to a fifth.
+        above `start` as known; 30 exceedances tell it to within a third, 100 to within a fifth.
       shape: of the generalised Pareto distribution (xi); below 0 the scores have an upper end.
       scale: its scale, in the scores' unit.
       start: the score above which it was fitted.
@@ -159,7 +161,7 @@ def tail(scores: ArrayLike, rate: float) -> Tail:
 
     Args:
       scores: `[n]`, of independent good tiles.
-      rate: in (0, 0.1), of alarms among good tiles.
+      rate: share of good tiles that raise an alarm, in (0, 0.1).
 
     Raises:
       InputError: fewer than 30 different exceedances (300 scores), or a rate that is not in the tail.
@@ -181,7 +183,7 @@ def tail(scores: ArrayLike, rate: float) -> Tail:
     unit = float(excess.mean())
     y = excess / unit
     exceeding = y.size / n
-    # Where many scores equal the start, fewer than the tenth are above it.
+    # Where many scores equal the start, less than a tenth of them is above it.
     if rate >= exceeding:
         raise InputError(
             f"a share of {rate:g} of all tiles is not in the tail, since many good scores are equal and only {exceeding:.3g} are "
@@ -189,7 +191,7 @@ def tail(scores: ArrayLike, rate: float) -> Tail:
         )
 
     def deviance(level: float, ratio: float) -> float:
-        """Twice the negative log-likelihood with (1 - 1/ratio) of the excess below `level`, least over the shape."""
+        """Twice the least negative log-likelihood of all shapes with a share of 1 - 1 / ratio of the excess below `level`."""
 
         def at(shape: float) -> float:
             growth = math.log(ratio) if abs(shape) < 1e-9 else math.expm1(shape * math.log(ratio)) / shape
@@ -205,7 +207,7 @@ def tail(scores: ArrayLike, rate: float) -> Tail:
     level = scale * (math.log(ratio) if abs(shape) < 1e-9 else math.expm1(shape * math.log(ratio)) / shape)
     limit = fitted.fun + stats.chi2.ppf(0.95, 1)
     low, high = _crossings(lambda v: deviance(level * math.exp(v), ratio) - limit)
-    # The rate moves against the level.
+    # A higher rate is a lower level.
     thin, thick = _crossings(lambda v: deviance(level, ratio * math.exp(-v)) - limit, top=math.log(ratio) - 1e-6)
     return Tail(
         start + unit * level,
@@ -237,7 +239,7 @@ def _least(function, low: float, high: float) -> float:
 
 
 def _crossings(function, top: float = 30.0) -> tuple[float, float]:
-    """Where a function, negative at 0, becomes positive below and above it; -inf and inf (or `top`) where it does not."""
+    """Where a function that is negative at 0 becomes positive, below 0 and above it; -inf and inf (or `top`) where it never does."""
 
     def outwards(sign: float, end: float) -> float:
         reach = 0.05
@@ -252,7 +254,7 @@ def _crossings(function, top: float = 30.0) -> tuple[float, float]:
 
 
 def _exact(rate: float) -> Fraction:
-    """The rate as it is written, so that 0.01 of 100 is 1."""
+    """The rate as a decimal number says it, so that 0.01 of 100 is 1."""
     return Fraction(repr(float(rate)))
 
 

@@ -1,11 +1,11 @@
-"""Whether what is inspected has moved away from what was calibrated on, before the false alarms say so.
+"""Whether inspected tiles have moved away from the calibration tiles, before false alarms show it.
 
-After every block of inspected tiles, the newest block and the newest four are compared with calibration by a rank test of
-location, which a few defects move little. The chance of a false warning after a block is at most `rate`, on average over
-calibrations, where inspected and calibration tiles are independent and alike: draw one of each strip, picture or row of tiles.
-Two strips that differ more than tiles of one do are not alike, and a warning is then right to say so.
+After every block of inspected tiles, the newest block and the newest four blocks are compared with calibration by a rank test
+of location, which a few defects move little. Where inspected and calibration tiles are independent and alike, the chance of a
+false warning after a block is at most `rate`, on average over calibrations. For that, one tile is drawn of each strip, plate or row
+of tiles. Strips that differ more than the tiles of one strip are not alike, and a warning that says so is right.
 
-The pattern's pitch is what a lens, a distance or an encoder changes: across alone, along alone, or both.
+A lens, a distance or an encoder changes the pattern's pitch: across, along, or both.
 
 Source: Mann and Whitney 1947, with Bonferroni's correction over quantities and windows.
 """
@@ -26,7 +26,7 @@ RATE = 0.001
 _WINDOWS = (1, 4)  # in blocks: soon where much has moved, later where little has
 LOOKS = ("brightness", "contrast")
 PITCHES = ("pitch across", "pitch along")
-# The lags of a smaller tile, half its side, hold no lattice that is worth the name.
+# The autocorrelation of a smaller tile, up to half its side, holds no usable lattice.
 LEAST_TILE_PX = 64
 # Mean correlation at the lattice's points below which a tile shows no clear pattern.
 _ECHO = 0.1
@@ -39,8 +39,8 @@ class Moved:
 
     Attributes:
       quantity: its name.
-      first, last: the inspected tiles that say so, counted from 0, last exclusive.
-      good_median, median: of calibration and of those tiles.
+      first, last: numbers of the inspected tiles that show it, from 0, last exclusive.
+      good_median, median: of the calibration tiles and of those tiles.
       p_value: of the rank test, two-sided, before the correction.
     """
 
@@ -61,10 +61,15 @@ class Moved:
 
 
 def measure(tiles: np.ndarray, lattice: ArrayLike | None) -> dict[str, np.ndarray]:
-    """What is compared of tiles uint8 `[n, h, w]`, beside their scores: float64 `[n]` each.
+    """What is compared of tiles beside their scores, by name: float64 `[n]` each.
 
-    Mean ("brightness") and standard deviation ("contrast") in grey levels; with the good tiles' `lattice` `[2, 2]`, as `pattern`
-    reads it, the pattern's pitches ("pitch across", "pitch along") in pixels, NaN where a tile shows no clear pattern.
+    Args:
+      tiles: uint8 `[n, h, w]`.
+      lattice: of the good tiles `[2, 2]`, as `pattern` reads it; None: pitches are not measured.
+
+    Returns:
+      "brightness" and "contrast", the mean and standard deviation in grey levels; "pitch across" and "pitch along" of the
+      pattern in px, NaN where a tile shows no clear pattern.
     """
     grey = tiles.reshape(len(tiles), tiles.shape[1] * tiles.shape[2])
     # Whole numbers below 2^53, so exact.
@@ -75,9 +80,9 @@ def measure(tiles: np.ndarray, lattice: ArrayLike | None) -> dict[str, np.ndarra
 
 
 def pattern(tiles: np.ndarray) -> np.ndarray | None:
-    """The lattice that tiles uint8 `[n, h, w]` have in common: float32 `[2, 2]`, two vectors (y, x) in pixels.
+    """The lattice that tiles uint8 `[n, h, w]` have in common: float32 `[2, 2]`, two vectors (y, x) in px.
 
-    None where tiles are none or too small, or nothing repeats in two directions within half a tile.
+    None where there is no tile, where the tiles are too small, or where nothing repeats in two directions within half a tile.
     """
     if not len(tiles) or min(tiles.shape[1:]) < LEAST_TILE_PX:
         return None
@@ -88,7 +93,7 @@ def pattern(tiles: np.ndarray) -> np.ndarray | None:
 
 
 def _pitches(tiles: np.ndarray, lattice: np.ndarray) -> dict[str, np.ndarray]:
-    # One program for one tile, whatever their number; not behind a detector's queue on an accelerator.
+    # A program of one tile serves any number of them; on the host it need not wait for the detector's work on an accelerator.
     with jax.default_device(_host()):
         read = jax.device_get([_near(tile, lattice) for tile in tiles])
     vectors = np.array([r.vectors for r in read], np.float64).reshape(-1, 2, 2)
@@ -97,7 +102,7 @@ def _pitches(tiles: np.ndarray, lattice: np.ndarray) -> dict[str, np.ndarray]:
     for name, axis in zip(PITCHES, (1, 0), strict=True):
         steps = _repeat(lattice, axis)
         pitch, usual = np.hypot(*(steps @ vectors).T), np.hypot(*(steps @ lattice))
-        # Beyond the reach it is another peak.
+        # A pitch beyond the reach is that of another peak.
         clear = (echo >= _ECHO) & (np.abs(pitch / usual - 1) <= 1.2 * _REACH)
         found[name] = np.where(clear, pitch, np.nan)
     return found
@@ -110,7 +115,7 @@ def _near(tile: jax.Array, lattice: jax.Array) -> spectrum.Lattice:
 
 
 def _repeat(lattice: np.ndarray, axis: int) -> np.ndarray:
-    """Steps `[2]` along the lattice's vectors to the shortest repeat within 20 degrees of an axis (0: y), or else the nearest."""
+    """Steps `[2]` along the lattice's vectors to the shortest repeat within 20 degrees of an axis (0: y), or to the nearest to it."""
     steps = np.array([(i, j) for i in range(3) for j in range(-2, 3) if (i, j) > (0, 0)])
     repeats = steps @ lattice
     length = np.hypot(*repeats.T)
@@ -128,11 +133,11 @@ def _host() -> jax.Device | None:
 def moved(
     values: Mapping[str, Sequence[float]], good: Mapping[str, ArrayLike], *, rate: float = RATE, block: int = BLOCK
 ) -> list[Moved]:
-    """What has moved, by the newest tiles; nothing between two blocks' ends.
+    """The quantities that have moved, judged by the newest tiles; nothing unless the newest tile ends a block.
 
     Args:
-      values: of each quantity, `[n]`, of the tiles inspected so far, in order; NaN where a tile has none, which says nothing.
-      good: of the same quantities, `[m]`, of calibration tiles.
+      values: of each quantity, `[n]` of the tiles inspected so far, in order; NaN where a tile has no value.
+      good: of the same quantities, `[m]` of the calibration tiles.
       rate: chance of a false warning at each end of a block.
       block: number of tiles.
 
@@ -163,7 +168,7 @@ def moved(
 def history(
     values: Mapping[str, Sequence[float]], good: Mapping[str, ArrayLike], *, rate: float = RATE, block: int = BLOCK
 ) -> list[Moved]:
-    """All warnings of a whole inspection, arguments as `moved`'s: the first of each quantity."""
+    """The first warning of each quantity in a whole inspection; arguments as `moved`'s."""
     first: dict[str, Moved] = {}
     series = {name: np.asarray(v, np.float64) for name, v in values.items()}
     for end in range(block, 1 + min((v.size for v in series.values()), default=0), block):

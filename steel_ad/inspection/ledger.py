@@ -1,7 +1,7 @@
 """The list of defects: connected regions of the opened map above the threshold, one row each.
 
-A strip comes in bands of rows. What is known of a region are sums, so that regions of neighbouring bands unite exactly, and one
-that runs along a whole coil costs no more memory than a dot.
+A strip comes in bands of rows. A region is kept as sums over its pixels, so that regions of neighbouring bands unite exactly, and
+a region along a whole coil takes no more memory than a dot.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from steel_ad.errors import InputError
 
 _EIGHT_CONNECTED = np.ones((3, 3), bool)
 _SIDES = ("top", "bottom")
-# Of `row`, in its order.
+# Keys of `row`, in its order.
 COLUMNS = (
     *("camera", "side", "image", "top_px", "left_px", "bottom_px", "right_px", "along_px", "across_px", "area_px"),
     *("length_px", "width_px", "orientation_deg", "peak", "mean", "p_value"),
@@ -32,9 +32,10 @@ class Region:
     Attributes:
       top, left, bottom, right: bounding box, bottom and right exclusive.
       area: number of pixels.
-      sums: of y, x, y^2, x^2 and xy over the pixels, exact.
+      sums: of y, x, y^2, x^2 and xy over the pixels, as exact whole numbers.
       total: sum of the opened map over the pixels.
-      peak: its maximum there; `peak_y`, `peak_x`: the first pixel, in reading order, that has it.
+      peak: maximum of the opened map there.
+      peak_y, peak_x: the first pixel, in reading order, that has the peak.
     """
 
     top: int
@@ -79,16 +80,16 @@ def nothing(width: int) -> Open:
 
 
 def advance(before: Open, opened: np.ndarray, threshold: float, *, top: int) -> tuple[list[Region], Open]:
-    """Goes on by a band of the strip.
+    """Goes on by a band of a strip.
 
     Args:
-      before: what the band above left open.
+      before: regions that the band above left open.
       opened: opened map `[h, w]`, float; a pixel is defective where it is above the threshold.
       threshold: compared in float64.
       top: the strip's row that the band begins with.
 
     Returns:
-      Regions that ended, by top and left, and those that may go on. After the last band the open ones are complete too.
+      The regions that ended, ordered by top and left, and the regions that may go on. After the last band these are complete too.
     """
     mask = opened > np.float64(threshold)
     labels, count = ndimage.label(mask, _EIGHT_CONNECTED, output=np.int32)
@@ -219,10 +220,10 @@ def ordered(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def deduplicated(rows: Sequence[Mapping[str, Any]], cameras: Sequence[Camera]) -> list[Mapping[str, Any]]:
-    """Rows without those that another camera sees better.
+    """The rows without those that another camera sees better.
 
-    Of two rows of different cameras on one side of one image or strip whose bounding boxes meet in mm, the one of the larger
-    area stays, of equal ones the first. Without a scale, boxes cannot meet.
+    Two rows are of one defect if they are of different cameras, on one side of one image or strip, and their bounding boxes
+    meet in mm. The row of the larger area stays, and the first of two equal ones. Boxes without a scale cannot meet.
     """
     known = {camera.name: camera for camera in cameras}
     boxes = np.array([_box(r, known[r["camera"]]) for r in rows]).reshape(-1, 4)
@@ -240,7 +241,7 @@ def deduplicated(rows: Sequence[Mapping[str, Any]], cameras: Sequence[Camera]) -
 
 
 def _meeting(members: Sequence[int], boxes: np.ndarray, cameras: Sequence[str]) -> dict[int, set[int]]:
-    """Of each box that meets one of another camera, which; only boxes that are abreast are compared."""
+    """The boxes of other cameras that each box meets. Boxes are compared along the strip, while they are abreast."""
     found: dict[int, set[int]] = {}
     if len({cameras[i] for i in members}) < 2:
         return found

@@ -1,11 +1,13 @@
 """Does a defect come back along the strip with a period, as from a damaged roll?
 
-A roll prints its damage once a turn at the same place across. Of the defects that share a place (and, if asked for, a look),
-the positions along the strip are compared with a lattice of every admissible period: a periodogram proposes, a likelihood
-with false and missed detections decides, and surrogate strips, with the same number of defects at places redrawn along the
-strip, say how often chance does as well. The p-value is exact for defects that lie independently and uniformly along the
-strip, whatever their places across and looks. Pieces of one defect are neither: those that lie together count as one, and so do
-those of one turn, in the strip and its surrogates alike, and a period takes turns enough that were hit.
+A roll prints its damage once a turn at the same place across. The positions along the strip of defects that share a place (and,
+if asked for, a look) are compared with lattices of every admissible period. A periodogram proposes lattices, and a likelihood
+with false and missed detections decides between them. Surrogate strips, with the same number of defects at places redrawn along
+the strip, say how often chance does as well.
+
+The p-value is exact for defects that lie independently and uniformly along the strip, whatever their places across and looks.
+Pieces of one defect do not lie independently. So defects that lie together count as one, and so do the defects of one turn, in the
+strip and in its surrogates alike; and a period needs enough turns that were hit.
 
 Sources: Rayleigh's periodogram for point events (Brazier 1994); Monte Carlo tests, Davison and Hinkley 1997, chapter 4.
 """
@@ -16,21 +18,22 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-# Shares: of the defects at one place that the roll is taken to have made, and of its turns that are taken to be seen.
+# The share of the defects at one place that the roll is assumed to have made; the share of its turns assumed to be seen.
 _SHARE = 0.8
 _SEEN = 0.8
 _LEAST_SEEN = 0.5
 _LEAST_MEMBERS = 5
-# Cells of the periodogram a turn; peaks looked at; narrowing widths of the likelihood, as multiples of the jitter.
+# Cells of the periodogram a turn.
 _OVERSAMPLING = 4
-# Nats that each member or turn too few costs.
+# Nats that each missing member or turn costs.
 _LACKING = 5.0
-# Defects of one place that are closer are pieces of one, as a share of the shortest period.
+# Defects of one place that are closer, as a share of the shortest period, are pieces of one defect.
 _PIECES = 0.1
-# Off the lattice, in jitters, that still belongs to a turn.
+# Distance from the lattice, in jitters, within which a defect belongs to a turn.
 _REACH = 3.5
 # Surrogates times turns in memory.
 _AT_ONCE = 2**17
+# Peaks of the periodogram that are tried, and the widths of the likelihood with which they are refined, in jitters.
 _PEAKS = 4
 _WIDTHS = (8.0, 4.0, 2.0, 1.0, 1.0)
 
@@ -40,7 +43,7 @@ class Recurrence:
     """What `find` says of a strip.
 
     Attributes:
-      p_value: the share of surrogate strips, this one counted among them, with a period at least as good.
+      p_value: share of the surrogate strips, with this strip among them, that have a period at least as good.
       periodic: whether `p_value` is at most the level asked for, and turns enough were hit: five, and half of them.
       period_mm: from turn to turn.
       phase_mm: of the first turn on the strip, in [0, period).
@@ -89,9 +92,9 @@ def find(
       look_tolerance: two defects look alike if no descriptor differs by more.
       jitter: standard deviation of a position about its turn, as a share of the period; 0.001..0.05.
       least_turns: a period comes at least so often on the strip, >= 4.
-      pitch_mm: of the plate's own pattern along the strip. Surrogates then are moved by whole pitches, so that detections
-        tied to the pattern are no evidence, and periods below two and a half pitches are not considered. Its higher multiples
-        remain possible: the roll that embosses the pattern has one of them as its circumference.
+      pitch_mm: of the plate's own pattern along the strip. Surrogates are then moved by whole pitches, so that detections
+        tied to the pattern are no evidence, and periods below two and a half pitches are not considered. Higher multiples of
+        the pitch remain possible: the roll that embosses the pattern has one of them as its circumference.
       level: of the test.
       surrogates: number of redrawn strips; the least p-value is 1 / (surrogates + 1).
 
@@ -121,7 +124,7 @@ def find(
         if limits[1] <= limits[0]:
             continue
         found.append((members, *(v[0] for v in _fit(y[None], limits, jitter))))
-        # A place with very many defects has a long spectrum: some strips at a time.
+        # A place with very many defects has a long spectrum, so that only some strips fit into memory.
         at_once = max(1, int(_AT_ONCE / limits[1]))
         drawn = [_redrawn(y, pitch, min(at_once, surrogates - i), rng) for i in range(0, surrogates, at_once)]
         chance = np.maximum(chance, np.concatenate([_fit(rows, limits, jitter)[0] for rows in drawn]))
@@ -153,7 +156,7 @@ def _wanted(turns: int) -> float:
 
 
 def _places(across: np.ndarray, look: np.ndarray, tolerance: float, look_tolerance: float) -> list[np.ndarray]:
-    """Index sets of defects alike in place and look, the largest first; where two would share most members, one of them.
+    """Index sets of defects alike in place and look, the largest first. The centre of a set is in no earlier set.
 
     Positions along the strip play no part, so that surrogates have the same sets.
     """
@@ -202,7 +205,7 @@ def _fit(y: np.ndarray, limits: tuple[float, float], jitter: float) -> tuple[np.
         mean_y, mean_off = (weight * at).sum(-1) / total, (weight * off).sum(-1) / total
         centred = at - mean_y[..., None]
         slope = (weight * centred * off).sum(-1) / ((weight * centred**2).sum(-1) + 1e-6)
-        # A slope may turn the far end by a part of the width only, or the lattice would jump to another one.
+        # A larger slope would turn the far end by more than the width, to another lattice.
         slope = np.clip(slope, -2 * sigma, 2 * sigma)
         frequency, phase = frequency - slope, phase + mean_off - slope * mean_y
     turn = at * frequency[..., None] - phase[..., None]
@@ -210,23 +213,23 @@ def _fit(y: np.ndarray, limits: tuple[float, float], jitter: float) -> tuple[np.
     off = turn - number
     density = np.exp(-0.5 * (off / jitter) ** 2) / (jitter * math.sqrt(2 * math.pi))
     near = np.abs(off) <= _REACH * jitter
-    # Of the defects that hit one turn, neighbours since they are in order, the first is evidence.
+    # Defects that hit one turn are neighbours; only the first of them is evidence.
     again = np.zeros_like(near)
     again[..., 1:] = near[..., 1:] & near[..., :-1] & (number[..., 1:] == number[..., :-1])
     counted = counts & ~again
     ratio = (counted * np.log1p(_SHARE * (density - 1))).sum(-1)
     seen = (counted & near).sum(-1)
-    # Soft, so that strips without any lattice still differ and their p-values are uniform.
+    # A soft bound, so that strips without any lattice still differ and their p-values are uniform.
     lacking = np.maximum(np.maximum(_LEAST_SEEN * frequency, _LEAST_MEMBERS) - seen, 0)
     outside = np.maximum(np.maximum(limits[0] - frequency, frequency - limits[1]) - 0.5, 0)
     evidence = ratio - _LACKING * (lacking + outside)
-    # Whether there is a period is one question, which one another: half a period misses half of its turns.
+    # The evidence tells whether there is a period. To tell which one, missed turns count too: half the period misses half of them.
     best = (evidence + math.log(1 - _SEEN) * np.maximum(frequency - seen, 0)).argmax(-1)[:, None]
     return evidence.max(-1), *(np.take_along_axis(a, best, 1)[:, 0] for a in (frequency, phase))
 
 
 def _pieces_together(y: np.ndarray, most: float) -> tuple[np.ndarray, np.ndarray]:
-    """Pieces of one defect at the place of its first.
+    """Moves the pieces of a defect to the place of its first piece.
 
     Args:
       y: positions `[b, n]`, ascending.
@@ -242,7 +245,7 @@ def _pieces_together(y: np.ndarray, most: float) -> tuple[np.ndarray, np.ndarray
 
 
 def _responsibility(off: np.ndarray, sigma: float) -> np.ndarray:
-    """How much of each position is the roll's: `off` from the nearest turn, in turns."""
+    """The probability that the roll made each defect, which lies `off` turns from the nearest turn."""
     roll = _SHARE * np.exp(-0.5 * (off / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
     return roll / (roll + 1 - _SHARE)
 
@@ -263,7 +266,7 @@ def _proposals(y: np.ndarray, counts: np.ndarray, limits: tuple[float, float]) -
     k = min(_PEAKS, inner.shape[1])
     chosen = np.argpartition(-inner, k - 1, axis=1)[:, :k]
     phase = -np.angle(np.take_along_axis(spectrum, chosen, 1)) / (2 * math.pi)
-    # Cells are named by their left edges.
+    # A cell's position is that of its left edge; its centre is half a cell further.
     return frequencies[chosen], phase + 0.5 * frequencies[chosen] / bins
 
 

@@ -1,4 +1,4 @@
-"""A folder that a camera writes to: which of its images are new and whole, and when to stop asking."""
+"""A folder that a camera writes to: which of its images are new and whole, and when a signal ends the watch."""
 
 import contextlib
 import dataclasses
@@ -15,9 +15,9 @@ import numpy as np
 from steel_ad.data import folders
 from steel_ad.errors import InputError
 
-# A file of the same size and time for so long is whole, if it can be read.
+# A readable file whose size and time have stayed the same for so long is whole.
 SETTLED_S = 1.0
-# One that cannot be read has had so long to become whole.
+# A file that cannot be read has so long to become whole.
 GIVEN_UP_S = 10.0
 
 Stamp = tuple[int, int]  # size in bytes, time in ns
@@ -25,7 +25,12 @@ Stamp = tuple[int, int]  # size in bytes, time in ns
 
 @dataclasses.dataclass
 class _Waiting:
-    """A file that has not been taken: since when it has its stamp, and whether it could not be read yet."""
+    """A file that has not been taken.
+
+    Attributes:
+      since: when its stamp was first seen, by `time.monotonic`.
+      unreadable: whether reading it has failed.
+    """
 
     stamp: Stamp
     since: float
@@ -33,11 +38,11 @@ class _Waiting:
 
 
 class Folder:
-    """Images that come into a folder, each offered when it is whole.
+    """The images that come into a folder; each is offered once, when it is whole.
 
     Attributes:
       taken: stamp of each image that has been inspected, by name.
-      refused: a sentence about each that is there but cannot be inspected, by name; rewritten, it is offered again.
+      refused: a sentence about each image that is there but cannot be inspected, by name; after it is rewritten, it is offered again.
       news: when an image last came, grew or was inspected, by `time.monotonic`.
     """
 
@@ -48,9 +53,12 @@ class Folder:
         self._waiting: dict[str, _Waiting] = {}
 
     def look(self, *, in_order: bool) -> list[Path]:
-        """Images that are whole and new, in plain order; `in_order`: not those after one that is not whole yet.
+        """The images that are whole and new, in plain order.
 
-        A file is whole when size and time have stayed the same for `SETTLED_S`, or its time is `GIVEN_UP_S` ago.
+        A file is whole when its size and time have stayed the same for `SETTLED_S`, or when its time is `GIVEN_UP_S` ago.
+
+        Args:
+          in_order: images that follow one that is not whole yet wait for it.
 
         Raises:
           InputError: the folder cannot be read.
@@ -64,7 +72,7 @@ class Folder:
             if known is None or known.stamp != stamp:
                 self.refused.pop(name, None)
                 self.news = now
-                # A file from before the start has long been what it is.
+                # A file that is old at the start is whole.
                 known = _Waiting(stamp, now if clock - stamp[1] / 1e9 < GIVEN_UP_S else now - GIVEN_UP_S)
             waiting[name] = known
         self._waiting = waiting
@@ -78,7 +86,7 @@ class Folder:
         return found
 
     def read(self, path: Path) -> np.ndarray | None:
-        """An image that `look` has found, uint8 `[h, w]`; None where it is not whole after all, and will be offered again.
+        """An image that `look` has found, uint8 `[h, w]`; None where it is not whole after all and will be offered again.
 
         Raises:
           InputError: it cannot be read.
@@ -100,7 +108,7 @@ class Folder:
         self.news = time.monotonic()
 
     def stamp(self, path: Path) -> Stamp:
-        """Of an image that `look` has found, as it was then."""
+        """The stamp of an image that `look` has found, as it was then."""
         return self._waiting[path.name].stamp
 
     def waiting(self) -> list[str]:
@@ -108,7 +116,7 @@ class Folder:
         return sorted(set(self._waiting) - set(self.refused))
 
     def rewritten(self) -> list[str]:
-        """Names of inspected images that are there, but not as they were inspected."""
+        """Names of inspected images that were changed since."""
         return [name for name, stamp in self.taken.items() if stamp_of(self._path / name) not in (None, stamp)]
 
 
@@ -123,7 +131,7 @@ def stamp_of(path: Path) -> Stamp | None:
 
 @contextlib.contextmanager
 def until_signal() -> Iterator[Callable[[], bool]]:
-    """Tells whether SIGINT or SIGTERM has come, the first of which interrupts nothing; a second one does what it always does."""
+    """A function that tells whether SIGINT or SIGTERM has come. The first one interrupts nothing; a second one acts as usual."""
     came: list[int] = []
     before: dict[int, object] = {}
 
@@ -135,7 +143,7 @@ def until_signal() -> Iterator[Callable[[], bool]]:
         came.append(number)
         restore()
 
-    # Elsewhere Python hears no signal.
+    # Python delivers signals to the main thread only.
     if threading.current_thread() is threading.main_thread():
         before.update({number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)})
     try:

@@ -47,7 +47,14 @@ _TIMED_TEXT = (
     (re.compile(r"[\d.]+ Mpx/s"), "Mpx/s"),
     (re.compile(r"(\| training, s [^\n]*\n[^\n]*\n)((?:\|[^\n]*\n)+)"), ""),
 )
-_WARM = ("inspection", "sweep", "spectrum", "dataset")
+_WARM = {
+    "inspection": ("session",),
+    "making": ("from_video", "inserted", "thesis"),
+    "report": ("coils", "evaluation", "inspection_page", "making", "spectra", "studies", "training"),
+    "research": ("sweep",),
+    "runs": ("autoencoder", "segmentation", "spectrum"),
+    "train": ("checkpoint",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,12 +177,9 @@ def warm_up() -> None:
     """Imports what the binaries import, so that forked children have it; starts no backend and no thread."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    for name in (
-        *(f"steel_ad.studies.{n}" for n in _WARM),
-        *(f"steel_ad.report.{n}" for n in ("figures", "page", "studies", "spectra")),
-        "steel_ad.train.checkpoint",
-    ):
-        importlib.import_module(name)
+    for room, names in _WARM.items():
+        for name in names:
+            importlib.import_module(f"steel_ad.{room}.{name}")
     warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")
     warnings.filterwarnings("ignore", message="This process")
 
