@@ -888,6 +888,21 @@ def test_a_runs_threshold_is_that_of_its_own_settings(model, tmp_path):
         assert found.sha256 == Run.open(model / "ae").detector().sha256
 
 
+def test_a_model_is_known_by_what_its_run_recorded(model, tmp_path):
+    """A later version with more settings goes on with the inspections of an earlier one."""
+    shutil.copytree(model / "ae", tmp_path / "ae")
+    recorded = files.read_json(tmp_path / "ae" / "config.json")
+    assert "model" in recorded
+    for record in (recorded, {k: v for k, v in recorded.items() if k != "model"}):
+        files.write_json(tmp_path / "ae" / "config.json", record)
+        found = Run.open(tmp_path / "ae").detector()
+        hashed = ["l2", 1, {k: v for k, v in record.items() if k not in ("data", "experiment")}]
+        digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode())
+        for leaf in jax.tree.leaves(found.state):
+            digest.update(np.asarray(leaf).tobytes())
+        assert found.sha256 == digest.hexdigest()
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """A watch that need not wait for slow cameras."""

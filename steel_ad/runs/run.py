@@ -209,7 +209,8 @@ class Run:
             self.config.radius,
             threshold,
             str(self.folder),
-            self.settings,
+            # As recorded, so that the hash of what was trained stays when later versions have more settings.
+            files.read_json(self.folder / "config.json", dict),
             self._trained_on(),
             bool(record.get("finished")),
         )
