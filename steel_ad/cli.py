@@ -219,6 +219,7 @@ def _parse(argv: Sequence[str], commands: Mapping[str, Sequence[str]]) -> list[s
         if len(words) < len(argv):
             print(usage.text(Flags.made, program), flush=True)
             sys.exit(0)
+        _check(rest[1:], commands)
     except BrokenPipeError:
         os._exit(0)  # the reader of the help has seen enough
     except flags.UnrecognizedFlagError as error:
@@ -227,18 +228,27 @@ def _parse(argv: Sequence[str], commands: Mapping[str, Sequence[str]]) -> list[s
         fail(f"{str(error).removeprefix('flag ')}; --help lists the flags", 2)
     except InputError as error:
         fail(str(error), error.status)
-    if not commands:
-        if len(rest) > 1:
-            fail(f"{rest[1]!r} is no flag: every argument has the form --name=value, --help lists them", 2)
-        return rest
-    given = " ".join(rest[1:])
-    if given not in commands:
-        names = ", ".join(commands)
-        fail(f"{given!r} is not a command: give one of {names}" if given else f"give a command: one of {names}", 2)
-    for name in (name for names in commands.values() for name in names):
-        if FLAGS[name].present and name not in commands[given]:
-            fail(f"--{name} is not a flag of {given}, which has --{', --'.join(commands[given])}", 2)
     return rest
+
+
+def _check(words: Sequence[str], commands: Mapping[str, Sequence[str]]) -> None:
+    """Looks at what is no flag, and at all settings, before anything that takes time.
+
+    Raises:
+      InputError: there is something wrong with them.
+    """
+    given, names = " ".join(words), ", ".join(commands)
+    if commands and given not in commands:
+        raise InputError(f"{given!r} is not a command: give one of {names}" if given else f"give a command: {names}")
+    if words and not commands:
+        raise InputError(f"{given!r} is no flag: every argument has the form --name=value, --help lists them")
+    known = commands.get(given, ())
+    for name in {name for names in commands.values() for name in names} - set(known):
+        if FLAGS[name].present:
+            raise InputError(f"--{name} is not a flag of {given}, which has --{', --'.join(known)}")
+    for part in Flags.made:
+        if not commands or set(part.names.values()) <= set(known):
+            _ = part.value
 
 
 def fail(message: str, status: int) -> NoReturn:

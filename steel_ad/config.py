@@ -329,9 +329,8 @@ class Export(Settings):
 
     # Platforms that the file can run on; the one of this process, which checks it, is among them. ONNX names none.
     platforms: tuple[Literal["cpu", "cuda", "rocm", "tpu"], ...] = ("cpu", "cuda", "tpu")
-    height: int = (
-        0  # Height of the images, px; 0: any that the detector takes if it takes several (ONNX: 256), else 256.
-    )
+    # Height of the images, px; 0: any that the detector takes where it takes several (256 as ONNX), else 256.
+    height: int = 0
     width: int = 0  # Width of the images, px; 0: as for the height.
     threshold: float | None = None  # Threshold of the mask, such as an inspection's, in place of the run's own.
 
