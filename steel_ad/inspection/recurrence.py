@@ -112,42 +112,59 @@ def find(
         raise ValueError(f"a position is not on the strip of {length_mm} mm")
     if not (0.001 <= jitter <= 0.05 and least_turns >= 4 and surrogates >= 1 and (pitch_mm is None or pitch_mm > 0)):
         raise ValueError("jitter must lie in 0.001..0.05, least_turns be at least 4, surrogates and pitch_mm positive")
+    y = along / length_mm
+    pitch = None if pitch_mm is None else pitch_mm / length_mm
     places = _places(across, looks, tolerance_mm, look_tolerance)
-    if not places:
-        return None
     rng = np.random.default_rng([seed, 0x2011])
-    found, chance = [], np.full(surrogates, -np.inf)
-    for members in places:
-        y = along[members] / length_mm
-        pitch = None if pitch_mm is None else pitch_mm / length_mm
-        limits = (float(least_turns), min(members.size / _LEAST_SEEN, np.inf if pitch is None else 0.4 / pitch))
-        if limits[1] <= limits[0]:
-            continue
-        found.append((members, *(v[0] for v in _fit(y[None], limits, jitter))))
-        # A place with very many defects has a long spectrum, so that only some strips fit into memory.
-        at_once = max(1, int(_AT_ONCE / limits[1]))
-        drawn = [_redrawn(y, pitch, min(at_once, surrogates - i), rng) for i in range(0, surrogates, at_once)]
-        chance = np.maximum(chance, np.concatenate([_fit(rows, limits, jitter)[0] for rows in drawn]))
-    if not found:
+    best = _best([(members, y[members]) for members in places], pitch, least_turns, jitter, surrogates, rng)
+    if best is None:
         return None
-    members, value, frequency, phase = max(found, key=lambda f: f[1])
-    p_value = float(1 + np.count_nonzero(chance >= value)) / (surrogates + 1)
-    period = 1 / frequency
-    first = (phase / frequency) % period
+    members, frequency, phase, p_value = best
+    first = (phase / frequency) % (1 / frequency)
     members = members[np.argsort(along[members], kind="stable")]
-    at, _ = _pieces_together(along[None, members] / length_mm, members.size / _LEAST_SEEN)
+    at, _ = _pieces_together(y[None, members], members.size / _LEAST_SEEN)
     turn = (at[0] - first) * frequency
     near = np.abs(turn - np.rint(turn)) <= _REACH * jitter
     turns, seen = 1 + math.floor((1 - first) * frequency), np.unique(np.rint(turn[near])).size
     return Recurrence(
         p_value,
         p_value <= level and seen >= _wanted(turns),
-        float(period * length_mm),
+        float(1 / frequency * length_mm),
         float(first * length_mm),
         tuple(members[near].tolist()),
         turns,
         seen,
     )
+
+
+def _best(
+    places: list[tuple[np.ndarray, np.ndarray]],
+    pitch: float | None,
+    least_turns: int,
+    jitter: float,
+    surrogates: int,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, float, float, float] | None:
+    """The best lattice of all places: members, frequency in turns on the strip, phase in turns, p-value.
+
+    Args:
+      places: indices of the defects of one place, and their positions in [0, 1] along the strip.
+      pitch: as a share of the strip.
+    """
+    fits, chance = [], np.full(surrogates, -np.inf)
+    for members, y in places:
+        limits = (float(least_turns), min(members.size / _LEAST_SEEN, np.inf if pitch is None else 0.4 / pitch))
+        if limits[1] <= limits[0]:
+            continue
+        fits.append((members, *(v[0] for v in _fit(y[None], limits, jitter))))
+        # A place with very many defects has a long spectrum, so that only some strips fit into memory.
+        at_once = max(1, int(_AT_ONCE / limits[1]))
+        drawn = [_redrawn(y, pitch, min(at_once, surrogates - i), rng) for i in range(0, surrogates, at_once)]
+        chance = np.maximum(chance, np.concatenate([_fit(rows, limits, jitter)[0] for rows in drawn]))
+    if not fits:
+        return None
+    members, value, frequency, phase = max(fits, key=lambda fit: fit[1])
+    return members, frequency, phase, float(1 + np.count_nonzero(chance >= value)) / (surrogates + 1)
 
 
 def _wanted(turns: int) -> float:
