@@ -132,6 +132,9 @@ def test_the_command_of_settings():
     assert results.public(line) == (
         "python -m experiments.sweep --config=c.py:x --data=lens,procedural/diamond --workdir=W --workdir=W"
     )
+    for start in ("steel-ad sweep", "python -m steel_ad sweep"):
+        assert results.public(f"{start} --data=/q/lens") == f"{start} --data=lens"
+        assert results.shared(f"{start} --study=a --config.loss=l2") == f"{start} --config.loss=l2"
     more = (
         "python -m experiments.sweep --data lens --config=c.py:x -seeds=3 --config.seed 2 --study=a,b --config.loss=l2"
     )

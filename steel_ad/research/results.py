@@ -235,8 +235,7 @@ def _command(
 
 def public(line: str) -> str:
     """A command line with absolute paths named by their last part, and the working directory W."""
-    # "python", "-m" and the module stand before the flags.
-    start, flags = (words := shlex.split(line))[:3], cli.joined(words[3:])
+    start, flags = _split(line)
     named = []
     for flag in flags:
         name, equals, value = flag.partition("=")
@@ -245,10 +244,17 @@ def public(line: str) -> str:
     return shlex.join([*start, *named])
 
 
+def _split(line: str) -> tuple[list[str], list[str]]:
+    """What stands before the flags, `python -m experiments.NAME`, `python -m steel_ad NAME` or `steel-ad NAME`, and the flags."""
+    words = shlex.split(line)
+    count = 2 + (words[1:2] == ["-m"]) + (words[2:3] == ["steel_ad"])
+    return words[:count], cli.joined(words[count:])
+
+
 def shared(line: str) -> str:
     """What the commands of one study's runs have in common, whichever seeds, values and data sets each of them added."""
     own = ("config.seed", "seeds", "study", "axis", "values", "data", "workdir")
-    start, flags = (words := shlex.split(line))[:3], cli.joined(words[3:])
+    start, flags = _split(line)
     return shlex.join([*start, *sorted(f for f in flags if f.partition("=")[0].removeprefix("--") not in own)])
 
 

@@ -127,7 +127,7 @@ class Run:
             return cls(folder, name, settings, folder)
         known = cls.open(folder)
         if known.name != name:
-            raise InputError(f"{folder} holds a run of experiments.{known.name}: use a new --workdir")
+            raise InputError(f"{folder} holds a run of the experiment {known.name}: use a new --workdir")
         ours, theirs = ({k: v for k, v in s.items() if k not in known.kind.reading} for s in (settings, known.settings))
         if other := configs.difference(ours, theirs):
             raise InputError(f"{folder} holds a run of another config, which differs in {other}: use a new --workdir")
