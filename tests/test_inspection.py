@@ -365,6 +365,18 @@ def test_a_finished_inspection_is_only_read_and_its_folder_is_not_for_another(mo
         inspect(model, source, out, strip=True, false_alarm_rate=0.1)
 
 
+def test_a_setting_that_came_later_has_its_default_in_an_old_record(model, whole, tmp_path):
+    shutil.copytree(whole[1], tmp_path / "out")
+    claimed = files.read_json(tmp_path / "out" / "inspection.json")
+    for lost, message in (({"pitch_mm", "seed"}, None), ({"strip"}, "strip"), ({"model"}, "model")):
+        kept = {k: v for k, v in claimed.items() if k not in lost}
+        files.write_json(tmp_path / "out" / "inspection.json", kept)
+        with pytest.raises(InputError, match=f"differs in {message}") if message else contextlib.nullcontext():
+            assert (
+                inspect(model, whole[1].parent / "in", tmp_path / "out", strip=True)["defects"] == whole[0]["defects"]
+            )
+
+
 def test_a_tile_sees_itself_and_its_halo_and_nothing_else(strip):
     class Surroundings(Contrast):
         least_px = 32
