@@ -219,6 +219,7 @@ class Spectrum(Experiment):
     window: float = 0.25  # Side of the box that the lattice averages deviations in, in pitches.
     floor: float = 0.2  # Least deviation at a place of the lattice's cell, as a share of the cell's mean deviation.
     detail: float = 1.0  # Weight of the whitened energy in the lattice's map; 0: none.
+    components: int = 8  # Ways in which the lattice's cell varies from plate to plate, such as under a moving light.
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -66,15 +66,16 @@ def centred(half: Array, width: int) -> Array:
     return jnp.fft.fftshift(jnp.concatenate([half, opposite], 1))
 
 
-@jax.jit
-def autocorrelation(image: Array) -> Array:
+@functools.partial(jax.jit, static_argnames="reach")
+def autocorrelation(image: Array, *, reach: float = 0.5) -> Array:
     """Correlation of an image with itself, by lag, without bias by the overlap and without slow changes of brightness.
 
     Args:
       image: `[h, w]`, floating, both sides at least 32.
+      reach: largest lag as a share of the side, below 1; few pixels tell long ones.
 
     Returns:
-      `[2 (h // 2) + 1, 2 (w // 2) + 1]`, 1 at lag 0 in the middle, and of a flat image 0 everywhere else.
+      `[2 a + 1, 2 b + 1]` for largest lags of a and b pixels, 1 at lag 0 in the middle, and of a flat image 0 everywhere else.
 
     Raises:
       ValueError: the image is too small.
@@ -87,12 +88,13 @@ def autocorrelation(image: Array) -> Array:
     # Twice the size, so that the ends do not meet.
     spectrum = jnp.fft.rfft2(x, (2 * h, 2 * w))
     full = jnp.fft.irfft2(spectrum.real**2 + spectrum.imag**2, (2 * h, 2 * w))
-    lags = [np.arange(-(n // 2), n // 2 + 1) for n in (h, w)]
-    found = jnp.roll(full, (h // 2, w // 2), (0, 1))[: len(lags[0]), : len(lags[1])]
+    furthest = int(h * reach), int(w * reach)
+    lags = [np.arange(-n, n + 1) for n in furthest]
+    found = jnp.roll(full, furthest, (0, 1))[: len(lags[0]), : len(lags[1])]
     overlap = np.outer(h - abs(lags[0]), w - abs(lags[1])).astype(np.float32)
     # A flat image's rounding has a correlation too, which must not be blown up.
     power = jnp.maximum(full[0, 0] / (h * w), 1e-8)
-    return (found / (overlap * power)).at[h // 2, w // 2].set(1)
+    return (found / (overlap * power)).at[furthest].set(1)
 
 
 def _smoothed(correlation: Array) -> Array:
@@ -223,13 +225,14 @@ def reduced(vectors: np.ndarray) -> np.ndarray:
     return np.stack([first * (-1 if first[1] < 0 else 1), second * (-1 if second[0] < 0 else 1)])
 
 
-def read_lattice(correlation: Array | np.ndarray) -> Lattice | None:
+def read_lattice(correlation: Array | np.ndarray, *, least_echo: float = _ECHO) -> Lattice | None:
     """The lattice of a pattern from its autocorrelation, or a mean of several.
 
     Every pair of peaks spans a lattice; of those at whose points the pattern resembles itself best, the one of smallest cell.
 
     Args:
       correlation: `[2 a + 1, 2 b + 1]`, as `autocorrelation` returns it.
+      least_echo: mean correlation at the lattice's points below which a lattice is chance.
 
     Returns:
       The lattice as numpy arrays, or None where nothing repeats in two directions within the lags.
@@ -267,7 +270,7 @@ def read_lattice(correlation: Array | np.ndarray) -> Lattice | None:
     if not candidates:
         return None
     best = max(echo for echo, _, _ in candidates)
-    if best < _ECHO:
+    if best < least_echo:
         return None
     same = [c for c in candidates if c[0] >= _SAME * best]
     smallest = min(area for _, area, _ in same)

@@ -64,7 +64,7 @@ def run(config: configs.Spectrum, *, data: Sequence[str], workdir: Path) -> dict
         good = [dataset.train[i] for i in split[0]]
         views.append(_view(dataset.name, good, config.images))
         # Before anything of the others is written.
-        fitted = [] if finished[folder] else [_fit(detector, good) for detector in detectors]
+        fitted = [] if finished[folder] else _fit_all(detectors, good, dataset.name)
         looked[folder] = dataset, split, views[-1].lattice, fitted
     results = {}
     for folder, (dataset, split, lattice, fitted) in looked.items():
@@ -110,16 +110,32 @@ class _Fit(NamedTuple):
     seconds: float
 
 
-def _fit(detector: Detector, good: Sequence[np.ndarray]) -> _Fit:
-    start = time.perf_counter()
-    state = detector.fit(good)
-    return _Fit(detector, state, time.perf_counter() - start)
+def _fit_all(detectors: Sequence[Detector], good: Sequence[np.ndarray], name: str) -> list[_Fit]:
+    """The detectors that can be fitted to these images; one that cannot is left out with a word, unless it is the only one.
+
+    Raises:
+      InputError: none of them can.
+    """
+    fitted, refused = [], []
+    for detector in detectors:
+        start = time.perf_counter()
+        try:
+            state = detector.fit(good)
+        except InputError as error:
+            refused.append(error)
+            continue
+        fitted.append(_Fit(detector, state, time.perf_counter() - start))
+    if not fitted:
+        raise refused[0]
+    for error in refused:
+        print(f"left out for {name}: {error}", flush=True)
+    return fitted
 
 
 def _view(name: str, plates: Sequence[np.ndarray], count: int) -> View:
     """What the figures show of a line: its first plate, mean spectrum, mean autocorrelation and lattice."""
     images = list(common_size(plates, count))
-    lattice, echo = line_lattice(plates, count)
+    lattice, echo, _ = line_lattice(plates, count)
     mean = spectrum.centred(spectrum.mean_amplitude(jnp.stack(images)), images[0].shape[1])
     return View(
         name=name,
