@@ -127,8 +127,8 @@ def _fit_all(detectors: Sequence[Detector], good: Sequence[np.ndarray], name: st
         fitted.append(_Fit(detector, state, time.perf_counter() - start))
     if not fitted:
         raise refused[0]
-    for error in refused:
-        print(f"left out for {name}: {error}", flush=True)
+    for reason in refused:
+        print(f"left out for {name}: {reason}", flush=True)
     return fitted
 
 
