@@ -5,7 +5,6 @@ python -m experiments.report --out=docs/results.md     the page again, from the 
 """
 
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
@@ -18,20 +17,12 @@ _OUT = flags.DEFINE_string(
 
 
 def main() -> None:
-    from steel_ad import config as configs
-    from steel_ad import recipes
     from steel_ad.research import results
     from steel_ad.research import results_page as page
 
     out = Path(_OUT.value)
-    kinds = {"autoencoder": configs.Autoencoder, "segmentation": configs.Segmentation, "spectrum": configs.Spectrum}
-    presets: dict[str, dict[str, Any]] = {
-        name: {preset: kind(**settings) for preset, settings in recipes.presets(name).items()}
-        for name, kind in kinds.items()
-    }
-    presets["transfer"] = presets["segmentation"]
     if _RUNS.value:
-        page.write(out, *results.gather([Path(folder) for folder in _RUNS.value], presets))
+        page.write(out, *results.gather([Path(folder) for folder in _RUNS.value]))
     print(f"Results: {page.render(out)}; the numbers: {out.with_suffix('')}")
 
 

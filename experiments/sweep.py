@@ -35,19 +35,18 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the studies: runs, re
 
 
 def main() -> None:
-    from steel_ad.research import sweep
+    from steel_ad.research import studies, sweep
 
     config, experiment, workdir = _CONFIG.value, _EXPERIMENT.value, Path(cli.required(_WORKDIR))
     sweep.run(
         config,
         experiment=experiment,
-        studies=sweep.select(experiment, _STUDY.value, _AXIS.value, _VALUES.value),
+        studies=studies.select(experiment, _STUDY.value, _AXIS.value, _VALUES.value),
         data=_DATA.value,
         workdir=workdir,
         seeds=_SEEDS.value,
         source=_SOURCE.value if experiment == "transfer" else "",
         defects_from=_DEFECTS.value,
-        command=cli.command(),
     )
     print((workdir / "table.md").read_text(encoding="utf-8"))
     print(f"Figures and every number: {workdir}")

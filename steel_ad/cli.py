@@ -6,7 +6,6 @@ import ctypes
 import functools
 import os
 import re
-import shlex
 import subprocess
 import sys
 import traceback
@@ -189,12 +188,6 @@ def early(name: str, default: str) -> str:
     """The value of a flag before flags are parsed, for what depends on it where flags are defined."""
     values = [w.partition("=")[2] for w in joined(sys.argv[1:]) if w.startswith(f"--{name}=")]
     return values[-1] if values else default
-
-
-def command() -> str:
-    """The command line that started this binary, without --compilation_cache, which changes no number."""
-    arguments = [a for a in joined(sys.argv[1:]) if not a.startswith("--compilation_cache")]
-    return shlex.join([*(program or ["python", "-m", f"experiments.{Path(sys.argv[0]).stem}"]), *arguments])
 
 
 def joined(words: Sequence[str]) -> list[str]:

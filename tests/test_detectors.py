@@ -20,8 +20,7 @@ from steel_ad.models import compact_cnn, initial, unet
 from steel_ad.ops import sliding
 from steel_ad.ops.ssim import CONSTANTS, ssim_map
 from steel_ad.report import evaluation as figures
-from steel_ad.research import false_alarms, results
-from steel_ad.research import results_page as page
+from steel_ad.research import false_alarms
 from steel_ad.runs import evaluation
 from steel_ad.train.state import create, stream
 
@@ -366,14 +365,9 @@ def test_lines_vary_about_their_pattern():
         assert 0.03 <= own["grain"] <= 0.06
 
 
-def test_settings_as_text_and_uses_of_images():
-    assert results.settings_text({"b": 1, "a": [0.5]}) == '{"a": [0.5], "b": 1}'
+def test_uses_of_images():
     found = datasets.uses([{"file": name} for name in "abc"], np.array([2]), np.array([0]))
     assert found == [{"file": n, "use": use} for n, use in zip("abc", ("validation", "none", "train"), strict=True)]
-
-
-def test_a_command_without_its_seed():
-    assert page.seedless("a --config.seed=12 --config.seeds=3 b") == "a --config.seeds=3 b"
 
 
 def test_steps_follow_the_epochs_unless_they_are_given():

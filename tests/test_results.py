@@ -11,40 +11,33 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from configs.autoencoder import PRESETS
-from configs.segmentation import PRESETS as SUPERVISED
-from configs.spectrum import PRESETS as SPECTRUM
 from steel_ad import config as configs
-from steel_ad import files
+from steel_ad import files, recipes
 from steel_ad.errors import InputError
-from steel_ad.research import claims, results
+from steel_ad.research import claims, results, wording
 from steel_ad.research import results_page as page
+from steel_ad.runs.run import KINDS
 
 ROOT = Path(__file__).parent.parent
-SETTINGS = {
-    "autoencoder": {name: configs.Autoencoder(**p) for name, p in PRESETS.items()},
-    "segmentation": {name: configs.Segmentation(**p) for name, p in SUPERVISED.items()},
-}
-SETTINGS["transfer"] = SETTINGS["segmentation"]
-SETTINGS["spectrum"] = {name: configs.Spectrum(**p) for name, p in SPECTRUM.items()}
+METRICS = {"pixel_auroc": 0.9, "aupro_30": 0.8, "image_accuracy": 0.7, "defects_found": {"iou_0": 1.0, "iou_30": 0.5}}
+
+
+def settings(experiment, preset, **changed):
+    """All settings of a run, as its record has them."""
+    known = recipes.presets("segmentation" if experiment == "transfer" else experiment)[preset]
+    return configs.to_dict(KINDS[experiment].config(**known)) | changed
 
 
 def record(
-    experiment="autoencoder", preset="quick", *, maps=None, dataset="lens", data="/x/lens", extra=None, **settings
+    experiment="autoencoder", preset="quick", *, maps=None, dataset="lens", data="/x/lens", extra=None, **changed
 ):
-    config = configs.to_dict(SETTINGS[experiment][preset]) | {"data": data} | settings
-    metrics = {
-        "pixel_auroc": 0.9,
-        "aupro_30": 0.8,
-        "image_accuracy": 0.7,
-        "defects_found": {"iou_0": 1.0, "iou_30": 0.5},
-    }
+    config = settings(experiment, preset, data=data, **changed)
     return {
         "experiment": experiment,
         "dataset": dataset,
         "config": config,
         "percentile": config["percentile"],
-        "maps": maps or {"ssim": metrics, "l2": {**metrics, "pixel_auroc": None}},
+        "maps": maps or {"ssim": METRICS, "l2": {**METRICS, "pixel_auroc": None}},
         "train_seconds": 120.0,
         "test_megapixels_per_second": 0.5,
         "parameters": 1048549,
@@ -89,57 +82,154 @@ def test_a_run_as_rows():
 
 
 def test_rows_survive_a_file(tmp_path):
-    rows = [{**r, "seed": "0"} for r in results.rows(record(maps={"ssim": {"pixel_auroc": 0.1 + 0.2}}))]
+    rows = [
+        {**r, "seed": "0", "settings": "{}"} for r in results.rows(record(maps={"ssim": {"pixel_auroc": 0.1 + 0.2}}))
+    ]
     files.write_csv(tmp_path / "a.csv", rows)
-    back = results.read(tmp_path / "a.csv")
-    assert back == rows
-    with pytest.raises(InputError, match=r"b\.csv cannot be read"):
-        results.read(tmp_path / "b.csv")
+    assert results.read(tmp_path / "a.csv", results.ROW) == rows
+    for change, said in (({"seed": "x"}, "seed|invalid"), ({"settings": "[]"}, "list"), ({"experiment": "x"}, "'x'")):
+        files.write_csv(tmp_path / "a.csv", [{**rows[0], **change}])
+        with pytest.raises(InputError, match=rf"a\.csv is damaged.*({said})"):
+            results.read(tmp_path / "a.csv", results.ROW)
+    with pytest.raises(InputError, match=r"there is no .*b\.csv"):
+        results.read(tmp_path / "b.csv", results.ROW)
 
 
-def spectral(**settings):
-    """What `studies.spectrum` records: costs of each map, none of the training."""
+def spectral(**changed):
+    """What `runs.spectrum` records: costs of each map, none of the training."""
     maps = {"whitening": {"pixel_auroc": 0.86}, "lattice": {"pixel_auroc": 0.94}}
-    made = record("spectrum", "default", maps=maps, **settings)
+    made = record("spectrum", "default", maps=maps, **changed)
     del made["train_seconds"]
     speeds = {"whitening": 5.0, "lattice": 3.0}
     return made | {"fit_seconds": {"whitening": 1.0, "lattice": 2.0}, "test_megapixels_per_second": speeds}
 
 
 def test_costs_of_each_map_survive_a_file(tmp_path):
-    methods, _ = results.gather([write(tmp_path / "runs", spectral(), spectral(detail=0.0))], SETTINGS)
+    methods, _ = results.gather([write(tmp_path / "runs", spectral(), spectral(detail=0.0))])
     files.write_csv(tmp_path / "a.csv", methods)
-    found = [r for r in results.read(tmp_path / "a.csv") if r["map"] == "lattice"]
+    found = [r for r in results.read(tmp_path / "a.csv", results.METHODS) if r["map"] == "lattice"]
     assert [(r["train_seconds"], r["test_megapixels_per_second"]) for r in found] == [(2.0, 3.0)] * 2
-    # Other settings are another command.
-    start = "python -m experiments.spectrum --config=configs/spectrum.py:default"
-    assert {r["command"] for r in found} == {
-        f"{start} --data=lens --workdir=W",
-        f"{start} --config.detail=0.0 --data=lens --workdir=W",
+    assert {wording.run_command(r) for r in found} == {
+        "python -m experiments.spectrum --config=default --data=lens --workdir=W",
+        "python -m experiments.spectrum --config=default --config.detail=0 --data=lens --workdir=W",
     }
 
 
-def test_the_command_of_settings():
-    config = configs.Autoencoder(**{**PRESETS["quick"], "loss": "l2", "seed": 2, "loss_options": {"weight": 0.3}})
-    line = results.command(
-        "autoencoder", config, SETTINGS["autoencoder"], {"data": "a b", "defects": "", "workdir": "W"}
+def row_of(experiment, preset, *, name="ssim", **changed):
+    """A row of methods with a preset's settings and changes, of the map `name`."""
+    return {
+        "experiment": experiment,
+        "map": name,
+        **results._named(experiment, settings(experiment, preset, **changed)),
+    }
+
+
+def test_a_row_says_its_settings_by_what_differs_from_the_defaults():
+    row = row_of("autoencoder", "quick", data="/x/lens", loss_options={"weight": 0.3})
+    changed = json.loads(row["settings"])
+    assert (changed["data"], changed["steps"], changed["loss_options"]) == ("lens", 1500, {"weight": 0.3})
+    assert "latent" not in changed
+    # A setting that came later has its default in rows of before, and the identity of these stays.
+    assert results.settings(row) == settings("autoencoder", "quick", data="lens", loss_options={"weight": 0.3})
+    later = row_of(
+        "autoencoder", "quick", data="lens", loss_options={"weight": 0.3}, latent=100, validation_fraction=0.2
     )
+    assert later == row
+    assert row_of("autoencoder", "quick", data="lens", loss_options={"weight": 0.3}, seed=1)["run"] != row["run"]
+    assert results.without(row, "seed", "loss") == results.without(
+        row_of("autoencoder", "quick", data="lens", loss_options={"weight": 0.3}, seed=4, loss="l2"), "seed", "loss"
+    )
+    assert results.without(row, "seed") != results.without(row_of("autoencoder", "quick", data="worn"), "seed")
+
+
+@pytest.mark.parametrize(
+    ("row", "called"),
+    [
+        (row_of("autoencoder", "quick"), "SSIM-AE (wang), SSIM map (thesis)"),
+        (row_of("autoencoder", "quick", name="l2", loss="ssim_l2"), "SSIM and L2-AE (wang), L2 map"),
+        (row_of("autoencoder", "quick", name="l2", loss="l1", constants="thesis"), "L1-AE, L2 map"),
+        (row_of("autoencoder", "quick", name="l2", loss="my:loss", model="my:Net"), "my:loss-AE of my:Net, L2 map"),
+        (
+            row_of("segmentation", "quick", name="classification", defects="labelled"),
+            "U-Net (bce_dice), labelled defects, classifier",
+        ),
+        (
+            row_of("segmentation", "thesis", name="segmentation", model="compact_cnn", defects="/d/steel"),
+            "CompactCNN (mse), inserted defects, map",
+        ),
+        (
+            row_of("transfer", "quick", name="after target segmentation", source="/x/a", target="procedural/diamond"),
+            "U-Net (bce_dice), a to diamond, after adapting, map",
+        ),
+        (row_of("spectrum", "default", name="lattice"), "Lattice neighbours"),
+        (row_of("spectrum", "default", name="my:Detector"), "my:Detector"),
+    ],
+)
+def test_what_a_method_is_called(row, called):
+    assert wording.method(row) == called
+
+
+def test_a_method_is_its_settings_and_its_map():
+    def same(a, b):
+        return results.method(a) == results.method(b)
+
+    ssim, l2 = row_of("autoencoder", "quick"), row_of("autoencoder", "quick", name="l2", loss="l2")
+    assert same(ssim, row_of("autoencoder", "quick", seed=2, steps=7, data="worn"))
+    # Constants of an SSIM that is not used make no difference.
+    assert same(l2, row_of("autoencoder", "quick", name="l2", loss="l2", constants="thesis", residual_constants="wang"))
+    for other in (
+        {"name": "l2"},
+        {"loss": "l2"},
+        {"constants": "thesis"},
+        {"residual_constants": "wang"},
+        {"model": "m:N"},
+    ):
+        assert not same(ssim, row_of("autoencoder", "quick", **other))
+    inserted = row_of("segmentation", "quick", defects="steel")
+    assert same(inserted, row_of("segmentation", "quick", defects="procedural", width=3))
+    for other in ({"defects": "labelled"}, {"model": "compact_cnn"}, {"loss": "mse"}):
+        assert not same(inserted, row_of("segmentation", "quick", **{"defects": "steel", **other}))
+
+
+def test_the_command_of_a_run_and_of_a_study():
+    row = row_of("autoencoder", "quick", loss="l2", seed=2, loss_options={"weight": 0.3}, data="a b", flips=True)
+    assert wording.run_command(row) == (
+        "python -m experiments.autoencoder --config=quick --config.flips=true --loss_option=weight=0.3 --config.loss=l2 "
+        "'--data=a b' --workdir=W"
+    )
+
+    def rows(study, values, data, seeds, experiment="segmentation", axis="", **changed):
+        head = {"study": study, "axis": axis or study}
+        return [
+            {**head, "value": str(v), "seed": str(s)}
+            | row_of(experiment, "quick", **{"seed": s, "defects": "steel", "data": d, **changed, axis or study: v})
+            for v in values
+            for d in data
+            for s in seeds
+        ]
+
+    found = rows("ratio", ("1:0", "1:1"), "ab", (3, 4), steps=5) + rows("ratio", ("1:1",), "c", (0,), steps=5)
+    start = "python -m experiments.sweep --study=ratio"
+    assert wording.study_commands(found) == [
+        f"{start} --values=1:0,1:1 --experiment=segmentation --config=quick --config.seed=3 --config.steps=5 --seeds=2 "
+        "--data=a,b --defects=steel --workdir=W",
+        f"{start} --values=1:1 --experiment=segmentation --config=quick --config.steps=5 --data=c --defects=steel --workdir=W",
+    ]
+    (line,) = wording.study_commands(rows("batch_size", (16, 4), "a", (0,)))
+    assert "--axis=batch_size --values=4,16 " in line
+    (line,) = wording.study_commands(rows("seeds", (0, 1), "a", (0,), axis="seed"))
+    assert "--study=seeds --values=0,1 " in line
+    assert "--config.seed" not in line
+    # What a study changes along with its axis is no setting of the command, what its runs have in common is.
+    options = [{"window_size": 3, "alpha": 2.0}, {"window_size": 7, "alpha": 2.0}]
+    windows = [
+        rows("window", (o["window_size"],), "a", (0,), "autoencoder", "window_size", loss_options=o) for o in options
+    ]
+    (line,) = wording.study_commands([row for some in windows for row in some])
     assert line == (
-        "python -m experiments.autoencoder --config=configs/autoencoder.py:quick --config.seed=2 "
-        "--loss_option=weight=0.3 --config.loss=l2 '--data=a b' --workdir=W"
+        "python -m experiments.sweep --study=window --values=3,7 --config=quick --loss_option=alpha=2 --data=a "
+        "--defects=steel --workdir=W"
     )
-    line = "python -m experiments.sweep --config=c.py:x --data=/q/lens,procedural/diamond --workdir=/tmp/w --workdir V"
-    assert results.public(line) == (
-        "python -m experiments.sweep --config=c.py:x --data=lens,procedural/diamond --workdir=W --workdir=W"
-    )
-    for start in ("steel-ad sweep", "python -m steel_ad sweep"):
-        assert results.public(f"{start} --data=/q/lens") == f"{start} --data=lens"
-        assert results.shared(f"{start} --study=a --config.loss=l2") == f"{start} --config.loss=l2"
-    more = (
-        "python -m experiments.sweep --data lens --config=c.py:x -seeds=3 --config.seed 2 --study=a,b --config.loss=l2"
-    )
-    assert results.shared(more) == "python -m experiments.sweep --config.loss=l2 --config=c.py:x"
-    assert results.shared(line) == "python -m experiments.sweep --config=c.py:x"
 
 
 def test_what_is_gathered(tmp_path):
@@ -154,16 +244,16 @@ def test_what_is_gathered(tmp_path):
     folder = write(tmp_path / "runs", *runs)
     # Of a study, runs that differ in what makes a method count as one, others do not.
     study = tmp_path / "sweep"
-    base = configs.to_dict(SETTINGS["autoencoder"]["quick"])
-    files.write_json(study / "sweep.json", {"experiment": "autoencoder", **base})
+    base = settings("autoencoder", "quick")
+    files.write_json(study / "sweep.json", {"experiment": "autoencoder", "source": "", "defects": "", **base})
     write(study / "runs" / "lens", record(seed=7), record(latent=32, seed=8))
     files.write_json(study / "runs" / "lens" / "0" / "config.json", {**base, "data": "/x/lens"})
     row = {"study": "map", "axis": "residual_constants", "value": "wang", **results.rows(record(seed=7))[0]}
-    row |= {"settings": "{}", "run": "runs/lens/0", "command": "python -m experiments.sweep --data=/x/lens"}
+    row |= {"settings": '{"residual_constants": "wang", "seed": 7}', "run": "runs/lens/0"}
     files.write_csv(study / "results.csv", [row, {**row, "map": "l2"}])
 
-    methods, studies = results.gather([folder, study, folder], SETTINGS)
-    found = [(r["method"], r["seed"]) for r in methods]
+    methods, studies = results.gather([folder, study, folder])
+    found = [(wording.method(r), r["seed"]) for r in methods]
     assert sorted(found) == sorted(
         [
             *((f"SSIM-AE (wang), {m}", s) for m in ("SSIM map (thesis)", "L2 map") for s in ("0", "1", "7")),
@@ -174,22 +264,26 @@ def test_what_is_gathered(tmp_path):
         ]
     )
     assert [r["map"] for r in studies] == ["l2", "ssim"]
-    commands = {r["command"] for r in (*methods, *studies)}
-    assert not any("/x" in c or "/d/" in c for c in commands)
-    assert ("python -m experiments.spectrum --config=configs/spectrum.py:default --data=lens --workdir=W") in commands
-    assert (
-        "python -m experiments.segmentation --config=configs/segmentation.py:quick --data=lens --defects=strip-defects "
-        "--workdir=W"
-    ) in commands
+    assert not any("/x" in r["settings"] or "/d/" in r["settings"] for r in (*methods, *studies))
+    assert [results.settings(r)["residual_constants"] for r in studies] == ["wang"] * 2
+    assert {r["base"] for r in studies} == {row_of("autoencoder", "quick")["run"]}
+    assert ("python -m experiments.segmentation --config=quick --data=lens --defects=strip-defects --workdir=W") in {
+        wording.run_command(r) for r in methods
+    }
+    # What a run read again gives is the row that its own run would have.
+    (again,) = (r for r in methods if wording.method(r) == "SSIM-AE (wang), SSIM map (wang)")
+    write(tmp_path / "own", record(seed=7, residual_constants="wang"))
+    own = results.gather([tmp_path / "own"])[0]
+    assert again["run"] in {r["run"] for r in own}
 
 
 def test_what_cannot_be_gathered(tmp_path):
     with pytest.raises(InputError, match="there is no folder"):
-        results.gather([tmp_path / "none"], SETTINGS)
+        results.gather([tmp_path / "none"])
     with pytest.raises(InputError, match="no finished run"):
-        results.gather([write(tmp_path / "a", {"something": "else"})], SETTINGS)
+        results.gather([write(tmp_path / "a", {"something": "else"})])
     with pytest.raises(InputError, match=r"no record of a run.*lattent"):
-        results.gather([write(tmp_path / "b", record(lattent=3))], SETTINGS)
+        results.gather([write(tmp_path / "b", record(lattent=3))])
     with pytest.raises(InputError, match=r"there is no .*methods"):
         page.render(tmp_path / "page.md")
     assert not (tmp_path / "page.md").exists()
@@ -197,10 +291,10 @@ def test_what_cannot_be_gathered(tmp_path):
 
 def study_rows(study, values, *, dataset="lens", name="segmentation", metric="pixel_auroc"):
     """`values`: value of the axis -> numbers of the seeds."""
-    head = dict.fromkeys(("axis", *results.ROW, "settings", "run"), None)
+    head = dict.fromkeys(results.ROW, None) | {"study": study, "axis": study, "base": "b"}
     return [
-        {**head, "study": study, "axis": study, "value": v, "dataset": dataset, "seed": str(s), "map": name, metric: x}
-        | {"command": "c", "experiment": "segmentation"}
+        {**head, "value": v, "dataset": dataset, "seed": str(s), metric: x}
+        | row_of("segmentation", "quick", name=name, data=dataset, seed=s)
         for v, numbers in values.items()
         for s, x in enumerate(numbers)
     ]
@@ -221,9 +315,9 @@ def test_a_claim_is_judged_by_its_interval():
         overall, found = claims.judge(claim, [], rows)
         return overall, [j.verdict for j in found]
 
-    # Seeds that were added later came by another command.
-    later = [{**r, "command": f"python -m experiments.sweep --seeds={int(r['seed']) + 1}"} for r in rows]
-    assert [(j.seeds, j.low) for j in claims.judge(epochs, [], later)[1]] == [(5, found.low)]
+    # Studies of another base are judged by themselves.
+    other = [{**r, "base": "c"} if int(r["seed"]) > 2 else r for r in rows]
+    assert [j.seeds for j in claims.judge(epochs, [], other)[1]] == [3, 2]
 
     steady = np.array([0.900, 0.901, 0.902])
     noise = np.array([0.0, 0.001, -0.001])
@@ -273,7 +367,7 @@ def test_methods_are_compared_where_all_else_is_shared(tmp_path):
         for s in range(3)
         for m, a in nets.items()
     ]
-    methods, _ = results.gather([write(tmp_path, *runs)], SETTINGS)
+    methods, _ = results.gather([write(tmp_path, *runs)])
     networks, ssim = claims.CLAIMS[2], claims.CLAIMS[3]
     overall, found = claims.judge(ssim, methods, [])
     # Against the better of the two others: 0.9 - 0.7; runs of other settings are compared among themselves.
@@ -287,23 +381,21 @@ def test_methods_are_compared_where_all_else_is_shared(tmp_path):
 
 def test_accuracies_are_those_of_the_rules_that_the_page_names():
     def shown(experiment, percentile, threshold):
-        row = {"image_accuracy": 0.7, "image_accuracy_calibrated": 0.8, "experiment": experiment}
-        return tuple(page._accuracies({**row, "percentile": percentile, "threshold": threshold}).values())
+        row = row_of(experiment, "quick", percentile=percentile) | {"threshold": threshold}
+        return tuple(page._accuracies({**row, "image_accuracy": 0.7, "image_accuracy_calibrated": 0.8}).values())
 
-    assert shown("autoencoder", "98.0", 0.3) == (0.7, 0.8)
-    assert shown("autoencoder", "90.0", 0.3) == (None, None)
-    assert shown("segmentation", "90.0", 0.5) == (0.7, None)
-    assert shown("segmentation", "98.0", 0.4) == (None, 0.8)
+    assert shown("autoencoder", 98.0, 0.3) == (0.7, 0.8)
+    assert shown("autoencoder", 90.0, 0.3) == (None, None)
+    assert shown("segmentation", 90.0, 0.5) == (0.7, None)
+    assert shown("segmentation", 98.0, 0.4) == (None, 0.8)
 
 
 @pytest.mark.slow
 def test_the_page_follows_from_the_files_alone(tmp_path):
     runs = [record(seed=s, maps={"ssim": {"pixel_auroc": 0.9 + 0.01 * s, "image_accuracy": 0.5}}) for s in range(3)]
-    methods, _ = results.gather([write(tmp_path / "runs", *runs, record(percentile=90.0))], SETTINGS)
+    methods, _ = results.gather([write(tmp_path / "runs", *runs, record(percentile=90.0))])
     studies = study_rows("epochs", {"25": [0.9, 0.91, 0.92], "100": [0.9, 0.91, 0.92]})
     studies += study_rows("loss", {"mse": [0.9, 0.8], "a$b_c": [0.7]})
-    for row in studies:
-        row["command"] = f"python -m experiments.sweep --seeds={int(row['seed']) + 1}"
     out = tmp_path / "page" / "results.md"
     page.write(out, methods, studies)
     page.render(out)
@@ -343,22 +435,23 @@ def test_the_page_follows_from_the_files_alone(tmp_path):
     [
         ({"run": "../../elsewhere"}, "lies outside"),
         ({"run": "/etc"}, "lies outside"),
-        ({"command": "python 'x"}, "is damaged"),
-        ({"pixel_auroc": "x"}, "cannot be read"),
-        ({"run": None}, "cannot be read"),
+        ({"settings": "{"}, "is damaged"),
+        ({"pixel_auroc": "x"}, "is damaged"),
+        ({"run": None}, "is damaged"),
+        ({"run": "runs/y"}, "no run in"),
     ],
 )
 def test_a_damaged_study_is_named_and_leads_nowhere_else(tmp_path, change, said):
     files.write_json(tmp_path / "a" / "sweep.json", {})
-    files.write_json(tmp_path / "a" / "runs" / "x" / "config.json", configs.to_dict(SETTINGS["autoencoder"]["quick"]))
+    files.write_json(tmp_path / "a" / "runs" / "x" / "config.json", settings("autoencoder", "quick"))
     row = {"study": "map", "axis": "residual_constants", "value": "thesis", **results.rows(record())[0]}
-    row |= {"map": "ssim", "settings": "{}", "run": "runs/x", "command": "python -m experiments.sweep"}
+    row |= {"map": "ssim", "settings": "{}", "run": "runs/x"}
     files.write_csv(tmp_path / "a" / "results.csv", [row])
-    assert len(results.gather([tmp_path], SETTINGS)[1]) == 1
+    assert len(results.gather([tmp_path])[1]) == 1
     changed = {k: v for k, v in {**row, **change}.items() if (k, v) != ("run", None)}
     files.write_csv(tmp_path / "a" / "results.csv", [changed])
     with pytest.raises(InputError, match=said):
-        results.gather([tmp_path], SETTINGS)
+        results.gather([tmp_path])
     files.write_text(tmp_path / "a" / "results.csv", ",".join(row) + "\n1,2\n")
     with pytest.raises(InputError, match="lacks a cell"):
-        results.gather([tmp_path], SETTINGS)
+        results.gather([tmp_path])

@@ -15,16 +15,17 @@ import pytest
 
 from configs.autoencoder import PRESETS
 from configs.segmentation import PRESETS as SUPERVISED
-from steel_ad import cli, parallel
+from steel_ad import cli, files, parallel
 from steel_ad import config as configs
 from steel_ad.data import datasets, plates
 from steel_ad.detectors import autoencoder as detector
 from steel_ad.errors import InputError
 from steel_ad.report import evaluation as figures
 from steel_ad.report import training
-from steel_ad.research import reading, results, sweep
+from steel_ad.research import reading, results, study_rows, sweep
+from steel_ad.research import studies as known_studies
 from steel_ad.runs import autoencoder, evaluation, segmentation, transfer
-from steel_ad.runs.run import Run
+from steel_ad.runs.run import KINDS, Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,10 +55,8 @@ def data(tmp_path_factory):
 
 
 def run(data, workdir, study="", *, values=(), axis="", experiment="autoencoder", config=None, **options):
-    studies = sweep.select(experiment, study.split(",") if study else [], axis, values)
-    return sweep.run(
-        config or tiny(), experiment=experiment, studies=studies, data=[data], workdir=workdir, command="c", **options
-    )
+    studies = known_studies.select(experiment, study.split(",") if study else [], axis, values)
+    return sweep.run(config or tiny(), experiment=experiment, studies=studies, data=[data], workdir=workdir, **options)
 
 
 @pytest.fixture
@@ -88,7 +87,7 @@ def test_runs_side_by_side_give_what_each_gives_alone(finished, data, tmp_path):
     assert [line.split(":")[0] for line in (first, second)] == ["run 1 of 2", "run 2 of 2"]
     assert not [line for line in rest if "steps/s" in line]
     alone = run(data, tmp_path / "w", axis="latent", values=["8"])
-    both = [r for r in results.read(workdir / "results.csv") if r["seed"] == "0"]
+    both = [r for r in results.read(workdir / "results.csv", study_rows.COLUMNS) if r["seed"] == "0"]
     assert [{k: r[k] for k in results.METRICS} for r in both] == [{k: r[k] for k in results.METRICS} for r in alone]
 
 
@@ -98,15 +97,11 @@ def test_the_binary_runs_a_study(finished, data):
     assert result.returncode == 0, result.stderr
     assert "run 2 of 2" in result.stderr
     assert "## latent" in result.stdout
-    rows = results.read(workdir / "results.csv")
+    rows = results.read(workdir / "results.csv", study_rows.COLUMNS)
     assert [(r["value"], r["seed"], r["map"]) for r in rows] == [
         ("8", s, m) for s in ("0", "1") for m in ("ssim", "l2")
     ]
-    assert set(rows[0]) == set(sweep.COLUMNS)
-    assert rows[0]["command"].startswith(
-        "python -m experiments.sweep --config=configs/autoencoder.py:tiny --axis=latent"
-    )
-    assert "compilation_cache" not in rows[0]["command"]
+    assert set(rows[0]) == set(study_rows.COLUMNS)
     assert json.loads(rows[-1]["settings"]) == {"seed": 1}
     for row in rows:
         record = json.loads((workdir / row["run"] / "metrics.json").read_text())
@@ -123,11 +118,13 @@ def test_the_binary_runs_a_study(finished, data):
 @pytest.mark.usefixtures("without_figures")
 def test_nothing_is_trained_twice_and_other_studies_share_the_runs(finished, data, monkeypatch):
     workdir, _ = finished
-    before = results.read(workdir / "results.csv")
+    before = results.read(workdir / "results.csv", study_rows.COLUMNS)
     monkeypatch.setattr(detector, "train", lambda *a, **k: pytest.fail("trained again"))
-    assert run(data, workdir, axis="latent", values=["8"], seeds=2) == [{**r, "command": "c"} for r in before]
+    # Rows had a column more once.
+    files.write_csv(workdir / "results.csv", [{**r, "command": "python -m experiments.sweep"} for r in before])
+    assert run(data, workdir, axis="latent", values=["8"], seeds=2) == before
+    assert results.read(workdir / "results.csv", study_rows.COLUMNS) == before
     monkeypatch.setattr(sys, "argv", ["x", "--compilation_cache", "/c", "-axis=latent", "--values", "8"])
-    assert cli.command() == "python -m experiments.x --axis=latent --values=8"
     assert cli.early("axis", "") == "latent"
     rows = run(data, workdir, "percentile,radius,stride,map")
     assert {r["study"] for r in rows} == {"latent", "percentile", "radius", "stride", "map"}
@@ -142,11 +139,16 @@ def test_nothing_is_trained_twice_and_other_studies_share_the_runs(finished, dat
     assert values == ["32", "16"]  # those which fit into the patch, as the others do not
     # Read once, rows are kept.
     monkeypatch.setattr(reading, "Reader", lambda *a: pytest.fail("read again"))
-    again = sweep.select("autoencoder", ["percentile", "radius", "stride", "map"], "", [])
-    refreshed = sweep.run(
-        tiny(), experiment="autoencoder", studies=again, data=[data], workdir=workdir, command="later"
-    )
-    assert refreshed == [r if r["study"] == "latent" else {**r, "command": "later"} for r in rows]
+    assert run(data, workdir, "percentile,radius,stride,map") == rows
+    # All of it is gathered, with the settings of each row.
+    methods, gathered = results.gather([workdir])
+    assert len(gathered) == len(rows)
+    assert {r["seed"] for r in methods} == {"0", "1"}
+    for row in gathered:
+        made_with = results.settings(row)
+        assert (str(made_with["seed"]), made_with["data"]) == (row["seed"], Path(data).name)
+        assert known_studies.text(made_with[row["axis"]]) == row["value"]
+    assert len({(r["base"], r["study"]) for r in gathered}) == 5
 
 
 @pytest.mark.slow
@@ -219,7 +221,7 @@ def test_an_interrupted_study_goes_on(data, tmp_path, monkeypatch):
         patch.setattr(autoencoder, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(data, tmp_path, "seeds")
-    assert [r["seed"] for r in results.read(tmp_path / "results.csv")] == ["0", "0"]
+    assert [r["seed"] for r in results.read(tmp_path / "results.csv", study_rows.COLUMNS)] == ["0", "0"]
     rows = run(data, tmp_path, "seeds")
     assert trained == [0, 1, 2]
     assert loaded == [data, data]  # once a call
@@ -241,7 +243,7 @@ def test_a_run_that_dies_does_not_end_the_study(data, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"1 of 3 runs failed.*latent=4.*dead") as error:
         run(data, tmp_path, axis="latent", values=["2", "4", "6"])
     assert error.value.status == 1
-    assert [r["value"] for r in results.read(tmp_path / "results.csv")] == ["2", "6"]
+    assert [r["value"] for r in results.read(tmp_path / "results.csv", study_rows.COLUMNS)] == ["2", "6"]
 
 
 @pytest.mark.slow
@@ -281,25 +283,25 @@ def test_every_study_changes_what_it_says():
         "adapt_epochs": {"adapt_steps"},
     }
     quick = {"autoencoder": PRESETS["quick"], "segmentation": SUPERVISED["quick"], "transfer": SUPERVISED["quick"]}
-    for experiment, studies in sweep.STUDIES.items():
-        base = sweep.KINDS[experiment](**quick[experiment])
+    for experiment, studies in known_studies.STUDIES.items():
+        base = KINDS[experiment].config(**quick[experiment])
         for axis in studies.values():
             for value in axis.values:
                 config = axis.apply(base, value)
                 assert getattr(config, axis.field) == value
                 before, after = configs.to_dict(base), configs.to_dict(config)
                 assert {k for k in after if after[k] != before[k]} <= {axis.field} | extra.get(axis.field, set())
-    window = sweep.STUDIES["autoencoder"]["window"].apply(tiny(), 7)
+    window = known_studies.STUDIES["autoencoder"]["window"].apply(tiny(), 7)
     assert window.loss_options == {"window_size": 7}
-    assert sweep.STUDIES["autoencoder"]["window"].apply(tiny(loss="l2"), 7).loss_options == {}
+    assert known_studies.STUDIES["autoencoder"]["window"].apply(tiny(loss="l2"), 7).loss_options == {}
 
 
 def test_an_axis_of_a_setting_alone_has_an_effect():
     quick = {"autoencoder": PRESETS["quick"], "segmentation": SUPERVISED["quick"], "transfer": SUPERVISED["quick"]}
 
     def applied(experiment, field, value):
-        (axis,) = sweep.select(experiment, [], field, [value]).values()
-        return axis.apply(sweep.KINDS[experiment](**quick[experiment]), axis.values[0])
+        (axis,) = known_studies.select(experiment, [], field, [value]).values()
+        return axis.apply(KINDS[experiment].config(**quick[experiment]), axis.values[0])
 
     assert applied("autoencoder", "epochs", "2").total_steps == 2 * 625
     assert applied("autoencoder", "decay", "learning_rate").weight_decay > 0
@@ -307,7 +309,7 @@ def test_an_axis_of_a_setting_alone_has_an_effect():
     assert applied("transfer", "epochs", "2").total_steps == 2 * 250
     assert applied("segmentation", "classifier_epochs", "2").total_classifier_steps == 2 * 250
     for experiment, field in (("autoencoder", "num_crops"), ("segmentation", "samples"), ("segmentation", "new_line")):
-        base = sweep.KINDS[experiment](**quick[experiment])
+        base = KINDS[experiment].config(**quick[experiment])
         with pytest.raises(InputError, match=f"{field} changes nothing"):
             run("nowhere", Path("nowhere"), axis=field, values=["1"], experiment=experiment, config=base)
 
@@ -373,7 +375,7 @@ def test_studies_of_another_config_or_data(finished, data, tmp_path):
         sweep.run(
             tiny(),
             experiment="autoencoder",
-            studies=sweep.select("autoencoder", ["latent"], "", []),
+            studies=known_studies.select("autoencoder", ["latent"], "", []),
             data=[data, str(tmp_path / "line")],
             workdir=tmp_path / "w",
         )
@@ -441,15 +443,15 @@ def test_a_studys_figure_has_every_seeds_metric_by_data_map_and_value():
             "axis": axis,
             "value": value,
             "seed": seed,
-            **dict.fromkeys(sweep.SHOWN),
+            **dict.fromkeys(study_rows.SHOWN),
             "dataset": dataset,
             "map": name,
             "pixel_auroc": auroc,
         }
 
     rows = [row("100", 0, 0.5), row("20", 0, 0.25), row("20", 1, 0.75), row("20", 0, 0.125, name="l2")]
-    shown = sweep.figure(rows)
-    nothing = {key: [] for key in list(sweep.SHOWN)[1:]}
+    shown = study_rows.figure(rows)
+    nothing = {key: [] for key in list(study_rows.SHOWN)[1:]}
     assert shown["found"] == {
         ("lens", "ssim"): {
             "100": {"pixel_auroc": [0.5], **nothing},
@@ -457,7 +459,7 @@ def test_a_studys_figure_has_every_seeds_metric_by_data_map_and_value():
         },
         ("lens", "l2"): {"20": {"pixel_auroc": [0.125], **nothing}},
     }
-    assert (shown["values"], shown["axis"], shown["metrics"]) == (["20", "100"], "latent", sweep.SHOWN)
+    assert (shown["values"], shown["axis"], shown["metrics"]) == (["20", "100"], "latent", study_rows.SHOWN)
     assert shown["title"] == "autoencoder: latent, median and range of 2 seeds"
-    assert sweep.figure(rows[:2])["title"] == "autoencoder: latent"
-    assert sweep.figure([row(str(k), k, 0.5, axis="seed") for k in range(2)])["title"] == "autoencoder: latent"
+    assert study_rows.figure(rows[:2])["title"] == "autoencoder: latent"
+    assert study_rows.figure([row(str(k), k, 0.5, axis="seed") for k in range(2)])["title"] == "autoencoder: latent"

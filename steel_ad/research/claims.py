@@ -10,13 +10,13 @@ A claim is confirmed if it holds on every data set with at least three seeds, re
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
+from steel_ad import config as configs
 from steel_ad.research import results
 
 _SEEDS = 3
@@ -54,7 +54,8 @@ class Judged:
 def judge(claim: Claim, methods: Rows, studies: Rows) -> tuple[str, list[Judged]]:
     """ "confirmed", "refuted" or "undecided", and what each data set says."""
     found = []
-    for (dataset, shared), pairs in sorted(claim.differences(methods, studies, claim.metric).items()):
+    differences = claim.differences(methods, studies, claim.metric)
+    for (dataset, shared), pairs in sorted(differences.items(), key=lambda item: item[0][0]):
         n = len(next(iter(pairs.values())))
         intervals = {pair: _interval(values, 1 - 0.05 / len(pairs)) for pair, values in pairs.items()}
         # The best of A against each of B, then the hardest of B; of means and of either bound alike.
@@ -108,7 +109,7 @@ def _along(study: str, name: str, side: Callable[[str], str], needed: Collection
         rows = [r for r in studies if r["study"] == study and r["map"] == name]
         return _paired(
             rows,
-            lambda r: (r["dataset"], results.shared(r["command"])),
+            lambda r: (r["dataset"], r["base"]),
             metric,
             lambda r: (which, r["value"]) if (which := side(r["value"])) else None,
             needed,
@@ -117,31 +118,23 @@ def _along(study: str, name: str, side: Callable[[str], str], needed: Collection
     return differences
 
 
-def _without(command: str, *settings: str) -> str:
-    return " ".join(w for w in command.split() if not re.match(rf"--config\.({'|'.join(settings)})=", w))
+def _by(experiment: str, setting: str, members: Mapping[tuple[str, str], Member]):
+    """Of an experiment's methods, (value of a setting, map) that are members; runs are alike in all settings but that."""
+
+    def differences(methods: Rows, studies: Rows, metric: str) -> Differences:
+        return _paired(
+            [r for r in methods if r["experiment"] == experiment],
+            lambda r: (r["dataset"], results.without(r, "seed", setting)),
+            metric,
+            lambda r: members.get((results.settings(r)[setting], r["map"])),
+            members.values(),
+        )
+
+    return differences
 
 
-def _networks(methods: Rows, studies: Rows, metric: str) -> Differences:
-    rows = [r for r in methods if r["experiment"] == "segmentation" and r["map"] == "segmentation"]
-    return _paired(
-        rows,
-        lambda r: (r["dataset"], _without(r["command"], "seed", "model")),
-        metric,
-        lambda r: (which, "") if (which := {"U-Net": "a", "CompactCNN": "b"}.get(r["method"].split(" ")[0])) else None,
-        [("a", ""), ("b", "")],
-    )
-
-
-def _ssim(methods: Rows, studies: Rows, metric: str) -> Differences:
-    members = {r"SSIM-AE .*, SSIM map": ("a", ""), r"L2-AE, L2 map": ("b", "L2"), r"SSIM-AE .*, L2 map": ("b", "SSIM")}
-    rows = [r for r in methods if r["experiment"] == "autoencoder"]
-    return _paired(
-        rows,
-        lambda r: (r["dataset"], _without(r["command"], "seed", "loss")),
-        metric,
-        lambda r: next((member for pattern, member in members.items() if re.match(pattern, r["method"])), None),
-        members.values(),
-    )
+_NETWORKS = {("unet", "segmentation"): ("a", ""), ("compact_cnn", "segmentation"): ("b", "")}
+_LOSSES = {("ssim", "ssim"): ("a", ""), ("l2", "l2"): ("b", "L2"), ("ssim", "l2"): ("b", "SSIM")}
 
 
 _RATIOS = (("a", "1:1"), ("a", "1:3"), ("b", "1:0"))
@@ -159,12 +152,17 @@ CLAIMS = (
         "pixel_auroc",
         _along("ratio", "segmentation", lambda v: {"1:1": "a", "1:3": "a", "1:0": "b"}.get(v, ""), _RATIOS),
     ),
-    Claim("U-Net localises better than CompactCNN", "A: U-Net, B: CompactCNN, their maps", "aupro_30", _networks),
+    Claim(
+        "U-Net localises better than CompactCNN",
+        "A: U-Net, B: CompactCNN, their maps",
+        "aupro_30",
+        _by("segmentation", "model", _NETWORKS),
+    ),
     Claim(
         "An autoencoder trained with SSIM localises best",
         "A: SSIM-AE with SSIM map, B: the better of L2-AE and SSIM-AE with L2 map",
         "aupro_30",
-        _ssim,
+        _by("autoencoder", "loss", _LOSSES),
     ),
     Claim(
         "Windows every 32 pixels are better than every 128",
@@ -177,20 +175,22 @@ CLAIMS = (
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A pixel AUROC that others report, on data that is not here; `ours` is a pattern of our methods' names."""
+    """A pixel AUROC that others report, on data that is not here; `ours` is what our methods of that name have in common."""
 
     method: str
     data: str
     pixel_auroc: float
     source: str
-    ours: str
+    ours: Mapping[str, str]
 
 
 _THESIS = "the thesis, table 2-1"
 _BERGMANN = "Bergmann et al. 2019"
 _FABRIC = "Bergmann et al. 2018"
-_SSIM_AE, _L2_AE = r"SSIM-AE .*, SSIM map", r"L2-AE, L2 map"
-_COMPACT, _UNET = r"CompactCNN .* defects, map", r"U-Net .* defects, map"
+_SSIM_AE, _L2_AE = ({"experiment": "autoencoder", "loss": loss, "map": loss} for loss in ("ssim", "l2"))
+_COMPACT, _UNET = (
+    {"experiment": "segmentation", "model": model, "map": "segmentation"} for model in ("compact_cnn", "unet")
+)
 PUBLISHED = (
     Published("CompactCNN", "data set 1, 256x256", 0.9942, _THESIS, _COMPACT),
     Published("CompactCNN", "data set 1, 512x512", 0.9889, _THESIS, _COMPACT),
@@ -218,9 +218,8 @@ PUBLISHED = (
 
 def ours(published: Published, methods: Rows) -> str:
     """Medians over seeds of the method's pixel AUROC, from the least to the greatest over data sets."""
-    rows = [
-        r for r in methods if re.match(published.ours + r"( \(\w+\))?$", r["method"]) and r["pixel_auroc"] is not None
-    ]
+    known = [(r, results.method(r)) for r in methods if r["pixel_auroc"] is not None]
+    rows = [{**r, "method": configs.canonical(m)} for r, m in known if published.ours.items() <= m.items()]
     medians = [
         {"pixel_auroc": float(np.median([r["pixel_auroc"] for r in same]))}
         for same in results.series(rows, "dataset", "method").values()

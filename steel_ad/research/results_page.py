@@ -1,6 +1,5 @@
 """The results page and its figures, made of `methods.csv` and `studies.csv` alone: the same bytes from the same files."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from steel_ad import files
 from steel_ad.errors import InputError
 from steel_ad.report import studies as figures
 from steel_ad.report import tables
-from steel_ad.research import claims, results, sweep
+from steel_ad.research import claims, results, study_rows, wording
 
 _METHODS, _STUDIES = "methods.csv", "studies.csv"
 Rows = Sequence[Mapping[str, Any]]
@@ -43,8 +42,8 @@ Devices: {devices}.
 
 def write(out: Path, methods: Rows, studies: Rows) -> None:
     """The CSV files that `render` reads, in the folder named as the page; raises as `files.write_text`."""
-    files.write_csv(out.with_suffix("") / _METHODS, methods)
-    files.write_csv(out.with_suffix("") / _STUDIES, studies)
+    files.write_csv(out.with_suffix("") / _METHODS, methods, results.METHODS)
+    files.write_csv(out.with_suffix("") / _STUDIES, studies, results.STUDIES)
 
 
 def render(out: Path) -> Path:
@@ -60,7 +59,8 @@ def render(out: Path) -> Path:
     for name in (_METHODS, _STUDIES):
         if not (folder / name).exists():
             raise InputError(f"there is no {folder / name}: give --runs=FOLDER[,FOLDER...] to make it")
-    methods, studies = results.read(folder / _METHODS), results.read(folder / _STUDIES)
+    methods = results.read(folder / _METHODS, results.METHODS)
+    studies = results.read(folder / _STUDIES, results.STUDIES)
     commands = _Commands()
     # A study that is no longer in the files would be left to speak for them.
     for old in (*folder.glob("study_*.png"), folder / "methods.png"):
@@ -83,14 +83,13 @@ def _relative(out: Path) -> str:
 
 
 class _Commands:
-    """Numbers of the commands behind the page, without the seed, in the order in which they come."""
+    """Numbers of the commands behind the page, in the order in which they come."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
 
-    def of(self, rows: Rows) -> str:
-        names = dict.fromkeys(seedless(row["command"]) for row in rows)
-        return " ".join(f"[{self._numbers.setdefault(n, len(self._numbers) + 1)}]" for n in names)
+    def of(self, commands: Sequence[str]) -> str:
+        return " ".join(f"[{self._numbers.setdefault(c, len(self._numbers) + 1)}]" for c in commands)
 
     def text(self) -> str:
         lines = [f"{number}. `{command}`" for command, number in self._numbers.items()]
@@ -106,23 +105,21 @@ class _Commands:
         )
 
 
-def seedless(command: str) -> str:
-    """A command line without --config.seed."""
-    return re.sub(r" --config\.seed=\d+", "", command)
-
-
 def _methods(methods: Rows, folder: Path, commands: _Commands) -> list[str]:
     if not methods:
         return []
-    rows = [{**row, "made by": seedless(row["command"]), **_accuracies(row)} for row in methods]
+    rows = [{**row, "method": wording.method(row), "seedless": results.without(row, "seed")} for row in methods]
+    rows = sorted(({**row, **_accuracies(row)} for row in rows), key=lambda row: (row["experiment"], row["method"]))
     parts = ["## Methods\n"]
     drawn: dict[str, dict[str, dict[str, list[float]]]] = {}
     shown = {"pixel_auroc": "pixel AUROC", "aupro_30": "AU-PRO to FPR 0.3", "image_auroc": "image AUROC"}
     for (dataset,), of_dataset in sorted(results.series(rows, "dataset").items()):
         lines = []
-        for (method, _), same in results.series(of_dataset, "method", "made by").items():
+        for (method, _), same in results.series(of_dataset, "method", "seedless").items():
             line = {"method": method, **{label: results.spread(same, m) for m, label in _COLUMNS.items()}}
-            lines.append({**line, "seeds": len({row["seed"] for row in same}), "by": commands.of(same)})
+            lines.append(
+                {**line, "seeds": len({row["seed"] for row in same}), "by": commands.of([wording.run_command(same[0])])}
+            )
             # Of a method with several settings the figure shows all.
             kept = drawn.setdefault(method, {}).setdefault(dataset, {m: [] for m in shown})
             for m in shown:
@@ -139,7 +136,7 @@ def _methods(methods: Rows, folder: Path, commands: _Commands) -> list[str]:
 
 def _accuracies(row: Mapping[str, Any]) -> dict[str, Any]:
     """Only where percentile and threshold are those that the page names."""
-    usual = row["percentile"] in ("98.0", "98")
+    usual = results.settings(row)["percentile"] == 98
     trained_on_defects = row["experiment"] in ("segmentation", "transfer")
     # A classifier has no map that a threshold could be of.
     whole = row["threshold"] in (None, 0.5) if trained_on_defects else usual
@@ -199,15 +196,14 @@ def _published(methods: Rows) -> list[str]:
 def _studies(studies: Rows, folder: Path, commands: _Commands) -> list[str]:
     parts = []
     taken: set[str] = set()
-    alike = [{**row, "shared": results.shared(row["command"])} for row in studies]
-    for (experiment, study, _), rows in results.series(alike, "experiment", "study", "shared").items():
+    for (experiment, study, _), rows in results.series(studies, "experiment", "study", "base").items():
         name = f"study_{experiment}_{study}"
         while name in taken:
             name += "_"
         taken.add(name)
-        figures.study(folder / f"{name}.png", **sweep.figure(rows))
-        table = sweep.markdown(rows).partition("\n\n")[2]
+        figures.study(folder / f"{name}.png", **study_rows.figure(rows))
+        table = study_rows.markdown(rows).partition("\n\n")[2]
         parts.append(
-            f"### {experiment}: {study} {commands.of(rows)}\n\n![{study}]({folder.name}/{name}.png)\n\n{table}"
+            f"### {experiment}: {study} {commands.of(wording.study_commands(rows))}\n\n![{study}]({folder.name}/{name}.png)\n\n{table}"
         )
     return ["## Studies\n", *parts] if parts else []

@@ -322,12 +322,9 @@ def _run(folder: Path) -> None:
 
 
 def _results(folder: Path) -> None:
-    from configs import autoencoder
-    from steel_ad import config as configs
     from steel_ad.research import results
 
-    presets = {"autoencoder": {n: configs.Autoencoder(**p) for n, p in autoencoder.PRESETS.items()}}
-    found, studies = results.gather([folder], presets)
+    found, studies = results.gather([folder])
     assert found or studies
 
 
@@ -448,7 +445,7 @@ def _make_by_reading(whole: Path, names: list[str]) -> None:
     (study / "sweep.json").write_text("{}")
     row = dict.fromkeys(("study", "axis", "value", *results.ROW, "settings"), "1")
     row |= {"axis": "residual_constants", "map": "ssim", "value": "wang", "run": "runs/a", "settings": "{}"}
-    row |= {"command": "python -m experiments.sweep --workdir=W"}
+    row |= {"experiment": "autoencoder"}
     (study / "runs" / "a").mkdir(parents=True)
     shutil.copy(kept() / "inputs" / "model" / "config.json", study / "runs" / "a")
     text = io.StringIO()
