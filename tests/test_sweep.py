@@ -15,8 +15,8 @@ import pytest
 
 from configs.autoencoder import PRESETS
 from configs.segmentation import PRESETS as SUPERVISED
-from steel_ad import cli, files, parallel
 from steel_ad import config as configs
+from steel_ad import files, parallel
 from steel_ad.data import datasets, plates
 from steel_ad.detectors import autoencoder as detector
 from steel_ad.errors import InputError
@@ -124,8 +124,6 @@ def test_nothing_is_trained_twice_and_other_studies_share_the_runs(finished, dat
     files.write_csv(workdir / "results.csv", [{**r, "command": "python -m experiments.sweep"} for r in before])
     assert run(data, workdir, axis="latent", values=["8"], seeds=2) == before
     assert results.read(workdir / "results.csv", study_rows.COLUMNS) == before
-    monkeypatch.setattr(sys, "argv", ["x", "--compilation_cache", "/c", "-axis=latent", "--values", "8"])
-    assert cli.early("axis", "") == "latent"
     rows = run(data, workdir, "percentile,radius,stride,map")
     assert {r["study"] for r in rows} == {"latent", "percentile", "radius", "stride", "map"}
     record = json.loads((workdir / rows[0]["run"] / "metrics.json").read_text())

@@ -36,6 +36,8 @@ class Mapper:
     def __init__(self, detector: Detector, radius: int):
         def one(state, pixels):
             maps = opened.open_maps(detector, state, pixels, radius=radius)
+            # Programs return dicts sorted by key.
+            self._names = list(maps)
             return maps, detector.probability(state, opened.scaled(pixels))
 
         self._program = opened.Program(one)
@@ -51,7 +53,7 @@ class Mapper:
           label: of the progress bar.
         """
         results = self._program(state, images, label=label)
-        names = results[0][0] if results else ()
+        names = self._names if results else ()
         maps = {n: Maps([m[n].raw for m, _ in results], [m[n].opened for m, _ in results]) for n in names}
         return maps, _probabilities(results)
 
@@ -64,8 +66,8 @@ class Mapper:
 
         def keep(result) -> tuple[dict[str, np.float32], Any]:
             maps, probability = result
-            for name, m in maps.items():
-                tails.setdefault(name, Tail(pixels, percentile)).add(m.raw)
+            for name in self._names:
+                tails.setdefault(name, Tail(pixels, percentile)).add(maps[name].raw)
             return {name: m.score for name, m in maps.items()}, probability
 
         results = self._program(state, images, label=label, keep=keep)
