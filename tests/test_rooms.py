@@ -1,6 +1,8 @@
 """Who may import whom, and that every kernel and step lowers for every platform."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -90,6 +92,25 @@ def test_packages_have_one_owner(package):
     for path in SOURCES:
         if any(i.split(".")[0] == package for i in imports(path)):
             assert str(path.relative_to(ROOT)).startswith(OWNERS[package]), f"{path} imports {package}"
+
+
+IMPORTS = """
+import importlib, pkgutil
+from absl import flags
+from jax._src import xla_bridge
+for package in ("steel_ad", "experiments", "configs"):
+    for module in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
+        importlib.import_module(module.name)
+        # Binaries define flags of the same names.
+        own = flags.FLAGS.flags_by_module_dict().get(module.name, [])
+        flags.FLAGS.remove_flag_values([flag.name for flag in own])
+        assert not xla_bridge._backends, module.name
+"""
+
+
+def test_no_import_starts_a_backend():
+    """A process must be able to choose its devices, or join others, after its imports."""
+    subprocess.run([sys.executable, "-c", IMPORTS], check=True, cwd=ROOT)
 
 
 TINY = Autoencoder(patch_size=32, latent=4, crops="fresh", flips=True, batch_size=2, steps=2, stride=16)

@@ -4,7 +4,6 @@ A score is the maximum of a plate's opened map, as an inspection scores a tile; 
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -98,12 +97,10 @@ def frames(rng: np.random.Generator, own: Mapping[str, float], groups: np.ndarra
     return {name: value.astype(np.float32) for name, value in values.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("recipe", "size"), compiler_options=cpu_compiler_options())
 def _render(key: Array, recipe: Line, values: dict[str, Array], size: int) -> Array:
     return plates.to_uint8(plates.render_each(key, recipe, values, shape=(size, size)))
 
 
-@functools.partial(jax.jit, static_argnames=("detector", "radius"), compiler_options=cpu_compiler_options())
 def _scores(detector: Detector, state: Any, images: Array, radius: int) -> Array:
     def one(image: Array) -> Array:
         return open_maps(detector, state, image, radius=radius)[detector.name].score
@@ -278,6 +275,9 @@ class _Simulation:
         calibrate, fresh = settings["calibration"], settings["fresh"]
         whole = math.ceil(calibrate / _STRIP)
         strips = np.concatenate([np.repeat(np.arange(whole), _STRIP), np.arange(whole, calibrate)])
+        options = cpu_compiler_options()
+        self._render = jax.jit(_render, static_argnames=("recipe", "size"), compiler_options=options)
+        self._scores = jax.jit(_scores, static_argnames=("detector", "radius"), compiler_options=options)
         # kind of plates -> stream -> each plate's strip
         self.groups: dict[str, dict[int, np.ndarray]] = {
             "independent": {_CALIBRATION: np.arange(calibrate), _FRESH: np.arange(fresh)},
@@ -293,7 +293,7 @@ class _Simulation:
         def same(count: int) -> dict[str, np.ndarray]:
             return {name: np.full(count, value, np.float32) for name, value in own.items()}
 
-        good = np.asarray(_render(jax.random.fold_in(root, _FIT), base, same(_BATCH), size))[:24]
+        good = np.asarray(self._render(jax.random.fold_in(root, _FIT), base, same(_BATCH), size))[:24]
         states = {name: detector.fit(list(good)) for name, detector in self._detectors.items()}
         found, seen = [], 0
         for k, (kind, roles) in enumerate(self.groups.items()):
@@ -343,9 +343,9 @@ class _Simulation:
         for start in range(0, count, _BATCH):
             # The last batch goes round, so that all have one shape.
             batch = {name: value.take(range(start, start + _BATCH), mode="wrap") for name, value in values.items()}
-            images = _render(jax.random.fold_in(key, start), base, batch, self._settings["size"])
+            images = self._render(jax.random.fold_in(key, start), base, batch, self._settings["size"])
             radius = configs.Spectrum().radius
-            scored = {name: _scores(d, states[name], images, radius) for name, d in self._detectors.items()}
+            scored = {name: self._scores(d, states[name], images, radius) for name, d in self._detectors.items()}
             waiting.append((min(start + _BATCH, count), scored))
             if len(waiting) > 1:
                 fetch()
