@@ -34,7 +34,7 @@ def ssim(reconstruction: Array, target: Array, **options) -> Array:
 
 
 _PARAMETERS = inspect.signature(mean_residual).parameters.values()
-ssim.options = tuple(p.name for p in _PARAMETERS if p.kind is p.KEYWORD_ONLY and p.name != "form")  # type: ignore[attr-defined]
+ssim.options = tuple(p.name for p in _PARAMETERS if p.kind is p.KEYWORD_ONLY)  # type: ignore[attr-defined]
 
 
 def ssim_l2(reconstruction: Array, target: Array, *, weight: float = 0.5, **options) -> Array:

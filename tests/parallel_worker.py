@@ -19,7 +19,7 @@ from steel_ad.config import Autoencoder, Segmentation
 from steel_ad.data import defects, patches
 from steel_ad.data.datasets import TestImage
 from steel_ad.detectors import Detector, autoencoder, opened, segmentation
-from steel_ad.models import blocks, initial, unet
+from steel_ad.models import layers, unet
 from steel_ad.ops import convolution
 from steel_ad.runs import evaluation
 from steel_ad.train import loop
@@ -99,7 +99,7 @@ def normed() -> np.ndarray:
 
 def batch_norm(mesh) -> dict:
     """Gradients of batch norm's own parameters and its running statistics after one step; the kernel is the identity."""
-    layer, rule = blocks.ConvNormRelu(1, size=1), optax.trace(0.0)
+    layer, rule = layers.ConvNormRelu(1, size=1), optax.trace(0.0)
 
     def objective(params, extra, data, step, root):
         x = parallel.split_batch(data)
@@ -119,7 +119,7 @@ def unet_in_float64(mesh) -> dict[str, np.ndarray]:
     wide = types.SimpleNamespace(**{**vars(jnp), "float32": jnp.float64})  # the networks' own word for their precision
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.enable_x64(True))
-        for module in (blocks, initial, unet):
+        for module in (layers, unet):
             stack.enter_context(mock.patch.object(module, "jnp", wide))
         network = unet.UNet(width=2, dtype=np.float64)
 

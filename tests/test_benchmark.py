@@ -24,7 +24,7 @@ from steel_ad.data.images import Images
 from steel_ad.data.patches import stack
 from steel_ad.detectors import autoencoder, segmentation
 from steel_ad.errors import InputError
-from steel_ad.ops import convolution, sliding
+from steel_ad.ops import forms, sliding
 from steel_ad.report import roofline, style
 from steel_ad.train.state import create
 from steel_ad.train.step import make_step
@@ -257,7 +257,8 @@ def test_what_cannot_be_done_is_said_before_anything_is_timed(tmp_path, change, 
 @pytest.mark.parametrize("loss", ["ssim", "l2"])
 def test_flops_of_a_training_step_are_what_xla_counts_in_the_plain_form(monkeypatch, loss):
     # The rewritten form pays for the zeros of its kernels; XLA leaves out the taps beyond the border.
-    monkeypatch.setattr(convolution, "_rewrite", lambda form: False)
+    for operation in ("halve", "double"):
+        monkeypatch.setitem(forms.FORMS, operation, forms.FORMS[operation][-1:])
     config = configs.Autoencoder(crops="fresh", batch_size=4, loss=loss)
     state = jax.eval_shape(lambda: autoencoder.initial_state(config, jax.random.key(0)))
     plates = jax.tree.map(jnp.asarray, stack([np.zeros((256, 256), np.uint8)] * 2))
@@ -284,7 +285,8 @@ def test_flops_of_ssim_are_near_what_xla_counts(gradient, tolerance):
 
 
 def test_flops_of_an_inspection_are_what_xla_counts_in_the_plain_form(monkeypatch):
-    monkeypatch.setattr(convolution, "_rewrite", lambda form: False)
+    for operation in ("halve", "double"):
+        monkeypatch.setitem(forms.FORMS, operation, forms.FORMS[operation][-1:])
     monkeypatch.setattr(sliding, "_shares", lambda *_: False)  # the count is of each window by itself
     config = configs.Autoencoder(stride=64)
     params = jax.eval_shape(lambda: autoencoder.initial_state(config, jax.random.key(0)).params)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from steel_ad.data import datasets, patches
 from steel_ad.data import plates as drawn
 from steel_ad.detectors import Detector, autoencoder, phase_only, segmentation
 from steel_ad.errors import InputError
-from steel_ad.models import compact_cnn, initial, unet
+from steel_ad.models import compact_cnn, unet
 from steel_ad.ops import sliding
 from steel_ad.ops.ssim import CONSTANTS, ssim_map
 from steel_ad.report import evaluation as figures
@@ -61,13 +62,21 @@ def test_the_autoencoders_objective_is_the_mean_loss_of_its_patches(plates):
     assert extra == {"kept": 1}
 
 
+# The suite compiles without optimising, the program of a first state with a little of it, which users' programs share to the bit.
+same_numbers = (
+    np.testing.assert_array_equal
+    if "STEEL_AD_OPTIMISED" in os.environ
+    else functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+)
+
+
 def test_the_autoencoders_first_state_is_that_of_its_network_and_seed():
     config = autoencoder_settings(latent=7, dtype="bfloat16")
     network = autoencoder.model(config)
     assert (network.latent, network.dtype) == (7, jnp.bfloat16)
     state = autoencoder.initial_state(config, ROOT)
-    want = jax.jit(lambda k: initial.together(network.init, k, jnp.zeros((1, 32, 32, 1))))(stream(ROOT, "init"))
-    jax.tree.map(np.testing.assert_array_equal, state.params, want)
+    want = jax.jit(network.init)(stream(ROOT, "init"), jnp.zeros((1, 32, 32, 1)))
+    jax.tree.map(same_numbers, state.params, want)
     assert int(state.step) == 0
     assert state.params["params"]["Collapse_0"]["kernel"].shape == (2, 2, 32, 7)
 
@@ -129,17 +138,17 @@ def test_first_states_of_both_stages_are_those_of_their_networks_and_seed(superv
     config, _, first, second = supervised
     network, root = segmentation.network(config), jax.random.key(config.seed)
     x = jnp.zeros((1, config.patch_size, config.patch_size, 1))
-    want = jax.jit(lambda k: initial.together(network.init, k, x))(stream(root, "init segmentation"))
+    want = jax.jit(network.init)(stream(root, "init segmentation"), x)
     frozen = segmentation.variables(first)
     assert set(frozen) == {"params", "batch_stats"}
-    jax.tree.map(np.testing.assert_array_equal, frozen, dict(want))
+    jax.tree.map(same_numbers, frozen, dict(want))
 
     @jax.jit
     def init(key, frozen):
         return compact_cnn.Classifier().init(key, *network.apply(frozen, x))
 
     want = init(stream(root, "init classifier"), frozen)
-    jax.tree.map(np.testing.assert_array_equal, segmentation.variables(second), dict(want))
+    jax.tree.map(same_numbers, segmentation.variables(second), dict(want))
     assert int(first.step) == int(second.step) == 0
 
 

@@ -439,11 +439,12 @@ def test_ssim_equals_the_form_of_xla(h, w, k, window, padding):
     residual = functools.partial(ssim.ssim_residual, window=window, window_size=k, padding=padding, c1=1e-4, c2=9e-4)
 
     def with_gradients(x, y, g):
-        value, back = jax.vjp(functools.partial(residual, form="xla"), x, y)
+        value, back = jax.vjp(residual, x, y)
         return value, back(g)
 
-    found, back = jax.vjp(functools.partial(residual, form="native"), x, y)
-    plain = np.asarray(residual(x, y, form="xla"))  # float32 as well
+    found, back = jax.vjp(residual, x, y)
+    with native.suspended():
+        plain = np.asarray(residual(x, y))  # float32 as well
     with jax.enable_x64(True):
         exact, expected = jax.jit(with_gradients)(*map(np.float64, (x, y, g)))
     assert found.shape == (rows, columns)
@@ -464,10 +465,10 @@ def test_mean_ssim_and_its_gradients_in_one_pass_are_those_of_the_map(h, w, k, w
     settings = {"window": window, "window_size": k, "padding": padding, "c1": 1e-4, "c2": 9e-4}
 
     def of_maps(x, y):
-        return jax.vmap(functools.partial(ssim.ssim_residual, form="native", **settings))(x, y).mean((1, 2)) @ shares
+        return jax.vmap(functools.partial(ssim.ssim_residual, **settings))(x, y).mean((1, 2)) @ shares
 
     def in_one_pass(x, y):
-        return jax.vmap(functools.partial(ssim.mean_residual, form="native", **settings))(x, y) @ shares
+        return jax.vmap(functools.partial(ssim.mean_residual, **settings))(x, y) @ shares
 
     # Another weight of each image, so that none gets its neighbour's.
     shares = np.float32([1, -2, 4])
@@ -517,13 +518,6 @@ def test_ssim_takes_the_form_that_is_ready():
         return jax.jit(functools.partial(ssim.ssim_map, **options)).lower(x, x).as_text()
 
     assert "steel_ad_ssim_residual" in text()
-    assert "steel_ad_ssim" not in text(form="xla")
     assert "steel_ad_ssim" not in text(gamma=2.0)
     with native.suspended():
         assert "steel_ad_ssim" not in text()
-    with pytest.raises(ValueError, match="form"):
-        ssim.ssim_map(x, x, form="fast")
-    with pytest.raises(ValueError, match="not to be had"):
-        ssim.ssim_map(x, x, form="native", gamma=2.0)
-    with native.suspended(), pytest.raises(ValueError, match="not to be had"):
-        ssim.ssim_map(x, x, form="native")

@@ -1,7 +1,6 @@
 """The supervised networks: parameter counts by hand, rewritten operations against lax's plain form, batch norm's state, lowering."""
 
 import functools
-import math
 
 import flax.linen as nn
 import jax
@@ -10,10 +9,9 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
-from scipy import stats
 
-from steel_ad.models import blocks, compact_cnn, initial, unet
-from steel_ad.ops import convolution
+from steel_ad.models import compact_cnn, layers, unet
+from steel_ad.ops import convolution, normalisation, resampling
 
 KEY = jax.random.key(0)
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -123,13 +121,13 @@ def pooled(x):
 
 
 OPERATIONS = [
-    pytest.param(blocks.large, convolution.same, [(2, 25, 50, 3), (7, 7, 3, 5)], id="large7"),
-    pytest.param(blocks.large, convolution.same, [(1, 44, 6, 3), (11, 11, 3, 2)], id="large11"),
-    pytest.param(blocks.narrow, convolution.same, [(2, 5, 8, 3), (3, 3, 3, 4)], id="narrow"),
-    pytest.param(blocks.narrow, convolution.same, [(2, 5, 16, 1), (3, 3, 1, 4)], id="narrow-of-images"),
-    pytest.param(blocks.narrow, convolution.same, [(2, 5, 7, 3), (3, 3, 3, 4)], id="narrow-odd"),
-    pytest.param(blocks.double, transposed, [(2, 6, 8, 3), (2, 2, 3, 5)], id="double"),
-    pytest.param(blocks.max_pool, pooled, [(2, 6, 8, 3)], id="max_pool"),
+    pytest.param(convolution.large, convolution.same, [(2, 25, 50, 3), (7, 7, 3, 5)], id="large7"),
+    pytest.param(convolution.large, convolution.same, [(1, 44, 6, 3), (11, 11, 3, 2)], id="large11"),
+    pytest.param(convolution.narrow, convolution.same, [(2, 5, 8, 3), (3, 3, 3, 4)], id="narrow"),
+    pytest.param(convolution.narrow, convolution.same, [(2, 5, 16, 1), (3, 3, 1, 4)], id="narrow-of-images"),
+    pytest.param(convolution.narrow, convolution.same, [(2, 5, 7, 3), (3, 3, 3, 4)], id="narrow-odd"),
+    pytest.param(resampling.transpose_2x2, transposed, [(2, 6, 8, 3), (2, 2, 3, 5)], id="transpose_2x2"),
+    pytest.param(resampling.max_pool, pooled, [(2, 6, 8, 3)], id="max_pool"),
 ]
 
 
@@ -154,12 +152,12 @@ def test_operations_equal_the_plain_form_of_lax(monkeypatch, rewritten, plain, s
 )
 def test_equal_maxima_share_the_gradient(block, gradient):
     x = jnp.array(block, jnp.float32).reshape(1, 2, 2, 1)
-    np.testing.assert_array_equal(jax.grad(lambda x: blocks.max_pool(x).sum())(x)[0, :, :, 0], gradient)
+    np.testing.assert_array_equal(jax.grad(lambda x: resampling.max_pool(x).sum())(x)[0, :, :, 0], gradient)
 
 
 def test_repeat_lays_each_pixel_down_as_a_block():
     x = jax.random.normal(KEY, (2, 3, 4, 5))
-    np.testing.assert_array_equal(blocks.repeat(x), np.repeat(np.repeat(x, 2, 1), 2, 2))
+    np.testing.assert_array_equal(resampling.repeat(x), np.repeat(np.repeat(x, 2, 1), 2, 2))
 
 
 @pytest.mark.parametrize(("size", "stride"), [(1, 1), (3, 1), (11, 2)])
@@ -173,7 +171,7 @@ def test_block_is_convolution_batch_norm_relu(size, stride):
             return nn.relu(nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5)(x))
 
     x = jax.random.normal(KEY, (3, 8, 12, 4)) + 2.0
-    ours, plain = blocks.ConvNormRelu(6, size, stride), Plain()
+    ours, plain = layers.ConvNormRelu(6, size, stride), Plain()
     variables = ours.init(KEY, x, train=False)
     params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(KEY, p.shape), variables["params"])
     nested = {"Conv_0": {n: params[n] for n in ("kernel", "bias")}, "BatchNorm_0": params["BatchNorm_0"]}
@@ -195,35 +193,11 @@ def test_block_is_convolution_batch_norm_relu(size, stride):
 @pytest.mark.parametrize("shape", [(3, 3, 5, 7), (8, 8, 3, 2), (2, 2, 1, 1)])
 def test_initial_numbers_are_those_of_jax(shape):
     want = jax.nn.initializers.normal(0.3)(KEY, shape, jnp.float32)
-    np.testing.assert_array_equal(initial.normal(0.3)(KEY, shape, jnp.float32), want)
-
-
-@pytest.mark.parametrize("odd", [0, 1])
-def test_kernels_drawn_together_are_independent_numbers_of_their_own_spread(odd):
-    spreads = {"a": (0.1, (3, 3, 30, 31 + odd)), "b": (2.0, (9000,)), "c": (1.0, (1, 2))}
-
-    def init(key, more):
-        made = {name: initial.normal(spread)(key, shape) for name, (spread, shape) in spreads.items()}
-        return {**made, "scale": jnp.ones(3), "more": more}
-
-    got = jax.jit(functools.partial(initial.together, init))(KEY, 5)
-    np.testing.assert_array_equal(got["scale"], np.ones(3))
-    assert got["more"] == 5
-    rows = [np.asarray(got[name]).ravel() / spread for name, (spread, _) in spreads.items()]
-    assert [row.size for row in rows] == [math.prod(shape) for _, shape in spreads.values()]
-    half = -(-sum(row.size for row in rows) // 2)
-    want = np.concatenate([jax.random.normal(key, (half,)) for key in jax.random.split(KEY)])
-    np.testing.assert_allclose(np.concatenate(rows), want[: sum(row.size for row in rows)], rtol=1e-5, atol=1e-6)
-    assert stats.kstest(np.concatenate(rows), "norm").pvalue > 1e-3
-    assert len(np.unique(np.concatenate(rows))) > 0.99 * sum(row.size for row in rows)
-    assert np.abs(np.corrcoef(rows[0][:8000], rows[1][:8000])[0, 1]) < 0.05
-    other = jax.jit(functools.partial(initial.together, init))(jax.random.key(99), 5)
-    assert not np.any(np.asarray(other["c"]) == np.asarray(got["c"]))
-    np.testing.assert_array_equal(init(KEY, 5)["b"], 2 * jax.random.normal(KEY, (9000,)))  # as before it
+    np.testing.assert_array_equal(layers.normal(0.3)(KEY, shape, jnp.float32), want)
 
 
 def test_kernels_begin_with_the_variance_of_he():
-    variables = blocks.ConvNormRelu(64, 5).init(KEY, jnp.zeros((1, 4, 4, 32)), train=False)
+    variables = layers.ConvNormRelu(64, 5).init(KEY, jnp.zeros((1, 4, 4, 32)), train=False)
     params = variables["params"]
     np.testing.assert_allclose(np.std(params["kernel"]), (2 / (25 * 32)) ** 0.5, rtol=0.02)
     assert {float(v) for leaf in jax.tree.leaves(variables["batch_stats"]) for v in leaf} == {0.0, 1.0}
@@ -233,7 +207,7 @@ def test_kernels_begin_with_the_variance_of_he():
 
 def test_statistics_of_a_bright_flat_image_do_not_cancel():
     x = 100.0 + 0.5 * jax.random.normal(KEY, (2, 32, 32, 3))
-    norm = blocks.BatchNorm()
+    norm = layers.BatchNorm()
     zero = jnp.zeros((1, 1, 1, 3))
     y, _ = norm.init_with_output(KEY, x, zero, True)
     np.testing.assert_allclose(np.std(y, (0, 1, 2)), 1.0, atol=0.05)
@@ -322,7 +296,7 @@ def test_gradient_of_normalising_by_the_batch():
         var = ((x - mean) ** 2).mean((0, 1, 2), keepdims=True)
         return (x - mean) / jnp.sqrt(var + 1e-5) * scale.reshape(1, 1, 1, 3) + bias.reshape(1, 1, 1, 3)
 
-    found = jax.grad(lambda *a: (blocks._normalise(*a)[0] * weight).sum(), (0, 1, 2))(x, scale, bias)
+    found = jax.grad(lambda *a: (normalisation.by_batch(*a)[0] * weight).sum(), (0, 1, 2))(x, scale, bias)
     expected = jax.grad(lambda *a: (definition(*a) * weight).sum(), (0, 1, 2))(x, scale, bias)
     for f, e in zip(found, expected, strict=True):
         np.testing.assert_allclose(f, e, rtol=1e-4, atol=1e-4)

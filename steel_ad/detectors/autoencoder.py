@@ -21,11 +21,10 @@ from steel_ad.data.images import Images
 from steel_ad.data.patches import Crops, Plates
 from steel_ad.detectors import Detector
 from steel_ad.errors import InputError
-from steel_ad.models import initial
 from steel_ad.ops import sliding
 from steel_ad.ops.ssim import CONSTANTS, ssim_residual
 from steel_ad.train import checkpoint, loop, optimizers
-from steel_ad.train.state import TrainState, create, stream
+from steel_ad.train.state import TrainState, create, first, stream
 from steel_ad.train.step import make_step, steps_per_call
 
 # Contrast of a reconstruction, as a share of the target's, below which it shows nothing.
@@ -118,11 +117,7 @@ def initial_state(config: configs.Autoencoder, root: Array) -> TrainState:
     network, rule = model(config), optimizer(config)
     x = jnp.zeros((1, config.patch_size, config.patch_size, 1))
 
-    @jax.jit
-    def make(key):
-        return create(initial.together(network.init, key, x), rule)
-
-    return make(stream(root, "init"))
+    return first(lambda key: create(network.init(key, x), rule), stream(root, "init"))
 
 
 def check_batch(config: configs.Autoencoder, mesh: Mesh) -> None:

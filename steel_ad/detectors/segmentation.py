@@ -21,9 +21,9 @@ from steel_ad.data.defects import Library
 from steel_ad.data.images import Images
 from steel_ad.data.patches import Crops, Plates
 from steel_ad.detectors import Detector
-from steel_ad.models import compact_cnn, initial
+from steel_ad.models import compact_cnn
 from steel_ad.train import checkpoint, loop, optimizers
-from steel_ad.train.state import TrainState, create, stream
+from steel_ad.train.state import TrainState, create, first, stream
 from steel_ad.train.step import make_step, steps_per_call
 
 # Steps whose places are drawn at once, where patches are cut outside of the step.
@@ -262,24 +262,22 @@ def initial_segmentation(config: configs.Segmentation, total_steps: int) -> Trai
     """Stage 1 before its first step."""
     x = jnp.zeros((1, config.patch_size, config.patch_size, 1))
 
-    @jax.jit
     def make(key):
-        params, extra = _split(initial.together(network(config).init, key, x))
+        params, extra = _split(network(config).init(key, x))
         return create(params, optimizer(config, total_steps), extra)
 
-    return make(stream(jax.random.key(config.seed), "init segmentation"))
+    return first(make, stream(jax.random.key(config.seed), "init segmentation"))
 
 
 def initial_classifier(config: configs.Segmentation, frozen: Any) -> TrainState:
     """Stage 2 before its first step, behind stage 1 with the variables `frozen`."""
     x = jnp.zeros((1, config.patch_size, config.patch_size, 1))
 
-    @jax.jit
     def make(key):
         params, extra = _split(_classifier(config).init(key, *network(config).apply(frozen, x)))
         return create(params, optimizer(config, config.total_classifier_steps), extra)
 
-    return make(stream(jax.random.key(config.seed), "init classifier"))
+    return first(make, stream(jax.random.key(config.seed), "init classifier"))
 
 
 def _split(variables: Any) -> tuple[Any, dict]:

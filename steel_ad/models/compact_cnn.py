@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from steel_ad.models import blocks
+from steel_ad.models import layers
 
 
 class Segmenter(nn.Module):
@@ -26,9 +26,9 @@ class Segmenter(nn.Module):
             raise ValueError(f"both sides of an image must be multiples of 4, not {x.shape[1:3]}")
         for features, size, stride in ((32, 11, 2), (64, 7, 2), (128, 3, 1)):
             for s in (stride, 1, 1):
-                x = blocks.ConvNormRelu(features, size, s, dtype=self.dtype)(x, train)
+                x = layers.ConvNormRelu(features, size, s, dtype=self.dtype)(x, train)
         x = x.astype(jnp.float32)
-        return x, blocks.ToMap()(x)
+        return x, layers.ToMap()(x)
 
 
 class Classifier(nn.Module):
@@ -43,7 +43,7 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, features: Array, segmentation: Array, train: bool = False) -> Array:
-        maps = blocks.ConvNormRelu(32, 1, dtype=self.dtype)(features, train).astype(jnp.float32)
+        maps = layers.ConvNormRelu(32, 1, dtype=self.dtype)(features, train).astype(jnp.float32)
         pooled = [_maximum(m) for m in (maps, segmentation)] + [m.mean((1, 2)) for m in (maps, segmentation)]
         dense = nn.Dense(1, kernel_init=nn.initializers.lecun_normal())
         return dense(jnp.concatenate(pooled, -1))[:, 0]

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from steel_ad.models import blocks
-from steel_ad.ops import convolution
+from steel_ad.models import layers
+from steel_ad.ops import convolution, resampling
 
 
 class Upsample(nn.Module):
@@ -24,11 +24,11 @@ class Upsample(nn.Module):
     def __call__(self, x: Array) -> Array:
         x = x.astype(self.dtype)
         if self.kind == "nearest":
-            kernel, bias = blocks.parameters(self, (3, 3, x.shape[-1], self.features), self.dtype, gain=1.0)
-            return convolution.same(blocks.repeat(x), kernel, bias)
-        # An output pixel meets one of the four kernel elements.
-        kernel, bias = blocks.parameters(self, (2, 2, x.shape[-1], self.features), self.dtype, gain=4.0)
-        return convolution.add_bias(blocks.double(x, kernel), bias)
+            kernel, bias = layers.parameters(self, (3, 3, x.shape[-1], self.features), self.dtype, gain=1.0)
+            return convolution.same(resampling.repeat(x), kernel, bias)
+        i = x.shape[-1]  # an output pixel meets one of the four kernel elements
+        kernel, bias = layers.parameters(self, (2, 2, i, self.features), self.dtype, fan_in=i, gain=1.0)
+        return convolution.add_bias(resampling.transpose_2x2(x, kernel), bias)
 
 
 class UNet(nn.Module):
@@ -61,15 +61,15 @@ class UNet(nn.Module):
         skips = []
         for features in contracting:
             for _ in range(2):
-                x = blocks.ConvNormRelu(features, dtype=self.dtype)(x, train)
+                x = layers.ConvNormRelu(features, dtype=self.dtype)(x, train)
             skips.append(x)
-            x = blocks.max_pool(x)
+            x = resampling.max_pool(x)
         for _ in range(2):
-            x = blocks.ConvNormRelu(bottom, dtype=self.dtype)(x, train)
+            x = layers.ConvNormRelu(bottom, dtype=self.dtype)(x, train)
         for features, skip in zip(contracting[::-1], skips[::-1], strict=True):
             x = Upsample(features, self.upsampling, dtype=self.dtype)(x)
             x = jnp.concatenate([skip, x], -1)
             for _ in range(2):
-                x = blocks.ConvNormRelu(features, dtype=self.dtype)(x, train)
+                x = layers.ConvNormRelu(features, dtype=self.dtype)(x, train)
         x = x.astype(jnp.float32)
-        return x, blocks.ToMap()(x)
+        return x, layers.ToMap()(x)

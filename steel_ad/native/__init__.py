@@ -307,27 +307,27 @@ def filter_gradient(
 
 
 def ssim_residual(
-    x: Array, y: Array, taps: np.ndarray, *, reflect: bool, c1: float, c2: float, similarity: bool = False
+    x: Array, y: Array, taps: np.ndarray, *, reflect: bool, c1: float, c2: float, cuda: bool, similarity: bool = False
 ) -> Array:
     """`ops.ssim.ssim_residual` of float32 images `[h, w]` with exponents of 1 and a window of separable, symmetric `taps` `[k]`;
-    with `similarity` 1 less that, `ops.ssim.ssim_map`."""
+    with `similarity` 1 less that, `ops.ssim.ssim_map`. `cuda`: on a GPU, where taps must be equal."""
     k, (h, w) = len(taps), x.shape
     shape = (h, w) if reflect else (h - k + 1, w - k + 1)
     result = jax.ShapeDtypeStruct(shape, jnp.float32)
     settings = {"reflect": reflect, "c1": np.float32(c1), "c2": np.float32(c2)}
     settings |= {"base": np.float32(similarity), "sign": np.float32(-1 if similarity else 1)}
-    if jax.default_backend() == "gpu":
+    if cuda:
         return jax.ffi.ffi_call(f"{_CUDA_TARGETS[0]}_{k}", result, vmap_method="broadcast_all")(x, y, **settings)
     call = jax.ffi.ffi_call("steel_ad_ssim_residual", result, vmap_method="broadcast_all")
     return call(x, y, np.float32(taps), **settings)
 
 
 def ssim_residual_gradient(
-    x: Array, y: Array, g: Array, taps: np.ndarray, *, reflect: bool, c1: float, c2: float
+    x: Array, y: Array, g: Array, taps: np.ndarray, *, reflect: bool, c1: float, c2: float, cuda: bool
 ) -> Array:
     """Gradient `[h, w]` of x, given g, that of `ssim_residual`'s result; y's is the same with x and y exchanged."""
     result = jax.ShapeDtypeStruct(x.shape, jnp.float32)
-    if jax.default_backend() == "gpu":
+    if cuda:
         call = jax.ffi.ffi_call(f"{_CUDA_TARGETS[1]}_{len(taps)}", result, vmap_method="broadcast_all")
         return call(x, y, g, reflect=reflect, c1=np.float32(c1), c2=np.float32(c2))
     call = jax.ffi.ffi_call("steel_ad_ssim_residual_gradient", result, vmap_method="broadcast_all")

@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array, lax
 
 from steel_ad import native
+from steel_ad.ops import forms
 
 # The two conventions of (c1, c2): literal constants (the thesis, Bergmann et al.), and (0.01 L)^2, (0.03 L)^2 with L = 1 (Wang et al.).
 CONSTANTS = {"thesis": (0.01, 0.03), "wang": (1e-4, 9e-4)}
@@ -134,22 +135,22 @@ def _plain_backward(k, sigma, c1, c2, padding, saved, g):
 _plain_residual.defvjp(_plain_forward, _plain_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6, 7))
-def _native(x, y, similarity, k, sigma, c1, c2, padding):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6, 7, 8))
+def _native(x, y, form, similarity, k, sigma, c1, c2, padding):
     """The residual, or with `similarity` the map: taken from 1 by XLA it would cost another pass over memory."""
-    settings = {"reflect": padding == "reflect", "c1": c1, "c2": c2}
+    settings = {"reflect": padding == "reflect", "c1": c1, "c2": c2, "cuda": form == "cuda"}
     return native.ssim_residual(x, y, _taps(k, sigma), **settings, similarity=similarity)
 
 
-def _native_forward(x, y, similarity, k, sigma, c1, c2, padding):
-    return _native(x, y, similarity, k, sigma, c1, c2, padding), (x, y)
+def _native_forward(x, y, form, similarity, k, sigma, c1, c2, padding):
+    return _native(x, y, form, similarity, k, sigma, c1, c2, padding), (x, y)
 
 
-def _native_backward(similarity, k, sigma, c1, c2, padding, saved, g):
+def _native_backward(form, similarity, k, sigma, c1, c2, padding, saved, g):
     """Two calls, of which the compiler drops the one that nobody asks for: SSIM does not know which image is which."""
     g = -g if similarity else g
     x, y = saved
-    settings = {"reflect": padding == "reflect", "c1": c1, "c2": c2}
+    settings = {"reflect": padding == "reflect", "c1": c1, "c2": c2, "cuda": form == "cuda"}
     return tuple(native.ssim_residual_gradient(*pair, g, _taps(k, sigma), **settings) for pair in ((x, y), (y, x)))
 
 
@@ -158,7 +159,7 @@ _native.defvjp(_native_forward, _native_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
 def _native_mean(x, y, k, sigma, c1, c2, padding):
-    return jnp.mean(_native(x, y, False, k, sigma, c1, c2, padding))
+    return jnp.mean(_native(x, y, "native", False, k, sigma, c1, c2, padding))
 
 
 def _native_mean_forward(x, y, k, sigma, c1, c2, padding):
@@ -211,10 +212,9 @@ def ssim_residual(
     beta: float = 1.0,
     gamma: float = 1.0,
     padding: str = "reflect",
-    form: str | None = None,
 ) -> Array:
     """`1 - ssim_map(x, y)`, computed without the cancellation near 0; arguments, shapes and errors as `ssim_map`'s."""
-    given = (window_size, window, sigma, c1, c2, (alpha, beta, gamma), padding, form)
+    given = (window_size, window, sigma, c1, c2, (alpha, beta, gamma), padding)
     return _compared(x, y, "residual", *given)
 
 
@@ -231,15 +231,14 @@ def mean_residual(
     beta: float = 1.0,
     gamma: float = 1.0,
     padding: str = "reflect",
-    form: str | None = None,
 ) -> Array:
     """Mean of `ssim_residual(x, y)` over the map and the channels, `[]`, of which value and gradient may come from one pass; arguments
     and errors as `ssim_map`'s."""
-    given = (window_size, window, sigma, c1, c2, (alpha, beta, gamma), padding, form)
+    given = (window_size, window, sigma, c1, c2, (alpha, beta, gamma), padding)
     return _compared(x, y, "mean", *given)
 
 
-def _compared(x, y, what, window_size, window, sigma, c1, c2, exponents, padding, form):
+def _compared(x, y, what, window_size, window, sigma, c1, c2, exponents, padding):
     """`what`: "map", "residual" or "mean"."""
     if x.shape != y.shape or x.ndim not in (2, 3):
         raise ValueError(f"ssim takes two images [h, w] or [h, w, c] of one shape, not {x.shape} and {y.shape}")
@@ -247,8 +246,6 @@ def _compared(x, y, what, window_size, window, sigma, c1, c2, exponents, padding
         raise ValueError(
             f"window is 'uniform' or 'gaussian' and padding 'reflect' or 'valid', not {window!r}, {padding!r}"
         )
-    if form not in ("native", "xla", None):
-        raise ValueError(f"form is 'native', 'xla' or None (the faster one), not {form!r}")
     if window_size < 1 or min(x.shape[:2]) < window_size:
         raise ValueError(
             f"an image of {x.shape[0]}x{x.shape[1]} holds no window of {window_size}x{window_size}: use a smaller window_size"
@@ -261,30 +258,21 @@ def _compared(x, y, what, window_size, window, sigma, c1, c2, exponents, padding
         raise ValueError(f"images must be floating, in [0, 1], not {x.dtype} and {y.dtype}: divide uint8 by 255")
     plain = exponents == (1, 1, 1)
     # Chosen out here, since what jit has traced does not follow when the answer changes.
-    if form is None:
-        form = "native" if _native_is_ready(x, y, plain, window, window_size) else "xla"
-    elif form == "native" and not _native_is_ready(x, y, plain, window, window_size):
-        raise ValueError(
-            "form='native' is not to be had here: it takes float32 images, exponents of 1 and steel_ad.native, and on a GPU a "
-            "uniform window of 5, 7, 9 or 11 pixels; leave form out"
-        )
+    form = forms.choose("ssim", x, y, plain, window == "uniform", window_size)
     settings = (window_size, None if window == "uniform" else sigma, c1, c2, padding)
-    return _traced(x, y, what, settings, None if plain else exponents, form)
-
-
-def _native_is_ready(x, y, plain, window, window_size) -> bool:
-    return plain and (native.ready(x, y) or (window == "uniform" and native.cuda_ready(window_size, x, y)))
+    return _traced(x, y, what, settings, exponents, form)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _traced(x, y, what, settings, exponents, form):
     def one(x, y):
-        if form == "native" and what == "mean" and jax.default_backend() == "cpu":
+        if form == "native" and what == "mean":
             return _native_mean(x, y, *settings)
-        if form == "native":
-            found = _native(x, y, what == "map", *settings)
+        if form in ("native", "cuda"):
+            found = _native(x, y, form, what == "map", *settings)
         else:
-            residual = _general_residual(x, y, *settings, *exponents) if exponents else _plain_residual(x, y, *settings)
+            plain = form == "plain"
+            residual = _plain_residual(x, y, *settings) if plain else _general_residual(x, y, *settings, *exponents)
             found = 1 - residual if what == "map" else residual
         return jnp.mean(found) if what == "mean" else found
 
@@ -307,7 +295,6 @@ def ssim_map(
     beta: float = 1.0,
     gamma: float = 1.0,
     padding: str = "reflect",
-    form: str | None = None,
 ) -> Array:
     """SSIM index at every pixel: luminance^alpha * contrast^beta * structure^gamma over a window moved pixel by pixel.
 
@@ -321,8 +308,6 @@ def ssim_map(
       c1, c2: stabilising constants, positive; `CONSTANTS` holds the two conventions.
       alpha, beta, gamma: exponents, not negative; 0 leaves a term out. A negative luminance or structure term is clamped
         at 0 under a non-integer exponent.
-      form: "xla", "native" (float32 and exponents of 1 where `steel_ad.native` is ready, on a GPU with a uniform window of 5,
-        7, 9 or 11), or None: the faster one.
       padding: "reflect" (numpy's: the edge pixel is not repeated) keeps the size; "valid" gives `[h - k + 1, w - k + 1]`.
 
     Returns:
@@ -330,8 +315,7 @@ def ssim_map(
       reverse-mode gradient only.
 
     Raises:
-      ValueError: shapes differ, the image is smaller than the window, an option is none of the above, or "native" is not to be
-        had.
+      ValueError: shapes differ, the image is smaller than the window, or an option is none of the above.
     """
-    given = (window_size, window, sigma, c1, c2, (alpha, beta, gamma), padding, form)
+    given = (window_size, window, sigma, c1, c2, (alpha, beta, gamma), padding)
     return _compared(x, y, "map", *given)

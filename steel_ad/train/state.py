@@ -1,6 +1,7 @@
 """What training carries from step to step, and the random numbers it needs."""
 
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -19,6 +20,14 @@ class TrainState:
     params: Any
     opt_state: Any
     extra: Any
+
+
+def first(make: Callable[[Array], TrainState], key: Array) -> TrainState:
+    """`make(key)`, the state before the first step, on the device: a program that runs once, so XLA's CPU compiler spends less on it."""
+    if isinstance(key, jax.core.Tracer):  # part of another program
+        return make(key)
+    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    return jax.jit(make, compiler_options=options)(key)
 
 
 def create(params: Any, optimizer: optax.GradientTransformation, extra: Any = None) -> TrainState:
