@@ -580,7 +580,8 @@ def test_write_image_on_a_full_disk_keeps_the_old_file(tmp_path):
 
 
 def test_write_image_refusals(tmp_path):
-    refusal(tmp_path / "gone" / "x.png", folders.write_image, plate())
+    (tmp_path / "file").write_bytes(b"")
+    refusal(tmp_path / "file" / "x.png", folders.write_image, plate())
     refusal(tmp_path / "x.webp", folders.write_image, plate())
     refusal(tmp_path / "x.jpg", folders.write_image, np.zeros((1, 70000), np.uint8))
     (tmp_path / "folder.png").mkdir()
@@ -588,7 +589,7 @@ def test_write_image_refusals(tmp_path):
     for image in (plate().astype(np.float32), plate(channels=4), plate()[0], plate()[:0], plate(bits=16)):
         with pytest.raises(ValueError, match="uint8"):
             folders.write_image(tmp_path / "x.png", image)
-    assert os.listdir(tmp_path) == ["folder.png"]
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder.png"]
 
 
 def test_fingerprint_and_manifest(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from steel_ad.data import datasets, plates
+from steel_ad.data.plates import pictures
 
 SIZE = 128
 KEY = jax.random.key(7)
@@ -103,11 +104,11 @@ def test_uneven_lines_are_less_even():
 
 def test_second_key_does_not_compile_again():
     sound("teardrop4"), defective("spot")
-    before = plates._render._cache_size(), plates._render_defective._cache_size()
+    before = pictures._render._cache_size(), pictures._render_defective._cache_size()
     plates.render(jax.random.key(1), "teardrop4", SIZE, 4)
     for kind in ("spot", "missing_lug"):
         plates.render_defective(jax.random.key(1), "teardrop4", kind, SIZE, 4, among=plates.ANOMALIES)
-    assert (plates._render._cache_size(), plates._render_defective._cache_size()) == before
+    assert (pictures._render._cache_size(), pictures._render_defective._cache_size()) == before
 
 
 @pytest.mark.parametrize("kind", ["dent", "smear", "worn_lug", "watermark"])

@@ -1,11 +1,7 @@
 """Images in from folders, checked so that a damaged file ends in one sentence instead of a half-grey plate."""
 
-import contextlib
 import hashlib
 import os
-import re
-import struct
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,14 +10,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from steel_ad import files
+from steel_ad.data import formats
+from steel_ad.data.formats import Refused
 from steel_ad.errors import InputError
 
 IMAGE_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg")
 
-_DAMAGED = "is cut short or damaged: copy it again or leave it out"
 _UNDECODABLE = "cannot be decoded, it is damaged or of an unusual kind: copy it again or save it as a plain PNG"
-_TIFF_TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}
-_TIFF_TAGS = {256, 257, 258, 259, 262, 273, 274, 277, 279, 284, 322, 323, 324, 325, 339}
 
 
 @dataclass(frozen=True)
@@ -33,10 +29,6 @@ class Sample:
     mask: Path | None
 
 
-class _Refused(Exception):
-    """Why a file is not read: a phrase that follows its name."""
-
-
 def read_image(path: str | Path, *, max_pixels: int = 2**28) -> np.ndarray:
     """Reads a PNG, BMP, TIFF or JPEG file, told apart by content, as grey uint8 [h, w] in 0..255.
 
@@ -45,10 +37,8 @@ def read_image(path: str | Path, *, max_pixels: int = 2**28) -> np.ndarray:
     - EXIF and TIFF orientation are not applied: rows and columns stay the sensor's own.
     - Of colour or 16 bit it takes fewer pixels: 2 * max_pixels bytes when decoded.
 
-    Before anything is decoded, the file is walked here for its number of pixels and its completeness: PNG's chunks with
-    their checksums up to IEND, JPEG's segments up to EOI, BMP's pixels, TIFF's strips or tiles and deflate's checksums.
-    Damage inside JPEG's or LZW's coded data is beyond that: it is decoded as far as it makes sense, and libjpeg says so
-    on stderr.
+    Before anything is decoded, `formats.shape` tells its number of pixels and whether it is whole. Damage inside JPEG's or
+    LZW's coded data is beyond that: it is decoded as far as it makes sense, and libjpeg says so on stderr.
 
     Raises:
       InputError: the file is missing, empty, not one of the formats, cut short, damaged, of more than `max_pixels`,
@@ -64,11 +54,9 @@ def image_shape(path: str | Path, *, max_pixels: int = 2**28) -> tuple[int, int]
       InputError: as `read_image`, but for what decoding would show.
     """
     try:
-        return _checked(_read_bytes(Path(path), max_pixels), max_pixels)
-    except _Refused as refused:
+        return formats.shape(_read_bytes(Path(path), max_pixels), max_pixels)
+    except Refused as refused:
         raise InputError(f"{path} {refused}") from refused
-    except (struct.error, OverflowError) as error:
-        raise InputError(f"{path} {_DAMAGED}") from error
 
 
 def read_mask(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
@@ -222,7 +210,7 @@ def read_images(
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
-    """Writes uint8 [h, w] (grey) or [h, w, 3] (RGB) in the format of the path's suffix; never leaves half a file.
+    """Writes uint8 [h, w] (grey) or [h, w, 3] (RGB) in the format of the path's suffix, whole or not at all, making missing folders.
 
     Raises:
       InputError: the suffix is not one of `IMAGE_SUFFIXES`, or, with status 1, the file cannot be written.
@@ -244,18 +232,7 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
         done = False
     if not done:
         raise InputError(f"{path} cannot hold an image of {_size(image.shape)} pixels: use .png or a smaller image")
-    # Always the same, so that what a killed process left is written over and renamed.
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(coded.data)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be written ({error.strerror}): free some space or choose another folder", status=1
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    files.write_bytes(path, coded.tobytes())
 
 
 def png(image: np.ndarray) -> bytes:
@@ -323,205 +300,38 @@ def _load(path: Path, max_pixels: int) -> np.ndarray:
     """The values as stored: uint8 or uint16, [h, w] or [h, w, 3 or 4] (BGR, BGRA)."""
     try:
         return _decode(_read_bytes(path, max_pixels), max_pixels)
-    except _Refused as refused:
+    except Refused as refused:
         raise InputError(f"{path} {refused}") from refused
-    except (struct.error, OverflowError) as error:  # an offset or a length that points outside the file
-        raise InputError(f"{path} {_DAMAGED}") from error
 
 
 def _read_bytes(path: Path, max_pixels: int) -> np.ndarray:
     """The file as writable uint8 [bytes]."""
     try:
         if not path.exists():
-            raise _Refused("does not exist: check its name")
+            raise Refused("does not exist: check its name")
         if not path.is_file():  # a pipe would block for ever
-            raise _Refused("is not a file: name an image")
+            raise Refused("is not a file: name an image")
         size = path.stat().st_size
         if size == 0:
-            raise _Refused("is empty: copy it again or leave it out")
+            raise Refused("is empty: copy it again or leave it out")
         if size > 2 * max_pixels + 2**24:  # room for what is not pixels
-            raise _Refused(f"is a file of {size} bytes, too large for {max_pixels} pixels: cut it into smaller images")
+            raise Refused(f"is a file of {size} bytes, too large for {max_pixels} pixels: cut it into smaller images")
         return np.fromfile(path, np.uint8)
     except OSError as error:
-        raise _Refused(f"cannot be read ({error.strerror}): check its permissions") from error
+        raise Refused(f"cannot be read ({error.strerror}): check its permissions") from error
 
 
 def _decode(data: np.ndarray, max_pixels: int) -> np.ndarray:
-    size = _checked(data, max_pixels)
+    size = formats.shape(data, max_pixels)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # the user is to see one sentence, not two
     try:
         raw = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
     except cv2.error as error:
-        raise _Refused(_UNDECODABLE) from error
+        raise Refused(_UNDECODABLE) from error
     if raw is None:
-        raise _Refused(_UNDECODABLE)
+        raise Refused(_UNDECODABLE)
     if raw.dtype not in (np.uint8, np.uint16):
-        raise _Refused(f"holds {raw.dtype} values: save it with unsigned 8 or 16 bit")
+        raise Refused(f"holds {raw.dtype} values: save it with unsigned 8 or 16 bit")
     if raw.shape[:2] != size or (raw.ndim == 3 and raw.shape[2] not in (3, 4)):
-        raise _Refused(_UNDECODABLE)
+        raise Refused(_UNDECODABLE)
     return raw
-
-
-def _checked(data: np.ndarray, max_pixels: int) -> tuple[int, int]:
-    """(h, w) of a whole image."""
-    for signature, check in _FORMATS:
-        if data[: len(signature)].tobytes() == signature:
-            return check(memoryview(data), max_pixels)
-    raise _Refused("is not a PNG, BMP, TIFF or JPEG image: convert it or leave it out")
-
-
-def _check_size(height: int, width: int, max_pixels: int, pixel_bytes: float = 1) -> tuple[int, int]:
-    """Refuses what would be too large when decoded: `max_pixels`, and twice as many bytes."""
-    if height < 1 or width < 1:
-        raise _Refused(_DAMAGED)
-    if height * width > max_pixels:
-        raise _Refused(f"is {width}x{height} pixels, more than {max_pixels} in all: cut it into smaller images")
-    if height * width * pixel_bytes > 2 * max_pixels:
-        raise _Refused(
-            f"is {width}x{height} pixels of {pixel_bytes:g} bytes, more than {2 * max_pixels} bytes in all: save it in grey and 8 "
-            "bit or cut it into smaller images"
-        )
-    return height, width
-
-
-def _check_png(data: memoryview, max_pixels: int) -> tuple[int, int]:
-    """(h, w) of a PNG whose chunks are all there and agree with their checksums."""
-    if data[12:16] != b"IHDR":
-        raise _Refused(_DAMAGED)
-    width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
-    channels = {0: 1, 2: 3, 3: 4, 4: 4, 6: 4}.get(colour, 4)  # as decoded
-    size = _check_size(height, width, max_pixels, channels * (2 if depth == 16 else 1))
-    kind, start = b"", 8
-    while kind != b"IEND":
-        length, kind = struct.unpack_from(">I4s", data, start)
-        end = start + 8 + length
-        if struct.unpack_from(">I", data, end)[0] != zlib.crc32(data[start + 4 : end]):
-            raise _Refused(_DAMAGED)
-        if kind == b"acTL":
-            raise _Refused("is an animation: save each picture as a file of its own")
-        start = end + 4
-    return size
-
-
-def _check_jpeg(data: memoryview, max_pixels: int) -> tuple[int, int]:
-    """(h, w) of a JPEG whose coded data run up to an end-of-image marker."""
-    size, start, kind = None, 2, 0
-    # Walking by segments up to the first scan keeps a thumbnail's end marker from passing for the image's.
-    while kind != 0xDA:
-        mark, kind = struct.unpack_from("BB", data, start)
-        if mark != 0xFF:
-            raise _Refused(_DAMAGED)
-        if kind == 0xFF:  # fill
-            start += 1
-            continue
-        (length,) = struct.unpack_from(">H", data, start + 2)
-        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
-            height, width, channels = struct.unpack_from(">HHB", data, start + 5)
-            size = _check_size(height, width, max_pixels, 3 if channels > 1 else 1)
-        start += 2 + length
-    if size is None or not re.search(b"\xff\xd9", data[start:]):
-        raise _Refused(_DAMAGED)
-    return size
-
-
-def _check_bmp(data: memoryview, max_pixels: int) -> tuple[int, int]:
-    """(h, w) of a BMP that is long enough for its pixels."""
-    offset, header = struct.unpack_from("<II", data, 10)
-    width, height, _, bits = struct.unpack_from("<HHHH" if header == 12 else "<iiHH", data, 18)
-    compression, stated = (0, 0) if header == 12 else struct.unpack_from("<II", data, 30)
-    # A negative height means from top to bottom.
-    size = _check_size(abs(height), width, max_pixels, max(1, bits // 8))
-    # Run-length coded pixels (compression 1 and 2) must state their bytes.
-    length = stated if compression in (1, 2) else (width * bits + 31) // 32 * 4 * abs(height)
-    if offset + length > len(data):
-        raise _Refused(_DAMAGED)
-    return size
-
-
-def _check_tiff(data: memoryview, max_pixels: int) -> tuple[int, int]:
-    """(h, w) of a TIFF or BigTIFF of one page, of values that OpenCV reads rightly, with all its strips or tiles."""
-    order = "<" if data[:2] == b"II" else ">"
-    big = struct.unpack_from(order + "H", data, 2)[0] == 43
-    word, count_word, inline = ("Q", "Q", 8) if big else ("I", "H", 4)
-    (start,) = struct.unpack_from(order + word, data, 8 if big else 4)
-    (count,) = struct.unpack_from(order + count_word, data, start)
-    start += struct.calcsize(order + count_word)
-    step = 4 + 2 * inline
-    if start + count * step > len(data):
-        raise _Refused(_DAMAGED)
-    tags = {}
-    for entry in range(start, start + count * step, step):
-        tag, kind, items = struct.unpack_from(f"{order}HH{word}", data, entry)
-        if tag not in _TIFF_TAGS:
-            continue
-        if tag in tags or kind not in _TIFF_TYPES or items == 0:  # readers differ in what they make of these
-            raise _Refused(_DAMAGED)
-        form = f"{order}{items}{_TIFF_TYPES[kind]}"
-        at = entry + 4 + inline
-        if struct.calcsize(form) > inline:
-            (at,) = struct.unpack_from(order + word, data, at)
-        tags[tag] = struct.unpack_from(form, data, at)
-        if tag == 274:
-            struct.pack_into(form, data, at, *(1 for _ in range(items)))  # OpenCV would turn the image by this tag
-    if struct.unpack_from(order + word, data, start + count * step)[0]:
-        raise _Refused("holds more than one page: save each page as a file of its own")
-
-    def first(tag: int, default: int) -> int:
-        return tags.get(tag, (default,))[0]
-
-    bits, channels, compression = first(258, 1), first(277, 1), first(259, 1)
-    pixel_bytes = (3 if channels == 3 else 4 if channels > 3 else 1) * max(1, bits // 8)
-    size = _check_size(first(257, 0), first(256, 0), max_pixels, pixel_bytes)
-    tile = _check_size(first(323, 1), first(322, 1), max_pixels, pixel_bytes)  # a tile may be larger than its image
-    if set(tags.get(339, (1,))) != {1} or bits not in (1, 4, 8, 16):
-        raise _Refused(f"holds signed, floating-point or {bits}-bit values: save it with unsigned 8 or 16 bit")
-    if bits == 16 and (first(262, 1) == 0 or (first(284, 1) == 2 and channels > 1)):
-        # OpenCV neither inverts the former nor joins the latter's planes, without a word.
-        raise _Refused("has 16 bit with 0 as white or with separate colour planes: save it as a plain 16-bit PNG")
-    if compression not in (1, 5, 8, 32946) or channels > 4 or first(262, 1) == 6:
-        raise _Refused("is a TIFF of an unusual kind: save it with LZW, deflate or no compression, in grey or RGB")
-    offsets, lengths = tags.get(324, tags.get(273, ())), tags.get(325, tags.get(279, ()))
-    if not offsets or len(offsets) != len(lengths):
-        raise _Refused(_DAMAGED)
-    wanted = size[0] * size[1] * bits * channels // 8
-    most = max(wanted, tile[0] * tile[1] * bits * channels // 8) + 64
-    found = 0
-    for offset, length in zip(offsets, lengths, strict=True):
-        part = data[offset : offset + length]
-        if len(part) < length:
-            raise _Refused(_DAMAGED)
-        # OpenCV fills what it cannot decompress with zeros.
-        if compression == 1:
-            found += length
-        elif compression == 5:
-            found = wanted
-            if not any(part[-3:]):  # LZW's end code is in there, and is not 0
-                raise _Refused(_DAMAGED)
-        else:
-            found += _inflated(part, most)
-    if found < wanted:
-        raise _Refused(_DAMAGED)
-    return size
-
-
-def _inflated(part: memoryview, most: int) -> int:
-    """The length of a whole zlib stream's content, of `most` bytes at most."""
-    stream = zlib.decompressobj()
-    try:
-        length = len(stream.decompress(part, most))
-    except zlib.error as error:
-        raise _Refused(_DAMAGED) from error
-    if not stream.eof:
-        raise _Refused(_DAMAGED)
-    return length
-
-
-_FORMATS: tuple[tuple[bytes, Callable[[memoryview, int], tuple[int, int]]], ...] = (
-    (b"\x89PNG\r\n\x1a\n", _check_png),
-    (b"\xff\xd8", _check_jpeg),
-    (b"BM", _check_bmp),
-    (b"II*\0", _check_tiff),
-    (b"MM\0*", _check_tiff),
-    (b"II+\0", _check_tiff),
-    (b"MM\0+", _check_tiff),
-)

@@ -81,7 +81,7 @@ def draw(config: configs.Segmentation, share: float, data: Samples, step: Array,
         image = patches.random_flips(stream(root, "flips", step), image)
     mask = jnp.zeros_like(image)
     if data.library is not None:
-        image, inserted, _ = defects.insert(
+        image, inserted = defects.insert(
             stream(root, "defects", step),
             image,
             data.library,

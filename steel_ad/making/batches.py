@@ -123,7 +123,7 @@ def inserted(
         made = []
         for i, (image, index) in enumerate(zip(group.draw(), chosen, strict=True), start):
             plate, key_i = jnp.asarray(image, jnp.float32)[None] / 255, jax.random.fold_in(key, i)
-            images, masks, _ = defects.insert(key_i, plate, one(library, index), blend=blend, augment=augment)
+            images, masks = defects.insert(key_i, plate, one(library, index), blend=blend, augment=augment)
             made += pair(images[0], masks[0])
         return made
 

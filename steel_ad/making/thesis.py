@@ -99,7 +99,7 @@ def _periodic(
     def draw(strip: int, index: int, marks: int) -> list[np.ndarray]:
         key = jax.random.fold_in(batches.stream(seed, line, "strip"), strip)
         plate = plates.render(key, line, shape=(patches * size, size))[0]
-        image, mask, corners, _ = map(
+        image, mask, corners = map(
             np.asarray,
             defects.insert_periodic(
                 jax.random.fold_in(key, 1), plate, batches.one(library, index), period_px=PERIOD_PX

@@ -75,19 +75,11 @@ def complete(plans: Sequence[Plan], *, label: str = "write", unit: str = "files"
                     continue
                 for row, image in zip(batch.rows, batch.draw(), strict=True):
                     if not (plan.out / row["file"]).exists():
-                        _write(plan.out / row["file"], image)
+                        folders.write_image(plan.out / row["file"], image)
                         written += 1
                 update(done + written)
             _finish(plan)
     return written
-
-
-def _write(path: Path, image: np.ndarray) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path.parent} cannot be made ({error.strerror}): use another --out", status=1) from error
-    folders.write_image(path, image)
 
 
 def _finish(plan: Plan) -> None:
