@@ -19,6 +19,7 @@ from steel_ad import benchmark, cli, metrics, native
 from steel_ad import config as configs
 from steel_ad.benchmark import ceilings, cold_start, data, inspection, peers, ssim, timing, train, unet
 from steel_ad.benchmark import metrics as metrics_works
+from steel_ad.benchmark.peers import arrays
 from steel_ad.data import datasets, folders
 from steel_ad.data.images import Images
 from steel_ad.data.patches import stack
@@ -197,7 +198,7 @@ def test_an_unknown_group_ends_with_one_sentence_and_status_2():
 
 def test_help_lists_the_flags_of_every_binary_too():
     said = start("--help").stdout
-    assert all(f"  --{name}: " in said for name in ("only", "compilation_cache", "[no]native"))
+    assert all(f"\n  --{name}" in said for name in ("only", "compilation_cache", "[no]native"))
 
 
 def test_ctrl_c_says_what_is_left_of_a_run(monkeypatch, capsys):
@@ -316,7 +317,7 @@ def test_the_peer_of_the_metrics_finds_the_same_areas():
     scores, masks = maps()
     # With ties, over the image's whole range of FPR.
     coarse = np.round(scores)
-    assert peers.numpy_aupro(coarse, masks, 1.0) == pytest.approx(
+    assert arrays.numpy_aupro(coarse, masks, 1.0) == pytest.approx(
         metrics.aupro(metrics.rank(coarse, masks), 1.0), abs=1e-9
     )
 
@@ -324,7 +325,7 @@ def test_the_peer_of_the_metrics_finds_the_same_areas():
 def test_peers_insert_and_cut_what_ours_do():
     """The same pixels with the same statistics: nothing is left out of the peers' works."""
     images = functools.partial(data._plates, 2, 64)
-    patches = peers.crops(images, num=64, side=32)["numpy"]().call()
+    patches = arrays.numpy_crops(images, 64, 32).call()
     assert (patches.shape, patches.dtype, patches.min() >= 0, patches.max() <= 1) == (
         (64, 32, 32, 1),
         np.float32,
@@ -334,9 +335,8 @@ def test_peers_insert_and_cut_what_ours_do():
     difference = np.full((1, 16, 16), 0.25, np.float32)
     mask = np.zeros((1, 16, 16), bool)
     mask[0, 4:9, 6:13] = True
-    plates, marked = peers.insert(lambda: np.zeros((50, 20, 20), np.uint8), lambda: (difference, mask))[
-        "numpy"
-    ]().call()
+    black = np.zeros((50, 20, 20), np.uint8)
+    plates, marked = arrays.numpy_insert(lambda: black, lambda: (difference, mask)).call()
     # Each mask is wholly on its plate, and the difference is added below it.
     assert set(marked.sum((1, 2))) == {35}
     assert (plates[marked] == 0.25).all()
@@ -549,7 +549,7 @@ def test_read_images_are_those_that_were_written(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (3, 20, 24), np.uint8)
     paths = data.write_pngs(tmp_path, images)
     assert [path.name for path in paths] == ["000.png", "001.png", "002.png"]
-    for program in (data._read(lambda: images), peers.read_png(lambda: images)["cv2"]()):
+    for program in (data._read(lambda: images), arrays.cv2_read(lambda: images)):
         np.testing.assert_array_equal(np.stack(program.call()), images)
         program.close()
     assert len(list(tmp_path.iterdir())) == 3

@@ -13,7 +13,12 @@ VECTORS = jnp.asarray([[0.0, 24.0], [20.0, 4.0]])
 def waves(u, v, at):
     """A smooth pattern of the cell, and another one, at cell coordinates: `[2, ...]`."""
     first, second = (2 * np.pi * np.asarray(at)[..., k] for k in (0, 1))
-    return np.stack([np.cos(first) + 0.5 * np.sin(second + 1) + 0.4 * np.cos(2 * first), np.sin(first - second) + 0.3 * np.cos(2 * second)])
+    return np.stack(
+        [
+            np.cos(first) + 0.5 * np.sin(second + 1) + 0.4 * np.cos(2 * first),
+            np.sin(first - second) + 0.3 * np.cos(2 * second),
+        ]
+    )
 
 
 def test_coordinates_count_steps_of_the_lattice_from_the_middle():

@@ -440,7 +440,7 @@ def test_thesis_sets(tmp_path, monkeypatch, steels):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), "give a command: one of from_video, insert, thesis"),
+        ((), "give a command: from_video, insert, thesis"),
         (("from_movie", "--video=a"), "'from_movie' is not a command: give one of from_video, insert, thesis"),
         (("thesis", "insert"), "'thesis insert' is not a command"),
         (("--size=64", "thesis", "--out=x"), "--size is not a flag of thesis"),

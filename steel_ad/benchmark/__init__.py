@@ -18,7 +18,7 @@ import jax
 from steel_ad import files, native
 from steel_ad.benchmark import cold_start, data, inspection, metrics, peers, ssim, sweep, train, unet
 from steel_ad.benchmark.ceilings import ceilings as measure_ceilings
-from steel_ad.benchmark.timing import LEAST_REPEATS, Work, measure
+from steel_ad.benchmark.timing import LEAST_REPEATS, Work, cpus, measure
 from steel_ad.errors import InputError
 from steel_ad.report import tables
 
@@ -237,7 +237,7 @@ def _device() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {peers.cpus()} cores"
+    return f"{names[0] if names else platform.machine()}, {cpus()} cores"
 
 
 def _machine() -> dict[str, Any]:
@@ -246,7 +246,7 @@ def _machine() -> dict[str, Any]:
     words = set(info.read_text(encoding="utf-8").split()) if info.exists() else set()
     compiler = os.environ.get("CXX") or shutil.which("c++") or ""
     return {
-        "cpus": peers.cpus(),
+        "cpus": cpus(),
         "vectors": " ".join(
             name for name in ("avx2", "fma", "avx512f", "avx512_bf16", "asimd", "sve") if name in words
         ),

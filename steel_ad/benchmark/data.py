@@ -12,8 +12,9 @@ import numpy as np
 
 from steel_ad import config as configs
 from steel_ad import parallel
-from steel_ad.benchmark import peers, train
-from steel_ad.benchmark.timing import Maker, Program, Work, compiled
+from steel_ad.benchmark import train
+from steel_ad.benchmark.peers import arrays
+from steel_ad.benchmark.timing import Frames, Maker, Program, Work, compiled
 from steel_ad.data import defects, folders, patches, plates
 from steel_ad.data import images as data_images
 from steel_ad.detectors import autoencoder
@@ -28,13 +29,16 @@ def works(*, tiny: bool) -> list[Work]:
     FLOPs say nothing."""
     files, page = (2, 64) if tiny else (16, 1024)
     images = functools.partial(_plates, files, page)
-    pngs: dict[str, Maker] = {"steel_ad": functools.partial(_read, images), **peers.read_png(images)}
+    pngs: dict[str, Maker] = {
+        "steel_ad": functools.partial(_read, images),
+        "cv2": functools.partial(arrays.cv2_read, images),
+    }
     found = [Work(f"read_png_{page}", None, 1.0 * files * page**2, pngs, {"mpx_s": files * page**2 / 1e6})]
 
     num, side = (4, 32) if tiny else (512, 128)
     crops: dict[str, Maker] = {
         "steel_ad": functools.partial(_crops, images, num, side),
-        **peers.crops(images, num=num, side=side),
+        "numpy": functools.partial(arrays.numpy_crops, images, num, side),
     }
     # A byte is read and a float32 written.
     found.append(Work(f"crops_{side}", None, 5.0 * num * side**2, crops, {"patches_s": num}))
@@ -44,7 +48,9 @@ def works(*, tiny: bool) -> list[Work]:
     library = functools.lru_cache(lambda: defects.procedural(jax.random.key(0), 6 if tiny else 60, size=size))
     inserts: dict[str, Maker] = {
         "steel_ad": functools.partial(_insert, good, library),
-        **peers.insert(good, lambda: (np.asarray(library().difference), np.asarray(library().mask))),
+        "numpy": functools.partial(
+            arrays.numpy_insert, good, lambda: (np.asarray(library().difference), np.asarray(library().mask))
+        ),
     }
     # Read and written in float32, and the mask.
     found.append(Work(f"insert_{side}", None, 9.0 * num * side**2, inserts, {"images_s": num}))
@@ -82,7 +88,7 @@ def _plates(num: int, side: int) -> np.ndarray:
     return np.tile(drawn, (1, side // drawn.shape[1], side // drawn.shape[2]))
 
 
-def _read(images: peers.Frames) -> Program:
+def _read(images: Frames) -> Program:
     folder = tempfile.TemporaryDirectory()
     paths = write_pngs(Path(folder.name), images())
 
@@ -133,7 +139,7 @@ def _repeated(num: int, side: int) -> np.ndarray:
     return distinct[np.arange(num) % len(distinct)]
 
 
-def _crops(images: peers.Frames, num: int, side: int) -> Program:
+def _crops(images: Frames, num: int, side: int) -> Program:
     data = jax.tree.map(jnp.asarray, patches.stack(list(images())))
 
     def draw(key, data):
@@ -144,7 +150,7 @@ def _crops(images: peers.Frames, num: int, side: int) -> Program:
     return _keyed(draw, data)
 
 
-def _insert(good: peers.Frames, library) -> Program:
+def _insert(good: Frames, library) -> Program:
     images = jnp.asarray(good().astype(np.float32) / 255)
     return _keyed(lambda key, images, library: defects.insert(key, images, library), images, library())
 

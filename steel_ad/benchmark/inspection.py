@@ -18,7 +18,7 @@ import numpy as np
 
 from steel_ad import config as configs
 from steel_ad.benchmark import peers, ssim
-from steel_ad.benchmark.timing import Program, Work, compiled, with_latency, with_xla_alone
+from steel_ad.benchmark.timing import Frames, Program, Work, compiled, with_latency, with_xla_alone
 from steel_ad.detectors import Fitted, autoencoder, opened
 from steel_ad.detectors.autoencoder import AutoencoderDetector
 from steel_ad.inspection import tiles
@@ -131,7 +131,7 @@ def program(config: configs.Autoencoder):
     return jax.jit(jax.vmap(maps, in_axes=(None, 0)), compiler_options=cpu_compiler_options())
 
 
-def _ours(config: configs.Autoencoder, images: peers.Frames) -> Program:
+def _ours(config: configs.Autoencoder, images: Frames) -> Program:
     params = autoencoder.initial_state(config, jax.random.key(0)).params
     frames = images()
     parts = np.split(frames, len(frames) // min(len(frames), opened.at_once(frames.shape[1:])))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from steel_ad.benchmark import peers
-from steel_ad.benchmark.timing import Maker, Program, Work, compiled, with_xla_alone
+from steel_ad.benchmark.timing import Images, Maker, Program, Work, compiled, with_xla_alone
 from steel_ad.ops.convolution import cpu_compiler_options
 from steel_ad.ops.ssim import mean_residual, ssim_map
 
@@ -46,7 +46,7 @@ def _images(batch: int, side: int) -> tuple[np.ndarray, np.ndarray]:
     return x, np.clip(x + 0.1 * rng.standard_normal(x.shape, np.float32), 0, 1)
 
 
-def _ours(images: peers.Images, gradient: bool, window: str) -> Program:
+def _ours(images: Images, gradient: bool, window: str) -> Program:
     one = jax.vmap(functools.partial(mean_residual if gradient else ssim_map, window=window, window_size=WINDOW))
     function = jax.value_and_grad(lambda x, y: one(x, y).mean()) if gradient else one
     x, y = images()

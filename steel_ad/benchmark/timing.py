@@ -6,6 +6,7 @@ Ratios are still not free of neighbours: PyTorch's threads wait for each other a
 import contextlib
 import dataclasses
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,16 @@ import numpy as np
 from steel_ad import native
 
 LEAST_REPEATS = 3
+
+# What works are done on: two batches float32 `[b, h, w]`; images uint8 `[b, h, w]`; scores float32 and masks bool, `[b, h, w]`.
+Images = Callable[[], tuple[np.ndarray, np.ndarray]]
+Frames = Callable[[], np.ndarray]
+Maps = Callable[[], tuple[np.ndarray, np.ndarray]]
+
+
+def cpus() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Unavailable(Exception):
