@@ -279,9 +279,9 @@ def test_rows_of_scores_tell_what_each_image_is_and_what_each_map_says_of_it():
 
 
 class Brightness(Detector):
-    """Two maps, the image and the image brighter by its state."""
+    """Two maps, the image brighter by its state and the image."""
 
-    name = "a"
+    name = "b"
 
     def fit(self, images):
         return {"factor": np.float32(2)}
@@ -289,8 +289,10 @@ class Brightness(Detector):
     def residual(self, state, image):
         return image
 
+    names = ("b", "a")
+
     def maps(self, state, image):
-        return {"a": image, "b": image * state["factor"]}
+        return {"b": image * state["factor"], "a": image}
 
 
 def test_maps_and_their_openings_come_in_the_order_of_images_of_any_shape():
@@ -298,6 +300,7 @@ def test_maps_and_their_openings_come_in_the_order_of_images_of_any_shape():
     images = [np.pad(rng.integers(0, 256, shape, np.uint8), 2) for shape in ((6, 9), (8, 5), (6, 9), (6, 9))]
     found, probabilities = evaluation.Mapper(Brightness(), 1)(Brightness().fit(images), images, label="maps")
     assert probabilities is None
+    assert list(found) == ["b", "a"]
     for name, factor in (("a", 1 / 255), ("b", 2 / 255)):
         for raw, opened, image in zip(found[name].raw, found[name].opened, images, strict=True):
             np.testing.assert_allclose(raw, factor * image, rtol=1e-6)

@@ -46,6 +46,11 @@ class Detector(abc.ABC):
     @abc.abstractmethod
     def name(self) -> str: ...
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of `maps`, the first one `name`."""
+        return (self.name,)
+
     @classmethod
     def configured(cls, config: Any) -> "Detector":
         """The detector with the settings of an experiment, of which it takes what it knows."""

@@ -336,6 +336,10 @@ class AutoencoderDetector(Detector):
         return self.config.maps[0]
 
     @property
+    def names(self) -> tuple[str, ...]:
+        return self.config.maps
+
+    @property
     def least_px(self) -> int:  # type: ignore[override]
         return self.config.patch_size
 

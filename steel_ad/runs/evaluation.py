@@ -40,6 +40,8 @@ class Mapper:
             self._names = list(maps)
             return maps, detector.probability(state, opened.scaled(pixels))
 
+        # A compiled program returns a dict in the order of its keys.
+        self._names = detector.names
         self._program = opened.Program(one)
 
     def __call__(
@@ -62,7 +64,7 @@ class Mapper:
     ) -> tuple[dict[str, "Thresholds"], np.ndarray | None]:
         """As `thresholds` of the maps of good images, by name, without keeping the maps; and their probabilities."""
         pixels = Images(images).num_pixels
-        tails: dict[str, Tail] = {}
+        tails = {name: Tail(pixels, percentile) for name in self._names}
 
         def keep(result) -> tuple[dict[str, np.float32], Any]:
             maps, probability = result
