@@ -453,7 +453,7 @@ def write(path):
 
 
 def test_writing_makes_the_folder_returns_the_path_and_gives_the_same_bytes_again(tmp_path):
-    path = write(str(tmp_path / "new" / "a.png"))
+    path = write(tmp_path / "new" / "a.png")
     assert path == tmp_path / "new" / "a.png"
     picture = matplotlib.image.imread(path)
     assert picture.shape[1] == pytest.approx(1200, rel=0.02)
@@ -485,12 +485,12 @@ def test_a_folder_that_is_a_file_is_the_users_mistake(tmp_path):
 
 def test_no_global_state_of_matplotlib_is_touched(tmp_path):
     code = (
-        "import sys, matplotlib\n"
+        "import pathlib, sys, matplotlib\n"
         "def settings():  # asking for the backend imports pyplot\n"
         "    return {k: matplotlib.rcParams[k] for k in matplotlib.rcParams if k != 'backend'}\n"
         "before = settings()\n"
         "from steel_ad.report import training\n"
-        f"training.training_curve({str(tmp_path / 'a.png')!r}, {{'step': [0], 'loss': [1.0]}}, title='t')\n"
+        f"training.training_curve(pathlib.Path({str(tmp_path / 'a.png')!r}), {{'step': [0], 'loss': [1.0]}}, title='t')\n"
         "assert 'matplotlib.pyplot' not in sys.modules and settings() == before"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -86,6 +86,11 @@ def in_turn(library: defects.Library, seed: int, line: str = "") -> Iterator[int
     )
 
 
+def grouped(names: list[str], draw: Callable[[int, int], list[np.ndarray]]) -> list[Plates]:
+    """Plates in groups of `BATCH`; `draw` makes those from its first argument to before its second."""
+    return [Plates(names[a:b], functools.partial(draw, a, b)) for a, b in spans(len(names), BATCH)]
+
+
 def rendered(line: str, seed: int, name: str, num: int) -> list[Plates]:
     """Plates of a line from the stream of this name."""
 
@@ -95,10 +100,7 @@ def rendered(line: str, seed: int, name: str, num: int) -> list[Plates]:
         images = plates.render(key, line, SIZE_PX, num=BATCH)
         return list(np.asarray(plates.to_uint8(images))[: stop - start])
 
-    return [
-        Plates([f"procedural/{line}/{name}/{i:04d}" for i in range(*span)], functools.partial(draw, *span))
-        for span in spans(num, BATCH)
-    ]
+    return grouped([f"procedural/{line}/{name}/{i:04d}" for i in range(num)], draw)
 
 
 def good(folder: str, groups: list[Plates]) -> list[Batch]:

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -78,13 +77,7 @@ def run(config: Inserted, *, data: str, defects_from: str, out: Path) -> dict[st
 
 
 def _loaded(named: list[tuple[str, np.ndarray]]) -> list[batches.Plates]:
-    def draw(start: int, stop: int) -> list[np.ndarray]:
-        return [image for _, image in named[start:stop]]
-
-    return [
-        batches.Plates([name for name, _ in named[slice(*span)]], functools.partial(draw, *span))
-        for span in batches.spans(len(named), batches.BATCH)
-    ]
+    return batches.grouped([name for name, _ in named], lambda a, b: [image for _, image in named[a:b]])
 
 
 def _hold_out(data: str, dataset: datasets.Dataset, count: int, seed: int) -> tuple[list, list]:

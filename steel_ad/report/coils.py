@@ -1,6 +1,5 @@
 """The map of a coil: where its defects lie along the strip."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,7 @@ class Coil:
     periodic: np.ndarray
 
 
-def coil_map(path: str | os.PathLike[str], sides: Sequence[Coil], *, unit: str, title: str) -> Path:
+def coil_map(path: Path, sides: Sequence[Coil], *, unit: str, title: str) -> Path:
     """Where the defects lie: along the strip from left to right, one panel a side; the periodic ones are ringed.
 
     Defects too small to be seen at the figure's scale are drawn as dots.

@@ -1,7 +1,6 @@
 """The figure of detectability: how small a defect is found."""
 
 import itertools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +30,7 @@ class Detection:
     a90_95: float | None
 
 
-def detectability(
-    path: str | os.PathLike[str], kinds: Mapping[str, Sequence[Detection]], *, unit: str, title: str
-) -> Path:
+def detectability(path: Path, kinds: Mapping[str, Sequence[Detection]], *, unit: str, title: str) -> Path:
     """Probability of detection against size, one panel a kind, one curve a contrast; a90/95 is marked on the axis.
 
     Dots are shares of found defects among tenths of the trials, for curves that could not be fitted too.

@@ -4,7 +4,6 @@ Images are [h, w], either uint8 or float in [0, 1]; masks are bool [h, w].
 """
 
 import itertools
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +56,7 @@ class Prediction:
     maps: Mapping[str, tuple[np.ndarray, float]]
 
 
-def examples(path: str | os.PathLike[str], rows: Sequence[Example], *, title: str, threshold: float) -> Path:
+def examples(path: Path, rows: Sequence[Example], *, title: str, threshold: float) -> Path:
     """One image a row: image with truth, reconstruction (where any row has one), residual with score, predicted mask.
 
     All residuals share one colour scale, capped at their 99.8th percentile, so that rows can be compared. An image is
@@ -104,7 +103,7 @@ def examples(path: str | os.PathLike[str], rows: Sequence[Example], *, title: st
 
 
 def score_histogram(
-    path: str | os.PathLike[str],
+    path: Path,
     good: ArrayLike,
     defective: Mapping[str, ArrayLike],
     *,
@@ -178,7 +177,7 @@ def _thresholds(column: np.ndarray, lines: Mapping[str, tuple[float, str]], floo
         )
 
 
-def curves(path: str | os.PathLike[str], series: Mapping[str, Mapping[str, Any]], *, title: str) -> Path:
+def curves(path: Path, series: Mapping[str, Mapping[str, Any]], *, title: str) -> Path:
     """ROC and per-region overlap (PRO) of the pixels, side by side; PRO up to a false positive rate of 0.3.
 
     Args:
@@ -207,7 +206,7 @@ def curves(path: str | os.PathLike[str], series: Mapping[str, Mapping[str, Any]]
     return style.save(figure, path)
 
 
-def predictions(path: str | os.PathLike[str], rows: Sequence[Prediction], *, title: str) -> Path:
+def predictions(path: Path, rows: Sequence[Prediction], *, title: str) -> Path:
     """One image a row: input, truth, and each model's map with its score above; a colour scale for each model.
 
     Raises ValueError where a row lacks a model that the first row has, or has another.

@@ -3,7 +3,6 @@
 Images are [h, w], either uint8 or float in [0, 1]; masks are bool [h, w].
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +43,7 @@ class Insertion:
     truth: np.ndarray
 
 
-def dataset_overview(path: str | os.PathLike[str], rows: Sequence[Dataset], *, title: str) -> Path:
+def dataset_overview(path: Path, rows: Sequence[Dataset], *, title: str) -> Path:
     """One dataset a column: defect-free, defective with truth outlined, close-up of its largest defect.
 
     One or two datasets get a row each instead. Raises ValueError where a truth is empty.
@@ -67,7 +66,7 @@ def dataset_overview(path: str | os.PathLike[str], rows: Sequence[Dataset], *, t
     return style.save(figure, path)
 
 
-def insertion(path: str | os.PathLike[str], rows: Sequence[Insertion], *, title: str) -> Path:
+def insertion(path: Path, rows: Sequence[Insertion], *, title: str) -> Path:
     """One artificial defect a row: defect on plain steel, label, cut-out; plate with the defect inserted, truth.
 
     Raises ValueError where a label is empty.

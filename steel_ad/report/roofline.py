@@ -1,6 +1,5 @@
 """The roofline picture: what each timed work reaches of what the machine can do (Williams et al. 2009)."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ _LABEL_GAP = 0.06  # of the panel's height, between two works' labels
 
 
 def roofline(
-    path: str | os.PathLike[str],
+    path: Path,
     rows: Sequence[Mapping[str, Any]],
     ceilings: Mapping[str, float],
     *,

@@ -1,6 +1,5 @@
 """Figures of spectra: one line a column, plates above, what the DFT makes of them below (figure 3-3 of the thesis)."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ class View:
     lattice: Lattice | None
 
 
-def spectra(path: str | os.PathLike[str], views: Sequence[View]) -> Path:
+def spectra(path: Path, views: Sequence[View]) -> Path:
     """Plate, its log-amplitude spectrum, the mean one of the line, and the mean autocorrelation with the lattice's vectors."""
     counts = sorted({view.images for view in views})
     plates = "plates" if counts[-1] > 1 else "plate"
@@ -63,7 +62,7 @@ def spectra(path: str | os.PathLike[str], views: Sequence[View]) -> Path:
     return style.save(figure, path)
 
 
-def phases(path: str | os.PathLike[str], views: Sequence[View]) -> Path:
+def phases(path: Path, views: Sequence[View]) -> Path:
     """Plate and its phase spectrum, from -pi to pi in a cyclic colour scale."""
     figure, grid = _panels(["plate", "phase"], views)
     for view, (above, below) in zip(views, grid.T, strict=True):

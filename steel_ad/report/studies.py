@@ -1,7 +1,6 @@
 """Figures of results over many runs: a metric along a study's axis, and methods side by side."""
 
 import itertools
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ Series = Mapping[tuple[str, str], Mapping[str, Mapping[str, Sequence[float]]]]
 
 
 def study(
-    path: str | os.PathLike[str],
+    path: Path,
     found: Series,
     *,
     values: Sequence[str],
@@ -62,7 +61,7 @@ def study(
 
 
 def methods(
-    path: str | os.PathLike[str],
+    path: Path,
     found: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
     *,
     metrics: Mapping[str, str],
@@ -100,7 +99,7 @@ def methods(
     return style.save(figure, path)
 
 
-def promises(path: str | os.PathLike[str], cases: Sequence[Mapping[str, Any]]) -> Path:
+def promises(path: Path, cases: Sequence[Mapping[str, Any]]) -> Path:
     """Promised against observed rates, a point a case: a column for each kind of plates and choice of scores, a row a form.
 
     A case without an alarm lies on the lower edge; a black bar is the mean.

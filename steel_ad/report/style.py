@@ -5,7 +5,6 @@ missing, returns the path, and raises InputError (status 1) where the file canno
 """
 
 import io
-import os
 import threading
 from pathlib import Path
 
@@ -38,7 +37,7 @@ def new(height_in: float, title: str) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+def save(figure: Figure, path: Path) -> Path:
     """Writes a figure as PNG, whole or not at all, making missing folders.
 
     Raises:
@@ -48,8 +47,8 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     png = io.BytesIO()
     with _DRAWING:
         figure.savefig(png, format="png", dpi=_DPI, bbox_inches="tight", pad_inches=0.05, metadata={"Software": None})
-    files.write_bytes(Path(path), png.getvalue())
-    return Path(path)
+    files.write_bytes(path, png.getvalue())
+    return path
 
 
 def plain(axes: Axes) -> None:

@@ -1,6 +1,5 @@
 """The figure of a training run: its loss."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from steel_ad.report import style
 from steel_ad.report.style import BLUE, GREY, VERMILLION, log_ticks, new, plain
 
 
-def training_curve(path: str | os.PathLike[str], history: Mapping[str, Any], *, title: str) -> Path:
+def training_curve(path: Path, history: Mapping[str, Any], *, title: str) -> Path:
     """Loss against step, as logged and smoothed over 2 % of the run; logarithmic where it falls tenfold or more.
 
     Args:
