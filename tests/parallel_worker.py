@@ -207,7 +207,7 @@ def observe(mesh) -> tuple[dict, TrainState]:
 def collectives(mesh) -> list[str]:
     """Collective operations in the compiled step of the real network."""
     state = autoencoder.initial_state(CONFIG, jax.random.key(0))
-    data = (plates(), patches.Crops(*(np.zeros(24, np.int32) for _ in range(3))))
+    data = autoencoder.Good(plates(), patches.Crops(*(np.zeros(24, np.int32) for _ in range(3))))
     arguments = parallel.put((state, data), parallel.replicated(mesh))
     step = make_step(autoencoder.objective(CONFIG), autoencoder.optimizer(CONFIG), mesh=mesh)
     text = step.lower(*arguments, jax.random.key(3)).compile().as_text()

@@ -264,7 +264,7 @@ def test_flops_of_a_training_step_are_what_xla_counts_in_the_plain_form(monkeypa
     state = jax.eval_shape(lambda: autoencoder.initial_state(config, jax.random.key(0)))
     plates = jax.tree.map(jnp.asarray, stack([np.zeros((256, 256), np.uint8)] * 2))
     step = make_step(autoencoder.objective(config), autoencoder.optimizer(config))
-    counted = step.lower(state, plates, jax.random.key(0)).cost_analysis()["flops"]
+    counted = step.lower(state, autoencoder.Good(plates), jax.random.key(0)).cost_analysis()["flops"]
     assert train.cost(config)[0] == pytest.approx(counted, rel=0.1)
 
 

@@ -50,7 +50,9 @@ def segmentation_settings(**settings):
 def test_the_autoencoders_objective_is_the_mean_loss_of_its_patches(plates):
     config = autoencoder_settings(constants="thesis")
     state = autoencoder.initial_state(config, ROOT)
-    loss, (extra, metrics) = jax.jit(autoencoder.objective(config))(state.params, {"kept": 1}, plates, STEP, ROOT)
+    loss, (extra, metrics) = jax.jit(autoencoder.objective(config))(
+        state.params, {"kept": 1}, autoencoder.Good(plates), STEP, ROOT
+    )
     crops = patches.random_crops(stream(ROOT, "crops", STEP), plates.sizes, num=4, patch_size=32)
     x = patches.random_flips(stream(ROOT, "flips", STEP), patches.cut(plates, crops, patch_size=32))
     y = jax.jit(autoencoder.model(config).apply)(state.params, x)
@@ -181,7 +183,7 @@ def test_objectives_of_both_stages_are_the_means_over_their_samples(supervised):
     np.testing.assert_allclose(loss, cross_entropy(logits, batch.mask), rtol=1e-5)
     assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (extra, first.extra)), strict=True))
     objective = jax.jit(segmentation.classifier_objective(config))
-    loss, (_, metrics) = objective(second.params, second.extra, (samples, frozen), STEP, ROOT)
+    loss, (_, metrics) = objective(second.params, second.extra, samples._replace(frozen=frozen), STEP, ROOT)
     np.testing.assert_allclose(loss, cross_entropy(logit, label), rtol=1e-5)
     np.testing.assert_allclose(metrics["accuracy"], np.mean((logit > 0) == (label > 0.5)))
     assert 0 < label.mean() < 1
@@ -390,43 +392,53 @@ def test_steps_follow_the_epochs_unless_they_are_given():
     assert (config.total_steps, config.total_classifier_steps, config.total_adapt_steps) == (9, 8, 6)
 
 
-@pytest.mark.parametrize("second_stage", [False, True])
-def test_a_stage_trains_to_its_steps_from_its_own_random_numbers_and_saves_at_its_cadence(second_stage):
-    config = segmentation_settings(seed=5, checkpoint_every=2, batch_size=4)
+def stage_of(objective, rule, steps, **settings):
+    """A stage of that objective and rule."""
+    stage = segmentation.segmentation_stage(segmentation_settings(**settings), steps)
+    return dataclasses.replace(stage, objective=objective, optimizer=rule)
+
+
+@pytest.mark.parametrize("factor", [None, 3.0])
+def test_a_stage_trains_to_its_steps_from_its_own_random_numbers_and_saves_at_its_cadence(factor):
     plates = patches.stack([np.full((8, 8), 51, np.uint8)])
-    data = segmentation.Samples(plates)
-    given = (data, jnp.asarray(3.0)) if second_stage else data
+    data = segmentation.Samples(plates, frozen=factor)
 
     def objective(params, extra, data, step, root):
-        samples, factor = data if second_stage else (data, jnp.asarray(1.0))
         draw = jax.random.uniform(stream(root, "draw", step))
-        grey = samples.good.pixels.astype(jnp.float32).mean()
-        return factor * params * grey, (extra, {"draw": draw})
+        grey = data.good.pixels.astype(jnp.float32).mean()
+        return (1.0 if data.frozen is None else data.frozen) * params * grey, (extra, {"draw": draw})
 
     rule = optax.sgd(0.5)
     begun = dataclasses.replace(create(jnp.asarray(0.0), rule), step=jnp.asarray(1, jnp.int32))
-    rows, kept = [], []
+    rows, kept, watched = [], [], []
+
+    def watch(history):
+        watched.extend(history)
+        return lambda step, row: watched.append({"step": step, **row})
+
+    stage = stage_of(objective, rule, 5, checkpoint_every=2, batch_size=4)
     state = segmentation.train(
-        objective,
-        rule,
-        given,
+        dataclasses.replace(stage, watch=watch),
+        data,
         begun,
-        config=config,
-        stage="a stage",
-        steps=5,
+        seed=5,
+        name="a stage",
+        history=[{"step": 1}],
         on_step=lambda step, row: rows.append((step, row)),
         save=lambda step, state: kept.append((step, float(state.params))),
     )
     assert int(state.step) == 5
-    slope = -0.5 * 51 * (3 if second_stage else 1)
+    slope = -0.5 * 51 * (factor or 1)
     assert kept == [(2, slope), (4, 3 * slope), (5, 4 * slope)]
     assert [step for step, _ in rows] == [2, 3, 4, 5]
     assert all(type(value) is float for _, row in rows for value in row.values())
+    assert watched == [{"step": 1}, *({"step": step, **row} for step, row in rows)]
     root = stream(jax.random.key(5), "a stage")
     draws = [float(jax.random.uniform(stream(root, "draw", step))) for step in range(1, 5)]
     assert [row["draw"] for _, row in rows] == draws
     # Nobody need listen.
-    alone = segmentation.train(objective, rule, given, state, config=config, stage="a stage", steps=6)
+    stage = stage_of(objective, rule, 6, checkpoint_every=2, batch_size=4)
+    alone = segmentation.train(stage, data, state, seed=5, name="a stage")
     assert float(alone.params) == 5 * slope
 
 
@@ -434,6 +446,6 @@ def test_a_stage_refuses_a_batch_that_its_devices_do_not_divide():
     class Three:
         size = 3
 
-    given = {"config": segmentation_settings(batch_size=4), "stage": "a", "steps": 1, "mesh": Three()}
+    stage = stage_of(None, None, 1, batch_size=4)
     with pytest.raises(InputError, match=r"a batch of 4 cannot be divided among 3 devices.*batch_size=3 or 6"):
-        segmentation.train(None, None, segmentation.Samples(None), None, **given)
+        segmentation.train(stage, segmentation.Samples(None), None, seed=0, name="a", mesh=Three())

@@ -118,7 +118,7 @@ TINY = Autoencoder(patch_size=32, latent=4, crops="fresh", flips=True, batch_siz
 
 def step_program():
     root = jax.random.key(0)
-    data = jax.tree.map(jnp.asarray, patches.stack([np.zeros((40, 40), np.uint8)] * 2))
+    data = autoencoder.Good(jax.tree.map(jnp.asarray, patches.stack([np.zeros((40, 40), np.uint8)] * 2)))
     step = make_step(autoencoder.objective(TINY), autoencoder.optimizer(TINY), steps_per_call=2)
     return step, (autoencoder.initial_state(TINY, root), data, root)
 

@@ -27,6 +27,7 @@ from steel_ad.report import training
 from steel_ad.runs import segmentation as study
 from steel_ad.runs import transfer
 from steel_ad.runs.run import Run
+from steel_ad.train import feed
 from steel_ad.train.checkpoint import Checkpoints
 from steel_ad.train.state import create
 from steel_ad.train.step import make_step
@@ -152,8 +153,8 @@ def test_inserted_samples_follow_the_ratio(good, library):
 def test_labelled_samples_keep_image_and_mask_together(good):
     marked = np.full((80, 70), 100, np.uint8)
     marked[70:72, 5:8] = 255  # small and in a corner: a random crop would nearly always miss it
-    samples = segmentation.labelled(patches.stack(good), Images([marked]), Images([np.uint8(marked > 200)]), seed=0)
-    batch = batches(tiny(batch_size=8), 0.75, jax.tree.map(jnp.asarray, samples))
+    samples = segmentation.labelled(Images(good), Images([marked]), Images([np.uint8(marked > 200)]), seed=0)
+    batch = batches(tiny(batch_size=8), 0.75, feed.on_device(samples, parallel.mesh()))
     assert abs(batch.label.mean() - 0.75) < 0.1
     places = {tuple(np.argwhere(m[..., 0])[0]) for m in batch.mask[batch.label > 0]}
     assert len(places) > 20  # and not always at the same place of the patch
@@ -212,7 +213,7 @@ def test_stages_never_compile_twice_and_classify(good, library, model):
     start = jax.device_get(second.params)
     step = make_step(segmentation.classifier_objective(config), segmentation.optimizer(config, 4))
     for _ in range(2):
-        second, metrics = step(second, (samples, frozen), root)
+        second, metrics = step(second, samples._replace(frozen=frozen), root)
     assert step._cache_size() == 1
     assert set(metrics) == {"loss", "gradient_norm", "accuracy"}
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.any(a != b)), start, jax.device_get(second.params))))
@@ -254,7 +255,7 @@ def test_steps_lower_for_every_platform(good, library):
         (make_step(segmentation.segmentation_objective(config), segmentation.optimizer(config, 4)), (state, samples)),
         (
             make_step(segmentation.classifier_objective(config), segmentation.optimizer(config, 4)),
-            (segmentation.initial_classifier(config, frozen), (samples, frozen)),
+            (segmentation.initial_classifier(config, frozen), samples._replace(frozen=frozen)),
         ),
     ]
     platforms = ("cpu", "cuda", "tpu")
@@ -277,7 +278,8 @@ def test_every_stage_draws_samples_of_its_own(good, library):
     for stage in ("train", "classifier", "adapt"):
         rule = segmentation.optimizer(tiny(), 2)
         state = create({"w": jnp.ones(1)}, rule)
-        segmentation.train(spy(stage), rule, samples, state, config=tiny(), stage=stage, steps=2)
+        spied = dataclasses.replace(segmentation.segmentation_stage(tiny(), 2), objective=spy(stage))
+        segmentation.train(spied, samples, state, seed=0, name=stage)
     jax.effects_barrier()
     assert len({tuple(k.tolist()) for k in seen.values()}) == 3
 
@@ -405,16 +407,16 @@ def test_interrupted_transfer_ends_as_an_undisturbed_one_and_adapts_to_the_targe
     with pytest.MonkeyPatch.context() as patch:
         train = segmentation.train
 
-        def seen(objective, rule, samples, *arguments, stage, **rest):
-            mixed[stage] = samples[0].new_line if stage.startswith("classifier") else samples.new_line
-            return train(objective, rule, samples, *arguments, stage=stage, **rest)
+        def seen(stage, samples, *arguments, name, **rest):
+            mixed[name] = samples.new_line
+            return train(stage, samples, *arguments, name=name, **rest)
 
         patch.setattr(segmentation, "train", seen)
         whole = transfer.run(tiny(), **given, workdir=tmp_path / "a")
     assert mixed["pretrain"] is None
     assert mixed["classifier_before"] is None
     for stage in ("adapt", "classifier_after"):
-        np.testing.assert_array_equal(mixed[stage].pixels.max(), max(int(i.max()) // 2 for i in good))
+        assert max(i.max() for i in mixed[stage]) == max(int(i.max()) // 2 for i in good)
 
     for folder in ("checkpoints_adapt", "checkpoints_classifier_before"):
         with pytest.MonkeyPatch.context() as patch:

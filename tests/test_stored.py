@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,12 @@ from steel_ad import parallel
 from steel_ad.config import Autoencoder
 from steel_ad.data import datasets, folders, patches, workers
 from steel_ad.data import images as stored
+from steel_ad.data.images import Images
 from steel_ad.detectors import autoencoder
 from steel_ad.errors import InputError
 from steel_ad.ops import convolution
 from steel_ad.runs import evaluation
-from steel_ad.train import loop, state, step
+from steel_ad.train import feed, fit, loop, state, step
 
 TINY = Autoencoder(
     patch_size=32,
@@ -66,9 +68,10 @@ def own_code(monkeypatch):
     if "fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
         options = {**options, "xla_cpu_use_fusion_emitters": True}
     monkeypatch.setattr(step, "cpu_compiler_options", lambda: options or None)
-    autoencoder._step.cache_clear()
+    clear = fit._step.cache_clear
+    clear()
     yield
-    autoencoder._step.cache_clear()
+    clear()
 
 
 def same(a, b):
@@ -126,16 +129,54 @@ def test_the_stream_depends_on_the_step_alone(files, images, monkeypatch):
     """Fixed crops over several epochs, in several portions, and begun in mid-epoch."""
     monkeypatch.setattr(workers, "_PLACES", 9)  # two batches of four
     config = dataclasses.replace(TINY, crops="fixed", num_crops=13, steps=7, checkpoint_every=3)
-    plates, root, mesh = patches.stack(images), jax.random.key(config.seed), parallel.mesh()
-    kept = autoencoder.keep_crops(config, plates.sizes, root)
+    root, mesh = jax.random.key(config.seed), parallel.mesh()
+    resident = jax.tree.map(jnp.asarray, autoencoder.good(config, patches.stack(images), root))
 
     def expected(s):
-        places = autoencoder.places(config, jnp.asarray(plates.sizes), kept, jnp.int32(s), root)
-        return np.asarray(patches.cut_pixels(jax.tree.map(jnp.asarray, plates), places, patch_size=32))
+        places = autoencoder.choose(config, resident, jnp.int32(s), root)
+        return feed.cut(resident, places, patch_size=32)["images"]
 
     for first in (0, 4):
-        read = list(autoencoder.streamed(config, files, root, first=first, per_call=1, mesh=mesh))
-        np.testing.assert_array_equal(np.concatenate(read), [expected(s) for s in range(first, 7)])
+        data = autoencoder.good(config, files, root)
+        _, calls, per_call = fit.prepare(autoencoder.stage(config), data, root, first=first, mesh=mesh)
+        assert per_call == 1
+        read = [call.images.pixels[0] for call in calls]
+        np.testing.assert_array_equal(read, [expected(s) for s in range(first, 7)])
+
+
+def test_sets_in_files_are_cut_where_a_sample_looks_and_nowhere_else(here, files, images):
+    """Two sets of which a sample looks at one or none, several steps a call; one more set on the device; other data as it is."""
+
+    class Two(NamedTuple):
+        a: object
+        resident: object
+        b: object
+        numbers: object
+
+    def choose(data, step, root):
+        of = jnp.arange(3, dtype=jnp.int32)
+        crops = patches.Crops((of + step) % data.numbers, jnp.minimum(of, 0), of)
+        return {
+            "b": crops._replace(image=jnp.where(of == 1, crops.image, -1)),
+            "resident": crops,
+            "a": crops._replace(image=jnp.where(of == 2, crops.image, -1)),
+        }
+
+    data = Two(files, Images(images), files.take(np.array([1, 4, 2])), np.int32(3))
+    options = {"first": 2, "total": 6, "per_call": 2, "batch_size": 3, "patch_size": 30, "mesh": parallel.mesh()}
+    found = list(feed.calls(data, choose, jax.random.key(0), **options))
+    assert [call.a.pixels.shape for call in found] == [(2, 3, 30, 30)] * 2
+    assert all(isinstance(call.resident, patches.Plates) and int(call.numbers) == 3 for call in found)
+    np.testing.assert_array_equal(found[0].b.sizes, [[48, 48]] * 3)
+    for i, step_ in enumerate(range(2, 6)):
+        a, b = (np.asarray(s.pixels)[i % 2] for s in (found[i // 2].a, found[i // 2].b))
+        np.testing.assert_array_equal(a[2], images[(2 + step_) % 3][:30, 2:32])
+        np.testing.assert_array_equal(b[1], images[[1, 4, 2][(1 + step_) % 3]][:30, 1:31])
+        assert not a[:2].any()
+        assert not b[[0, 2]].any()
+    assert feed.streamed(data) == Two(feed.Streamed(True, False), False, feed.Streamed(True, False), False)
+    resident = data._replace(a=Images(images), b=Images(images))
+    assert feed.streamed(resident) == Two(False, False, False, False)
 
 
 @pytest.mark.slow

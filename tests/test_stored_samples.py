@@ -25,6 +25,7 @@ from steel_ad.report import evaluation as figures
 from steel_ad.report import training
 from steel_ad.runs import segmentation as study
 from steel_ad.runs import transfer
+from steel_ad.train import feed, fit
 from steel_ad.train import step as steps
 from steel_ad.train.checkpoint import Checkpoints
 
@@ -74,7 +75,7 @@ def own_code(monkeypatch):
     if "fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
         options = {**options, "xla_cpu_use_fusion_emitters": True}
     monkeypatch.setattr(steps, "cpu_compiler_options", lambda: options or None)
-    clear = segmentation._step.cache_clear
+    clear = fit._step.cache_clear
     clear()
     yield
     clear()
@@ -97,7 +98,7 @@ def samples(root, library, what):
     for resident in (float("inf"), -1):
         data = datasets.load(str(root), resident=resident)
         line = datasets.load(str(root.parent / "line"), resident=resident)
-        good, new_line = (study.plates(d.train) for d in (data, line))
+        good, new_line = data.train, line.train
         if "labelled" in what:
             labelled = datasets.images_of(data.labelled), datasets.masks_of(data.labelled)
             made = segmentation.labelled(good, *labelled, seed=0)
@@ -118,15 +119,19 @@ KINDS = ["inserted, new line", "labelled", "labelled, new line, some in memory"]
 def test_the_samples_are_those_of_images_in_memory(root, library, what, monkeypatch):
     """To the bit, from the first step and from a later one, in several portions."""
     monkeypatch.setattr(workers, "_PLACES", 2 * TINY.batch_size * 3)
-    resident, there = samples(root, library, what)
-    resident = jax.tree.map(jnp.asarray, resident)
     mesh, share, taken = parallel.mesh(), 0.5, set()
+    resident, there = samples(root, library, what)
+    resident = feed.on_device(resident, mesh)
     draw = jax.jit(lambda data, step: segmentation.draw(TINY, share, data, step, ROOT))
-    empty = there._replace(**{n: None for n, s in there._asdict().items() if isinstance(s, Images)}, marks=None)
+    stage = segmentation.segmentation_stage(dataclasses.replace(TINY, ratio="1:1"), 8)
     for first in (0, 5):
-        read = segmentation.streamed(TINY, share, there, ROOT, first=first, steps=8, per_call=1, mesh=mesh)
-        for s, batch in enumerate(read, first):
-            got = draw(empty._replace(**{name: a[0] for name, a in batch.items()}), jnp.int32(s))
+        _, calls, per_call = fit.prepare(stage, there, ROOT, first=first, mesh=mesh)
+        assert per_call == 1
+        for s, call in enumerate(calls, first):
+            now = jax.tree.map(
+                lambda read, a: a[0] if read else a, feed.streamed(there), call, is_leaf=lambda x: isinstance(x, bool)
+            )
+            got = draw(now, jnp.int32(s))
             expected = draw(resident, jnp.int32(s))
             same(got, expected)
             taken |= set(np.asarray(expected.label).tolist())
@@ -138,16 +143,15 @@ def test_the_samples_are_those_of_images_in_memory(root, library, what, monkeypa
 @pytest.mark.usefixtures("own_code")
 def test_worker_processes_give_the_steps_of_images_in_memory(root, library, monkeypatch):
     """To the bit: parameters, statistics and every loss; and the step is compiled once."""
-    compiled, make = [], segmentation._step
-    monkeypatch.setattr(segmentation, "_step", lambda *a, **k: compiled.append(make(*a, **k)) or compiled[-1])
+    compiled, make = [], fit._step
+    monkeypatch.setattr(fit, "_step", lambda *a, **k: compiled.append(make(*a, **k)) or compiled[-1])
     monkeypatch.setattr(workers, "_workers", lambda: 2)
     config = dataclasses.replace(TINY, model="compact_cnn")  # it compiles in half the time
-    objective, rule = segmentation.segmentation_objective(config), segmentation.optimizer(config, 4)
-    ends = []
+    stage, ends = segmentation.segmentation_stage(config, 4), []
     for data in samples(root, library, "labelled, new line"):
         state, rows = segmentation.initial_segmentation(config, 4), []
-        rest = {"config": config, "stage": "train", "steps": 4, "on_step": lambda *row, rows=rows: rows.append(row)}
-        ends.append((segmentation.train(objective, rule, data, state, **rest), rows))
+        rest = {"seed": 0, "name": "train", "on_step": lambda *row, rows=rows: rows.append(row)}
+        ends.append((segmentation.train(stage, data, state, **rest), rows))
     same(*ends)
     assert [s for s, _ in rows] == [1, 2, 3, 4]
     assert [step._cache_size() for step in compiled] == [1, 1]
@@ -197,8 +201,8 @@ def test_a_run_from_files_goes_on_in_mid_epoch_and_ends_as_one_in_memory(root, t
 def test_transfer_reads_both_lines_from_their_files(root, tmp_path, monkeypatch):
     held = {}
 
-    def train(objective, rule, data, state, *, stage, **_):
-        held[stage] = data if isinstance(data, Samples) else data[0]
+    def train(stage, data, state, *, name, **_):
+        held[name] = data
         return state
 
     monkeypatch.setattr(segmentation, "train", train)
@@ -269,8 +273,11 @@ def test_images_of_any_kind_are_one_sequence(root):
     assert not Images(parts[1][:1]).stored
     assert Images(parts[1]).stored
     assert (Images().sizes.shape, Images().num_pixels, Images().stored) == ((0, 2), 0, False)
-    cut = workers._Cutter(joined, 3)(np.array([[-1, 9, 9], [0, 2, 1], [7, 4, 29]], np.int32))
-    same(cut, np.stack([np.zeros((3, 3), np.uint8), every[0][2:5, 1:4], every[7][4:7, 29:32]]))
+    places = np.array([[[-1, 9, 9], [0, 2, 1]], [[7, 4, 29], [-1, 0, 0]]], np.int32)
+    there, cut = workers._Cutter(joined, 3)(places)
+    assert len(cut) == 2  # nothing is sent of what nobody looks at
+    nothing = np.zeros((3, 3), np.uint8)
+    same(workers._whole(there, cut), [[nothing, every[0][2:5, 1:4]], [every[7][4:7, 29:32], nothing]])
 
 
 def test_a_layout_is_one_function_and_one_line(root, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from steel_ad.research import reading, results, study_rows, sweep
 from steel_ad.research import studies as known_studies
 from steel_ad.runs import autoencoder, evaluation, segmentation, transfer
 from steel_ad.runs.run import KINDS, Run
+from steel_ad.train import fit
 
 ROOT = Path(__file__).parent.parent
 
@@ -214,7 +215,7 @@ def test_an_interrupted_study_goes_on(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(detector, "train", lambda c, *a, **k: (trained.append(c.seed), train(c, *a, **k))[1])
     monkeypatch.setattr(datasets, "load", lambda d, **k: (loaded.append(d), load(d, **k))[1])
-    detector._step.cache_clear()
+    fit._step.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(autoencoder, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -226,8 +227,11 @@ def test_an_interrupted_study_goes_on(data, tmp_path, monkeypatch):
     assert [r["value"] for r in rows] == ["0", "0", "1", "1", "2", "2"]
     assert rows[0]["pixel_auroc"] != rows[2]["pixel_auroc"]
     # One step for all seeds, traced once.
-    assert detector._step.cache_info().misses == 1
-    assert detector._step(tiny(), 1, parallel.mesh(), False)._cache_size() == 1
+    assert fit._step.cache_info().misses == 1
+    stage, fed = detector.stage(tiny()), detector.Good(False, False)
+    step = fit._step(stage.objective, stage.optimizer, steps_per_call=1, mesh=parallel.mesh(), streamed=fed)
+    assert step._cache_size() == 1
+    assert fit._step.cache_info().misses == 1
 
 
 def test_a_run_that_dies_does_not_end_the_study(data, tmp_path, monkeypatch):

@@ -67,9 +67,7 @@ def test_a_step_never_compiles_twice(plates, crops):
     train_step = step.make_step(autoencoder.objective(config), autoencoder.optimizer(config))
     root = jax.random.key(0)
     now = autoencoder.initial_state(config, root)
-    data = jax.tree.map(jnp.asarray, plates)
-    if crops == "fixed":
-        data = (data, patches.random_crops(root, data.sizes, num=12, patch_size=32))
+    data = autoencoder.good(config, plates, root)
     now, data = parallel.put((now, data), parallel.replicated(parallel.mesh()))
     for _ in range(4):
         before = now
@@ -81,7 +79,7 @@ def test_a_step_never_compiles_twice(plates, crops):
 @pytest.mark.slow
 def test_many_steps_a_call_are_the_same_steps(plates):
     """`lax.scan` over steps draws the same numbers as steps one by one."""
-    root, data = jax.random.key(0), jax.tree.map(jnp.asarray, plates)
+    root, data = jax.random.key(0), jax.tree.map(jnp.asarray, autoencoder.Good(plates))
     ends = []
     for per_call in (1, 3):
         train_step = step.make_step(autoencoder.objective(TINY), autoencoder.optimizer(TINY), steps_per_call=per_call)
@@ -112,7 +110,7 @@ def test_fixed_crops_are_each_seen_once_an_epoch(plates):
         return jnp.mean((y - x) ** 2, axis=(1, 2, 3))
 
     image = np.arange(39, dtype=np.uint8)[:, None].repeat(32, 1)
-    data = (jax.tree.map(jnp.asarray, patches.stack([image])), kept)
+    data = autoencoder.Good(jax.tree.map(jnp.asarray, patches.stack([image])), kept)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(autoencoder.losses.LOSSES, "spy", spy)
         objective = autoencoder.objective(dataclasses.replace(config, loss="spy"))
@@ -188,18 +186,18 @@ def test_a_gradient_that_is_not_finite_is_never_saved():
 def test_a_dead_run_is_noticed(plates):
     watch = autoencoder.DeadRun(dataclasses.replace(TINY, steps=1000))
     for s in range(1, 300):
-        watch(s, 0.001)
-    watch(300, 0.5)  # a contrast once in a while is life
+        watch(s, {"contrast": 0.001})
+    watch(300, {"contrast": 0.5})  # a contrast once in a while is life
     for s in range(301, 601):
-        watch(s, 0.001)
+        watch(s, {"contrast": 0.001})
     with pytest.raises(InputError, match="since step 301"):
-        watch(601, 0.001)
+        watch(601, {"contrast": 0.001})
     assert autoencoder.DeadRun(dataclasses.replace(TINY, steps=3000)).patience == 600  # a fifth
     short = autoencoder.DeadRun(dataclasses.replace(TINY, steps=60))
     for s in range(1, 60):
-        short(s, 0.0)
+        short(s, {"contrast": 0.0})
     with pytest.raises(InputError, match="since step 1"):  # the end is no escape
-        short(60, 0.0)
+        short(60, {"contrast": 0.0})
 
 
 @pytest.mark.parametrize("killed", [250, 330, 599])
@@ -208,9 +206,9 @@ def test_a_dead_run_is_noticed_at_the_same_step_over_a_restart(killed):
     rows = [{"step": s, "contrast": 0.5 if s == 300 else 0.001} for s in range(1, 602)]
     for watch in (autoencoder.DeadRun(config), autoencoder.DeadRun(config, rows[:killed])):
         for row in rows[killed if watch.flat_since else 0 : -1]:
-            watch(row["step"], row["contrast"])
+            watch(row["step"], row)
         with pytest.raises(InputError, match="since step 301"):
-            watch(601, 0.001)
+            watch(601, {"contrast": 0.001})
     recovered = [*rows, {"step": len(rows) + 1, "contrast": 0.02}]
     assert autoencoder.DeadRun(config, recovered).flat_since is None
     assert (
@@ -360,7 +358,7 @@ def test_a_cosine_of_one_step_ends_at_its_end():
 def test_the_absolute_difference_is_a_map():
     detector = autoencoder.AutoencoderDetector(TINY).only("l2")
     np.testing.assert_allclose(
-        detector.compare(jnp.array([[0.2, 0.9]]), jnp.array([[0.5, 0.8]])), [[0.3, 0.1]], atol=1e-6
+        detector.compare(jnp.array([[0.2, 0.9]]), jnp.array([[0.5, 0.8]]))["l2"], [[0.3, 0.1]], atol=1e-6
     )
 
 

@@ -18,8 +18,9 @@ from steel_ad.benchmark.timing import Frames, Maker, Program, Work, compiled
 from steel_ad.data import defects, folders, patches, plates
 from steel_ad.data import images as data_images
 from steel_ad.detectors import autoencoder
+from steel_ad.detectors.autoencoder import Good
 from steel_ad.ops.convolution import cpu_compiler_options
-from steel_ad.train.step import make_step, steps_per_call
+from steel_ad.train.fit import prepare
 
 LINE = "teardrop1"
 
@@ -107,12 +108,9 @@ def _from_files(config: configs.Autoencoder, files: int, side: int) -> Program:
     folder = tempfile.TemporaryDirectory()
     paths = write_pngs(Path(folder.name), _repeated(files, side))
     images = data_images.read(paths, min_size=config.patch_size, resident=-1)
-    mesh, root = parallel.mesh(1), jax.random.key(0)
-    state = autoencoder.initial_state(config, root)
-    per_call = steps_per_call(config.total_steps, config.checkpoint_every)
-    rule = autoencoder.optimizer(config)
-    step = make_step(autoencoder.objective(config), rule, steps_per_call=per_call, mesh=mesh, streamed=True)
-    batches = autoencoder.streamed(config, images, root, first=0, per_call=per_call, mesh=mesh)
+    root = jax.random.key(0)
+    state, data = autoencoder.initial_state(config, root), autoencoder.good(config, images, root)
+    step, batches, per_call = prepare(autoencoder.stage(config), data, root, first=0, mesh=parallel.mesh(1))
     program, compile_s, _ = compiled(step, state, next(batches), root)
 
     def call():
@@ -130,7 +128,7 @@ def _from_files(config: configs.Autoencoder, files: int, side: int) -> Program:
 def _in_memory(config: configs.Autoencoder, files: int, side: int) -> Program:
     plates = patches.stack(list(_repeated(files, side)))
     state = autoencoder.initial_state(config, jax.random.key(0))
-    return train.stepping(autoencoder.objective(config), autoencoder.optimizer(config), state, plates, config)
+    return train.stepping(autoencoder.objective(config), autoencoder.optimizer(config), state, Good(plates), config)
 
 
 def _repeated(num: int, side: int) -> np.ndarray:

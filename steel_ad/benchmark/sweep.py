@@ -14,6 +14,7 @@ from steel_ad.benchmark import train
 from steel_ad.benchmark.timing import Program, Work, compiled
 from steel_ad.data import patches
 from steel_ad.detectors import autoencoder
+from steel_ad.detectors.autoencoder import Good
 from steel_ad.ops.convolution import cpu_compiler_options
 from steel_ad.train.step import make_step, steps_per_call
 
@@ -35,7 +36,7 @@ def works(*, tiny: bool) -> list[Work]:
 
 
 def _one_by_one(config: configs.Autoencoder, plates: patches.Plates, seeds: int) -> Program:
-    data: Any = jax.tree.map(jnp.asarray, plates)
+    data: Any = jax.tree.map(jnp.asarray, Good(plates))
     roots = list(jax.random.split(jax.random.key(0), seeds))
     states = [autoencoder.initial_state(config, root) for root in roots]
     per_call, step = _step(config)
@@ -60,7 +61,7 @@ def _step(config: configs.Autoencoder) -> tuple[int, Any]:
 
 
 def _vmapped(config: configs.Autoencoder, plates: patches.Plates, seeds: int) -> Program:
-    data: Any = jax.tree.map(jnp.asarray, plates)
+    data: Any = jax.tree.map(jnp.asarray, Good(plates))
     roots = jax.random.split(jax.random.key(0), seeds)
     states = jax.vmap(lambda root: autoencoder.initial_state(config, root))(roots)
     per_call, step = _step(config)

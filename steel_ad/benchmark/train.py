@@ -16,6 +16,7 @@ from steel_ad.benchmark import peers, ssim
 from steel_ad.benchmark.timing import Maker, Program, Work, compiled, with_xla_alone
 from steel_ad.data import patches
 from steel_ad.detectors import autoencoder
+from steel_ad.detectors.autoencoder import Good
 from steel_ad.train.state import TrainState
 from steel_ad.train.step import Objective, make_step, steps_per_call
 
@@ -76,7 +77,7 @@ def works(*, tiny: bool) -> list[Work]:
 
 def _ours(config: configs.Autoencoder, plates: patches.Plates) -> Program:
     state = autoencoder.initial_state(config, jax.random.key(0))
-    return stepping(autoencoder.objective(config), autoencoder.optimizer(config), state, plates, config)
+    return stepping(autoencoder.objective(config), autoencoder.optimizer(config), state, Good(plates), config)
 
 
 def stepping(

@@ -27,19 +27,25 @@ _QUIET = "ignore:resource_tracker:UserWarning"
 
 
 class _Cutter:
-    """Places int32 `[..., 3]` (image, top, left) to the patches there, uint8 `[..., patch_size, patch_size]`; of an image below 0
-    zeros."""
+    """Places int32 `[..., 3]` (image, top, left) to which of them have an image, bool `[...]`, and these ones' patches, uint8
+    `[n, patch_size, patch_size]`."""
 
     def __init__(self, images: Images, patch_size: int):
         self._images, self._side = images, patch_size
 
-    def __call__(self, places: np.ndarray) -> np.ndarray:
-        patches = np.zeros((*places.shape[:-1], self._side, self._side), np.uint8)
-        for index in np.ndindex(*places.shape[:-1]):
-            image, top, left = places[index].tolist()
-            if image >= 0:
-                patches[index] = self._images[image][top : top + self._side, left : left + self._side]
-        return patches
+    def __call__(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        there = places[..., 0] >= 0
+        patches = np.empty((there.sum(), self._side, self._side), np.uint8)
+        for patch, (image, top, left) in zip(patches, places[there].tolist(), strict=True):
+            patch[:] = self._images[image][top : top + self._side, left : left + self._side]
+        return there, patches
+
+
+def _whole(there: np.ndarray, patches: np.ndarray) -> np.ndarray:
+    """Patches uint8 `[..., p, p]` of what a `_Cutter` returns, zeros where there is none."""
+    whole = np.zeros((*there.shape, *patches.shape[1:]), np.uint8)
+    whole[there] = patches
+    return whole
 
 
 def batches(
@@ -81,7 +87,7 @@ def batches(
         processes = grain.MultiprocessingOptions(num_workers=min(_workers(), count), per_worker_buffer_size=_READY)
         ready = iter(chosen.mp_prefetch(processes, _begin))
         try:
-            yield from itertools.islice(ready, count)
+            yield from itertools.starmap(_whole, itertools.islice(ready, count))
         except RuntimeError as error:  # grain's, of a process that is gone
             raise InputError(
                 "a process that reads images has been ended, perhaps for want of memory: run again to go on from the last "

@@ -1,11 +1,10 @@
 """The autoencoder as a detector: what it cannot reconstruct is a defect (SPEC section 4)."""
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +15,17 @@ from jax.sharding import Mesh
 
 from steel_ad import config as configs
 from steel_ad import losses, models, parallel
-from steel_ad.data import patches, workers
+from steel_ad.data import patches
 from steel_ad.data.images import Images
 from steel_ad.data.patches import Crops, Plates
 from steel_ad.detectors import Detector
 from steel_ad.errors import InputError
 from steel_ad.ops import sliding
 from steel_ad.ops.ssim import CONSTANTS, ssim_residual
-from steel_ad.train import checkpoint, loop, optimizers
+from steel_ad.train import checkpoint, feed, optimizers
+from steel_ad.train.feed import Set
+from steel_ad.train.fit import Stage, fit
 from steel_ad.train.state import TrainState, create, first, stream
-from steel_ad.train.step import make_step, steps_per_call
 
 # Contrast of a reconstruction, as a share of the target's, below which it shows nothing.
 _FLAT = 0.02
@@ -35,11 +35,6 @@ _FLAT = 0.02
 _TILES, _TILES_ON_CPU = 1024, 25
 # Windows of one image that are kept for several strides: 128 MiB of 128x128 pixels.
 _KEPT = 2048
-
-# Steps whose places are drawn at once, where patches are cut outside of the step.
-_DRAWN = 64
-
-OnStep = Callable[[int, dict[str, float]], None]
 
 
 def model(config: configs.Autoencoder) -> Any:
@@ -68,42 +63,51 @@ def loss_function(config: configs.Autoencoder) -> Callable[[Array, Array], Array
     return losses.get(config.loss, options)
 
 
-def places(config: configs.Autoencoder, sizes: Array, kept: Crops | None, step: Array, root: Array) -> Crops:
-    """Where the patches of a step are in images of `sizes` int32 `[n, 2]`; `kept`: of "fixed" crops all that there are."""
-    if kept is None:
+class Good(NamedTuple):
+    """Good images to train on; `kept`: the places of "fixed" crops, all that there are, None of "fresh" ones."""
+
+    images: Set
+    kept: Crops | None = None
+
+
+def good(config: configs.Autoencoder, images: Plates | Images, root: Array) -> Good:
+    """The images with the places of "fixed" crops.
+
+    Raises:
+      InputError: an image smaller than the patch.
+    """
+    if int(np.min(images.sizes)) < config.patch_size:
+        raise InputError(
+            f"an image of {np.min(images.sizes)} pixels is smaller than the patch of {config.patch_size}: "
+            "leave it out or use a smaller --config.patch_size"
+        )
+    if config.crops == "fresh":
+        return Good(images)
+    key = stream(root, "kept crops")
+    return Good(images, patches.random_crops(key, images.sizes, num=config.num_crops, patch_size=config.patch_size))
+
+
+def choose(config: configs.Autoencoder, data: Good, step: Array, root: Array) -> dict[str, Crops]:
+    """Where the patches of a step are: see `train.feed.Choose`."""
+    if data.kept is None:
         key = stream(root, "crops", step)
-        return patches.random_crops(key, sizes, num=config.batch_size, patch_size=config.patch_size)
+        crops = patches.random_crops(key, data.images.sizes, num=config.batch_size, patch_size=config.patch_size)
+        return {"images": crops}
     epoch, batch = jnp.divmod(step, config.steps_per_epoch)
     order = jax.random.permutation(stream(root, "order", epoch), config.num_crops)
-    size = min(config.batch_size, config.num_crops)
-    chosen = jax.lax.dynamic_slice_in_dim(order, batch * size, size)
-    return jax.tree.map(lambda a: a[chosen], kept)
-
-
-def keep_crops(config: configs.Autoencoder, sizes: Array | np.ndarray, root: Array) -> Crops | None:
-    """All places of "fixed" crops, None of "fresh" ones."""
-    if config.crops == "fresh":
-        return None
-    key = stream(root, "kept crops")
-    return patches.random_crops(key, sizes, num=config.num_crops, patch_size=config.patch_size)
+    chosen = jax.lax.dynamic_slice_in_dim(order, batch * _batch(config), _batch(config))
+    return {"images": jax.tree.map(lambda a: a[chosen], data.kept)}
 
 
 def objective(config: configs.Autoencoder):
-    """The training objective of `train.step.make_step`: `data` is Plates with "fresh" crops, (Plates, Crops) with "fixed" ones,
-    or patches uint8 `[b, p, p]` that were cut at a step's `places`."""
+    """The training objective of `train.step.make_step`; `data` is Good."""
     network, loss = model(config), loss_function(config)
 
-    def sample(data, step, root) -> Array:
-        if isinstance(data, Array):
-            x = patches.scaled(parallel.split_batch(data))
-        else:
-            plates, kept = (data, None) if config.crops == "fresh" else data
-            crops = places(config, plates.sizes, kept, step, root)
-            x = patches.cut(plates, parallel.split_batch(crops), patch_size=config.patch_size)
-        return patches.random_flips(stream(root, "flips", step), x) if config.flips else x
-
     def run(params, extra, data, step, root):
-        x = sample(data, step, root)
+        cut = feed.cut(data, choose(config, data, step, root), patch_size=config.patch_size)
+        x = patches.scaled(cut["images"])
+        if config.flips:
+            x = patches.random_flips(stream(root, "flips", step), x)
         y = jnp.asarray(network.apply(params, x))
         # How much of the pattern the reconstruction shows: near 0 where training is dead.
         contrast = jnp.std(y, axis=(1, 2, 3)).mean() / (jnp.std(x, axis=(1, 2, 3)).mean() + 1e-6)
@@ -148,13 +152,13 @@ class DeadRun:
         elif self.flat_since is None:
             self.flat_since = step
 
-    def __call__(self, step: int, contrast: float) -> None:
+    def __call__(self, step: int, row: Mapping[str, float]) -> None:
         """Looks at a step, in order.
 
         Raises:
           InputError: the run is dead.
         """
-        self._look(step, contrast)
+        self._look(step, row["contrast"])
         if self.flat_since is None:
             return
         if step - self.flat_since >= self.patience or (step == self.last and step - self.flat_since >= 50):
@@ -167,106 +171,31 @@ class DeadRun:
 
 
 @functools.lru_cache(maxsize=16)
-def _step(config: configs.Autoencoder, per_call: int, mesh: Mesh, streamed: bool) -> Callable:
-    """The compiled step; the seed comes in as data, so that runs which differ in it alone share one, on each device."""
-    return make_step(objective(config), optimizer(config), steps_per_call=per_call, mesh=mesh, streamed=streamed)
-
-
-def streamed(
-    config: configs.Autoencoder, images: Images, root: Array, *, first: int, per_call: int, mesh: Mesh
-) -> Generator[Array]:
-    """For each call from step `first` on its patches, uint8 `[per_call, b, p, p]`, those that `objective` would cut itself; each
-    process reads its part of a batch."""
-    mine = parallel.part(_batch(config), mesh)
-    kept = keep_crops(config, images.sizes, root)
-
-    @functools.partial(jax.jit, static_argnames="count")
-    def draw(sizes, kept, first, count) -> Array:
-        def one(step):
-            return jnp.stack(places(config, sizes, kept, step, root), -1)
-
-        return jax.lax.map(one, first + jnp.arange(count, dtype=jnp.int32), batch_size=_DRAWN)
-
-    def of_calls(call: int, count: int) -> np.ndarray:
-        drawn = draw(images.sizes, kept, np.int32(call * per_call), count * per_call)
-        return np.asarray(drawn).reshape(count, per_call, *drawn.shape[1:])[:, :, mine]
-
-    batches = workers.batches(
-        images,
-        of_calls,
-        first=first // per_call,
-        total=config.total_steps // per_call,
-        size=_batch(config) * per_call,
+def stage(config: configs.Autoencoder) -> Stage:
+    """What training with these settings is; their seed does not matter."""
+    return Stage(
+        objective=objective(config),
+        optimizer=optimizer(config),
+        choose=functools.partial(choose, config),
+        steps=config.total_steps,
+        batch_size=_batch(config),
         patch_size=config.patch_size,
+        checkpoint_every=config.checkpoint_every,
+        watch=functools.partial(DeadRun, config),
     )
-    with contextlib.closing(batches):
-        for batch in batches:
-            yield parallel.spread_parts(batch, mesh)
 
 
 def train(
-    config: configs.Autoencoder,
-    images: Plates | Images,
-    *,
-    state: TrainState | None = None,
-    history: Sequence[Mapping[str, float]] = (),
-    on_step: OnStep | None = None,
-    save: Callable[[int, TrainState], None] | None = None,
-    mesh: Mesh | None = None,
+    config: configs.Autoencoder, images: Plates | Images, *, state: TrainState | None = None, **options: Any
 ) -> TrainState:
-    """Trains on good images, from `state` where one is given, and on all devices unless a `mesh` is given.
-
-    Args:
-      images: each at least `patch_size` on both sides. Those that are not in memory are read while it trains, with the same result.
-      history: rows of the steps before `state`, as `on_step` was given them, each with its "step".
-      on_step: called with (step number from 1, {"loss", "gradient_norm", "contrast"}) for every step, in order.
-      save: called with (step, state) every `checkpoint_every` steps and at the end.
+    """Trains on good images, from `state` where one is given; `options` are those of `train.fit.fit`.
 
     Raises:
-      InputError: an image smaller than the patch, a batch that the devices do not divide, a loss that is not finite, or a
-        dead run.
+      InputError: an image smaller than the patch, a dead run, or as `fit`.
     """
-    mesh = parallel.mesh() if mesh is None else mesh
-    check_batch(config, mesh)
-    if int(np.min(images.sizes)) < config.patch_size:
-        raise InputError(
-            f"an image of {np.min(images.sizes)} pixels is smaller than the patch of {config.patch_size}: "
-            "leave it out or use a smaller --config.patch_size"
-        )
     root = jax.random.key(config.seed)
-    per_call = steps_per_call(config.total_steps, config.checkpoint_every)
     state = initial_state(config, root) if state is None else state
-    state = parallel.put(state, parallel.replicated(mesh))
-    data: Any
-    if isinstance(images, Images) and not images.stored:
-        images = patches.stack(images)
-    if isinstance(images, Images):
-        data = streamed(config, images, root, first=int(state.step), per_call=per_call, mesh=mesh)
-    else:
-        kept = keep_crops(config, images.sizes, root)
-        data = parallel.put(images if kept is None else (images, kept), parallel.replicated(mesh))
-    step = _step(dataclasses.replace(config, seed=0), per_call, mesh, isinstance(images, Images))
-    watch = DeadRun(config, history)
-
-    def on_metrics(first: int, metrics: dict[str, np.ndarray]) -> None:
-        for i in range(len(metrics["loss"])):
-            row = {name: float(values[i]) for name, values in metrics.items()}
-            if on_step is not None:
-                on_step(first + i + 1, row)
-            watch(first + i + 1, row["contrast"])
-
-    with contextlib.closing(data) if isinstance(images, Images) else contextlib.nullcontext():
-        return loop.run(
-            step,
-            state,
-            data,
-            root,
-            steps=config.total_steps,
-            steps_per_call=per_call,
-            on_metrics=on_metrics,
-            save=save,
-            save_every=config.checkpoint_every,
-        )
+    return fit(stage(dataclasses.replace(config, seed=0)), good(config, images, root), state, root, **options)
 
 
 def reconstruct(config: configs.Autoencoder, params: Any, image: Array) -> Array:

@@ -1,9 +1,8 @@
 """CompactCNN and U-Net, with the classification stage behind either, as detectors (SPEC section 2)."""
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,29 +11,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.sharding import Mesh
 
 from steel_ad import config as configs
-from steel_ad import losses, models, parallel
-from steel_ad.data import defects, patches, workers
+from steel_ad import losses, models
+from steel_ad.data import defects, patches
 from steel_ad.data.defects import Library
 from steel_ad.data.images import Images
 from steel_ad.data.patches import Crops, Plates
 from steel_ad.detectors import Detector
 from steel_ad.models import compact_cnn
-from steel_ad.train import checkpoint, loop, optimizers
+from steel_ad.train import checkpoint, feed, optimizers
+from steel_ad.train.feed import Set
+from steel_ad.train.fit import Stage, fit
 from steel_ad.train.state import TrainState, create, first, stream
-from steel_ad.train.step import make_step, steps_per_call
-
-# Steps whose places are drawn at once, where patches are cut outside of the step.
-_DRAWN = 64
+from steel_ad.train.step import Objective
 
 
 class Samples(NamedTuple):
-    """What training samples are drawn from; every set is uint8 Plates, and each but `good` may be None.
-
-    Sets that are Images are read while `train` goes on; what a step gets in their place are the patches that it uses, uint8
-    `[b, p, p]`, cut at its places.
+    """What a stage is trained on; every field but `good` may be None.
 
     Attributes:
       good: the line's good images.
@@ -42,14 +36,16 @@ class Samples(NamedTuple):
       labelled: defective training images; `masks` are theirs, 0 and 1; `marks` int32 `[n, k, 2]` are k places (row, column)
         of defective pixels of each.
       new_line: good images of another line, mixed in while adapting.
+      frozen: variables of the segmentation stage, which the classification stage learns behind.
     """
 
-    good: Plates | Images | Array
+    good: Set
     library: Library | None = None
-    labelled: Plates | Images | Array | None = None
-    masks: Plates | Images | Array | None = None
+    labelled: Set | None = None
+    masks: Set | None = None
     marks: Array | np.ndarray | None = None
-    new_line: Plates | Images | Array | None = None
+    new_line: Set | None = None
+    frozen: Any = None
 
 
 class Batch(NamedTuple):
@@ -60,23 +56,54 @@ class Batch(NamedTuple):
     label: Array
 
 
-def draw(config: configs.Segmentation, share: float, data: Samples, step: Array, root: Array) -> Batch:
-    """A batch in which a sample is defective with probability `share`; pure and jittable.
+def choose(config: configs.Segmentation, share: float, data: Samples, step: Array, root: Array) -> dict[str, Crops]:
+    """Where the patches of a step are, of each sample in one set and its mask: see `train.feed.Choose`.
 
-    A defective sample is a good one with a defect inserted where there is a library, else a patch of a labelled image around
-    a defective pixel.
+    Where there are labelled images and no library, a sample is a patch of one around a defective pixel with probability `share`.
     Where there is a new line, a sample is one of its good ones with probability `config.new_line`, whatever it was.
     """
 
-    def cut(places: Callable[[Any], Crops], *sets: Any) -> list[Array]:
-        """Patches uint8 `[b, p, p]` of each of the sets, all at the places `places(first set)`."""
-        if not isinstance(sets[0], Plates):
-            return [parallel.split_batch(pixels) for pixels in sets]
-        crops = parallel.split_batch(places(sets[0]))
-        return [patches.cut_pixels(plates, crops, patch_size=config.patch_size) for plates in sets]
+    def crops(name: str, images: Any) -> Crops:
+        key = stream(root, name, step)
+        return patches.random_crops(key, images.sizes, num=config.batch_size, patch_size=config.patch_size)
 
-    (pixels,) = cut(lambda plates: _crops(config, "crops", plates.sizes, step, root), data.good)
-    image = patches.scaled(pixels)
+    def chance(name: str, of_one: float) -> Array:
+        return jax.random.bernoulli(stream(root, name, step), of_one, (config.batch_size, 1, 1, 1))[:, 0, 0, 0]
+
+    def only(chosen: Array, crops: Crops) -> Crops:
+        return crops._replace(image=jnp.where(chosen, crops.image, -1))
+
+    places = {"good": crops("crops", data.good)}
+    if data.library is None and data.labelled is not None:
+        defective = chance("chosen", share)
+        marked = only(defective, _around_a_mark(config, data.labelled, data.marks, stream(root, "labelled", step)))
+        places = {"good": only(~defective, places["good"]), "labelled": marked, "masks": marked}
+    if data.new_line is not None:
+        new = chance("line", config.new_line)
+        places = {name: only(~new, at) for name, at in places.items()}
+        places["new_line"] = only(new, crops("new line", data.new_line))
+    return places
+
+
+def _around_a_mark(config: configs.Segmentation, images: Any, marks: Any, key: Array) -> Crops:
+    """Places of patches, each holding a random mark of a random image."""
+    of_image, of_mark, of_place = jax.random.split(key, 3)
+    image = jax.random.randint(of_image, (config.batch_size,), 0, marks.shape[0])
+    mark = jnp.asarray(marks)[image, jax.random.randint(of_mark, image.shape, 0, marks.shape[1])]
+    last = jnp.asarray(images.sizes)[image] - config.patch_size
+    corner = mark - jax.random.randint(of_place, mark.shape, 0, config.patch_size)
+    top, left = jnp.clip(corner, jnp.zeros_like(last), last).T
+    return Crops(image, top, left)
+
+
+def draw(config: configs.Segmentation, share: float, data: Samples, step: Array, root: Array) -> Batch:
+    """A batch of the patches that `choose` chooses, good ones flipped and with defects inserted; pure and jittable.
+
+    With a library, a good sample is made a defective one with probability `share`.
+    """
+    places = choose(config, share, data, step, root)
+    pixels = feed.cut(data, places, patch_size=config.patch_size)
+    image = patches.scaled(pixels["good"])
     if config.flips:
         image = patches.random_flips(stream(root, "flips", step), image)
     mask = jnp.zeros_like(image)
@@ -91,109 +118,19 @@ def draw(config: configs.Segmentation, share: float, data: Samples, step: Array,
             augment=config.augment,
         )
         mask = inserted.astype(jnp.float32)
-    elif data.labelled is not None:
-        pixels, marked = cut(
-            lambda plates: _around_a_mark(config, plates.sizes, data.marks, step, root), data.labelled, data.masks
-        )
-        chosen = _chosen(config, "chosen", share, step, root)
-        image = jnp.where(chosen, patches.scaled(pixels), image)
-        mask = jnp.where(chosen, marked.astype(jnp.float32)[..., None], mask)
-    if data.new_line is not None:
-        (pixels,) = cut(lambda plates: _crops(config, "new line", plates.sizes, step, root), data.new_line)
-        chosen = _chosen(config, "line", config.new_line, step, root)
-        image, mask = jnp.where(chosen, patches.scaled(pixels), image), jnp.where(chosen, jnp.zeros_like(mask), mask)
+    for name in ("labelled", "new_line"):
+        if name in places:
+            chosen = (places[name].image >= 0)[:, None, None, None]
+            marked = pixels["masks"].astype(jnp.float32)[..., None] if name == "labelled" else jnp.zeros_like(mask)
+            image, mask = jnp.where(chosen, patches.scaled(pixels[name]), image), jnp.where(chosen, marked, mask)
     return Batch(image, mask, jnp.any(mask > 0.5, axis=(1, 2, 3)).astype(jnp.float32))
 
 
-def _crops(config: configs.Segmentation, name: str, sizes: Array | np.ndarray, step: Array, root: Array) -> Crops:
-    return patches.random_crops(stream(root, name, step), sizes, num=config.batch_size, patch_size=config.patch_size)
-
-
-def _chosen(config: configs.Segmentation, name: str, share: float, step: Array, root: Array) -> Array:
-    """Whether a sample is taken from another set than the good images: bool `[b, 1, 1, 1]`."""
-    return jax.random.bernoulli(stream(root, name, step), share, (config.batch_size, 1, 1, 1))
-
-
-def _around_a_mark(config: configs.Segmentation, sizes: Any, marks: Any, step: Array, root: Array) -> Crops:
-    """Places of patches, each holding a random mark of a random image."""
-    of_image, of_mark, of_place = jax.random.split(stream(root, "labelled", step), 3)
-    image = jax.random.randint(of_image, (config.batch_size,), 0, marks.shape[0])
-    mark = jnp.asarray(marks)[image, jax.random.randint(of_mark, image.shape, 0, marks.shape[1])]
-    last = jnp.asarray(sizes)[image] - config.patch_size
-    corner = mark - jax.random.randint(of_place, mark.shape, 0, config.patch_size)
-    top, left = jnp.clip(corner, jnp.zeros_like(last), last).T
-    return Crops(image, top, left)
-
-
-def streamed(
-    config: configs.Segmentation,
-    share: float,
-    data: Samples,
-    root: Array,
-    *,
-    first: int,
-    steps: int,
-    per_call: int,
-    mesh: Mesh,
-) -> Generator[dict[str, Array]]:
-    """For each call from step `first` on, what `draw` takes in place of each set of `data` that is Stored: patches uint8
-    `[per_call, b, p, p]`, zeros where it does not look. Each process reads its part of a batch, and of a sample one image."""
-    sets = {name: s for name, s in data._asdict().items() if isinstance(s, Images)}
-    images = Images(*sets.values())
-    starts = dict(zip(sets, np.cumsum([0, *map(len, sets.values())]).tolist(), strict=False))
-    sizes = {n: s.sizes for n in ("good", "labelled", "new_line") if (s := getattr(data, n)) is not None}
-    mine = parallel.part(config.batch_size, mesh)
-
-    @functools.partial(jax.jit, static_argnames="count")
-    def draw(sizes, marks, first, count) -> Array:
-        nothing = jnp.full((config.batch_size, 3), -1, jnp.int32)
-
-        def of(name, crops) -> Array:
-            if name not in sets:
-                return nothing
-            return jnp.stack([crops.image + starts[name], crops.top, crops.left], -1)
-
-        def one(step) -> Array:
-            image, mask = of("good", _crops(config, "crops", sizes["good"], step, root)), nothing
-            if data.library is None and "labelled" in sizes:
-                crops = _around_a_mark(config, sizes["labelled"], marks, step, root)
-                chosen = _chosen(config, "chosen", share, step, root)[:, 0, 0]
-                image, mask = (
-                    jnp.where(chosen, of(name, crops), other) for name, other in (("labelled", image), ("masks", mask))
-                )
-            if "new_line" in sizes:
-                crops = _crops(config, "new line", sizes["new_line"], step, root)
-                chosen = _chosen(config, "line", config.new_line, step, root)[:, 0, 0]
-                image, mask = jnp.where(chosen, of("new_line", crops), image), jnp.where(chosen, nothing, mask)
-            return jnp.stack([image, mask] if "masks" in sets else [image])
-
-        return jax.lax.map(one, first + jnp.arange(count, dtype=jnp.int32), batch_size=_DRAWN)
-
-    def of_calls(call: int, count: int) -> np.ndarray:
-        drawn = draw(sizes, data.marks, np.int32(call * per_call), count * per_call)
-        return np.asarray(drawn).reshape(count, per_call, *drawn.shape[1:])[:, :, :, mine]
-
-    batches = workers.batches(
-        images,
-        of_calls,
-        first=first // per_call,
-        total=steps // per_call,
-        size=config.batch_size * per_call * (2 if "masks" in sets else 1),
-        patch_size=config.patch_size,
-    )
-    with contextlib.closing(batches):
-        for batch in batches:
-            image, *mask = (parallel.spread_parts(batch[:, i], mesh) for i in range(batch.shape[1]))
-            yield {name: mask[0] if name == "masks" else image for name in sets}
-
-
 def labelled(good: Plates | Images, images: Images, masks: Images, *, seed: int, marks: int = 64) -> Samples:
-    """Samples of labelled images with masks of 0 and 1, none of them empty; both stored or neither."""
+    """Samples of labelled images with masks of 0 and 1, none of them empty."""
     rng = np.random.default_rng([seed, 0x3A])
     places = np.array([rng.choice(np.argwhere(mask), marks) for mask in masks], np.int32)
-    if images.stored:
-        return Samples(good, None, images, masks, places)
-    return Samples(good, None, patches.stack(images), patches.stack(masks), places)
+    return Samples(good, None, images, masks, places)
 
 
 def network(config: configs.Segmentation) -> Any:
@@ -205,7 +142,6 @@ def _classifier(config: configs.Segmentation) -> compact_cnn.Classifier:
     return compact_cnn.Classifier(dtype=jnp.dtype(config.dtype))
 
 
-@functools.lru_cache(maxsize=8)
 def optimizer(config: configs.Segmentation, total_steps: int) -> optax.GradientTransformation:
     """Adadelta with a library's default settings, or Adam with a schedule."""
     if config.optimizer == "adadelta":
@@ -213,7 +149,6 @@ def optimizer(config: configs.Segmentation, total_steps: int) -> optax.GradientT
     return optimizers.clipped(optax.adam(optimizers.schedule(config, total_steps)), config)
 
 
-@functools.lru_cache(maxsize=8)
 def segmentation_objective(config: configs.Segmentation):
     """Objective of stage 1 for `train.step.make_step`; `data` is Samples."""
     model = network(config)
@@ -230,17 +165,15 @@ def segmentation_objective(config: configs.Segmentation):
     return objective
 
 
-@functools.lru_cache(maxsize=8)
 def classifier_objective(config: configs.Segmentation):
-    """Objective of stage 2; `data` is (Samples, variables of the frozen segmentation stage)."""
+    """Objective of stage 2; `data` is Samples with the variables of stage 1."""
     model, stage_1 = _classifier(config), network(config)
     activation = losses.activation(config.loss)
     share = configs.defective_share(config.classifier_ratio)
 
     def objective(params, extra, data, step, root):
-        samples, frozen = data
-        batch = draw(config, share, samples, step, root)
-        features, logits = stage_1.apply(frozen, batch.image)
+        batch = draw(config, share, data, step, root)
+        features, logits = stage_1.apply(data.frozen, batch.image)
         logit, updated = model.apply(
             {"params": params, **extra}, features, activation(logits), train=True, mutable=["batch_stats"]
         )
@@ -290,79 +223,33 @@ def variables(state: TrainState) -> dict:
     return {"params": state.params, **state.extra}
 
 
-# One compiled step for runs of the same objective and rule on the same devices; the seed comes in as data.
-_step = functools.lru_cache(maxsize=16)(make_step)
+@functools.lru_cache(maxsize=16)
+def segmentation_stage(config: configs.Segmentation, steps: int) -> Stage:
+    """What training the segmentation stage is; the settings' seed does not matter."""
+    return _stage(config, config.ratio, segmentation_objective(config), steps)
 
 
-def train(
-    objective,
-    rule,
-    data: Any,
-    state: TrainState,
-    *,
-    config: configs.Segmentation,
-    stage: str,
-    steps: int,
-    on_step=None,
-    save=None,
-    mesh: Mesh | None = None,
-) -> TrainState:
-    """Trains one stage to `steps` with the settings' seed and cadence; every stage draws samples of its own.
+@functools.lru_cache(maxsize=16)
+def classifier_stage(config: configs.Segmentation) -> Stage:
+    """What training the classification stage is; the settings' seed does not matter."""
+    return _stage(config, config.classifier_ratio, classifier_objective(config), config.total_classifier_steps)
 
-    `data` is Samples for stage 1, (Samples, variables of stage 1) for stage 2; sets that are Images are read while it trains,
-    with the same result. `on_step` and `save` are as `train.loop.run`'s; on all devices unless a `mesh` is given.
 
-    Raises:
-      InputError: a batch that the devices do not divide, or a loss that is not finite.
-    """
-    mesh = parallel.mesh() if mesh is None else mesh
-    parallel.check_batch(config.batch_size, mesh)
-    samples, *frozen = [data] if isinstance(data, Samples) else data
-    read: Any = Samples(*(isinstance(s, Images) for s in samples))  # type: ignore[arg-type]
-    absent: dict[str, Any] = {name: None for name, r in read._asdict().items() if r}
-    here = samples._replace(**absent)
-    if read.labelled:
-        here = here._replace(marks=None)  # its places are not drawn in the step
-    state, here, frozen = parallel.put((state, here, frozen), parallel.replicated(mesh))
-    root = stream(jax.random.key(config.seed), stage)
-    per_call = steps_per_call(steps, config.checkpoint_every)
-
-    def given(samples: Samples, *rest: Any) -> Any:
-        return (samples, *rest) if rest else samples
-
-    data = given(here, *frozen)
-    step = _step(
-        objective,
-        rule,
-        steps_per_call=per_call,
-        mesh=mesh,
-        streamed=given(read, *(False for _ in frozen)) if any(read) else False,
+def _stage(config: configs.Segmentation, ratio: str, objective: Objective, steps: int) -> Stage:
+    return Stage(
+        objective=objective,
+        optimizer=optimizer(config, steps),
+        choose=functools.partial(choose, config, configs.defective_share(ratio)),
+        steps=steps,
+        batch_size=config.batch_size,
+        patch_size=config.patch_size,
+        checkpoint_every=config.checkpoint_every,
     )
 
-    def on_metrics(first: int, metrics: dict[str, np.ndarray]) -> None:
-        if on_step is not None:
-            for i in range(len(metrics["loss"])):
-                on_step(first + i + 1, {name: float(values[i]) for name, values in metrics.items()})
 
-    with contextlib.ExitStack() as stack:
-        if any(read):
-            share = configs.defective_share(config.classifier_ratio if frozen else config.ratio)
-            batches = streamed(
-                config, share, samples, root, first=int(state.step), steps=steps, per_call=per_call, mesh=mesh
-            )
-            stack.enter_context(contextlib.closing(batches))
-            data = (given(here._replace(**batch), *frozen) for batch in batches)
-        return loop.run(
-            step,
-            state,
-            data,
-            root,
-            steps=steps,
-            steps_per_call=per_call,
-            on_metrics=on_metrics,
-            save=save,
-            save_every=config.checkpoint_every,
-        )
+def train(stage: Stage, data: Samples, state: TrainState, *, seed: int, name: str, **options: Any) -> TrainState:
+    """`train.fit.fit` with `options`; every stage, by its `name`, draws samples of its own."""
+    return fit(stage, data, state, stream(jax.random.key(seed), name), **options)
 
 
 def _padded(image: Array) -> Array:
@@ -395,19 +282,13 @@ class SegmentationDetector(Detector):
         return getattr(network(self.config), "side_multiple", 0)
 
     def fit(self, images: Sequence[np.ndarray]) -> Any:
-        """The segmentation stage trained on good images with the library's defects inserted, in memory."""
+        """The segmentation stage trained on good images with the library's defects inserted."""
         config = self.config
         if self.library is None:
             raise ValueError("fit needs a library of defects to insert into the good images")
-        trained = train(
-            segmentation_objective(config),
-            optimizer(config, config.total_steps),
-            Samples(patches.stack(images), self.library),
-            initial_segmentation(config, config.total_steps),
-            config=config,
-            stage="train",
-            steps=config.total_steps,
-        )
+        stage = segmentation_stage(dataclasses.replace(config, seed=0), config.total_steps)
+        start = initial_segmentation(config, config.total_steps)
+        trained = train(stage, Samples(Images(images), self.library), start, seed=config.seed, name="train")
         return {"segmenter": variables(trained)}
 
     def residual(self, state: Any, image: Array) -> Array:

@@ -1,6 +1,7 @@
 """The supervised experiment: defects inserted into good plates, two stages (SPEC section 2)."""
 
 import dataclasses
+import functools
 import hashlib
 import time
 from collections.abc import Sequence
@@ -14,10 +15,9 @@ import numpy as np
 
 from steel_ad import config as configs
 from steel_ad import files, losses, metrics, parallel
-from steel_ad.data import datasets, defects, patches
+from steel_ad.data import datasets, defects
 from steel_ad.data.datasets import Dataset
 from steel_ad.data.images import Images
-from steel_ad.data.patches import Plates
 from steel_ad.detectors import segmentation
 from steel_ad.detectors.segmentation import Samples, SegmentationDetector
 from steel_ad.errors import InputError
@@ -119,16 +119,11 @@ def load_line(config: configs.Segmentation, data: str, load: datasets.Load = dat
     return Line(dataset, dataset.train.take(train), dataset.train.take(validation), manifest)
 
 
-def plates(images: Images) -> Plates | Images:
-    """As training takes them: on the device, or read while it goes on."""
-    return images if images.stored else patches.stack(images)
-
-
 def samples_of(
     config: configs.Segmentation, line: Line, defects_from: str, tested_on: Sequence[str]
 ) -> tuple[Samples, list[dict[str, str]]]:
     """What to train on, and a record of the defects with their hashes; none is kept for the tests of `tested_on`."""
-    good, labelled = plates(line.training), line.dataset.labelled
+    good, labelled = line.training, line.dataset.labelled
     if defects_from == "labelled" or (not defects_from and labelled):
         if not labelled:
             raise InputError(
@@ -185,7 +180,7 @@ def _kept_for_tests(data: str) -> set[str]:
 def stage_1(
     this: Run,
     config: configs.Segmentation,
-    samples: Samples | None,
+    samples: Samples,
     stage: str = "train",
     *,
     start: TrainState | None = None,
@@ -193,13 +188,9 @@ def stage_1(
 ) -> tuple[TrainState, float]:
     """The trained segmentation stage, and the seconds that it took over all starts."""
     steps = config.total_adapt_steps if stage == "adapt" else config.total_steps
-    seedless = dataclasses.replace(config, seed=0)
-    rule = segmentation.optimizer(seedless, steps)
-    objective = segmentation.segmentation_objective(seedless)
+    trained = segmentation.segmentation_stage(dataclasses.replace(config, seed=0), steps)
     return fit(
-        lambda state, history, on_step, save: segmentation.train(
-            objective, rule, samples, state, config=config, stage=stage, steps=steps, on_step=on_step, save=save
-        ),
+        functools.partial(segmentation.train, trained, samples, seed=config.seed, name=stage),
         segmentation.initial_segmentation(config, steps) if start is None else start,
         this.folder,
         total_steps=steps,
@@ -212,7 +203,7 @@ def stage_1(
 def stage_2(
     this: Run,
     config: configs.Segmentation,
-    samples: Samples | None,
+    samples: Samples,
     first: TrainState,
     stage: str = "classifier",
     *,
@@ -220,21 +211,10 @@ def stage_2(
 ) -> tuple[dict[str, Any], float, bool]:
     """The detector's state with both stages, the seconds that the classification stage took, and whether it is finished."""
     frozen = segmentation.variables(first)
-    seedless = dataclasses.replace(config, seed=0)
-    rule = segmentation.optimizer(seedless, config.total_classifier_steps)
-    objective = segmentation.classifier_objective(seedless)
+    trained = segmentation.classifier_stage(dataclasses.replace(config, seed=0))
+    samples = samples._replace(frozen=frozen)
     state, seconds = fit(
-        lambda state, history, on_step, save: segmentation.train(
-            objective,
-            rule,
-            (samples, frozen),
-            state,
-            config=config,
-            stage=stage,
-            steps=config.total_classifier_steps,
-            on_step=on_step,
-            save=save,
-        ),
+        functools.partial(segmentation.train, trained, samples, seed=config.seed, name=stage),
         segmentation.initial_classifier(config, parallel.local(frozen)),
         this.folder,
         total_steps=config.total_classifier_steps,

@@ -54,7 +54,7 @@ def run(
     # Copied, since training donates what it starts from.
     params, extra = jax.tree.map(np.array, parallel.local((pretrained.params, pretrained.extra)))
     start = create(params, segmentation.optimizer(config, config.total_adapt_steps), extra)
-    mixture = samples._replace(new_line=supervised.plates(lines["target"].training))
+    mixture = samples._replace(new_line=lines["target"].training)
     adapted, adapt_seconds = supervised.stage_1(
         this, config, mixture, "adapt", start=start, evaluate_only=evaluate_only
     )
