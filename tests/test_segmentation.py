@@ -464,7 +464,7 @@ def no_training(good, monkeypatch):
     monkeypatch.setattr(study, "stage_1", stage_1)
     monkeypatch.setattr(study, "stage_2", stage_2)
     monkeypatch.setattr(study, "evaluate", evaluate)
-    monkeypatch.setattr(study, "samples_of", lambda config, line, *_: (Samples(study.plates(line.training)), ["d"]))
+    monkeypatch.setattr(study, "samples_of", lambda config, line, *_: (Samples(line.training), ["d"]))
     return {"load": lambda data, **_: dataclasses.replace(line, name=data)}, short, seen
 
 
