@@ -36,8 +36,6 @@ class Mapper:
     def __init__(self, detector: Detector, radius: int):
         def one(state, pixels):
             maps = opened.open_maps(detector, state, pixels, radius=radius)
-            # Programs return dicts sorted by key.
-            self._names = list(maps)
             return maps, detector.probability(state, opened.scaled(pixels))
 
         # A compiled program returns a dict in the order of its keys.
@@ -55,7 +53,6 @@ class Mapper:
           label: of the progress bar.
         """
         results = self._program(state, images, label=label)
-        names = self._names if results else ()
         maps = {n: Maps([m[n].raw for m, _ in results], [m[n].opened for m, _ in results]) for n in names}
         return maps, _probabilities(results)
 
