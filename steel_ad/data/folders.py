@@ -35,7 +35,7 @@ def read_image(path: str | Path, *, max_pixels: int = 2**28) -> np.ndarray:
     - 16 bit is scaled by its full range, round(value / 257): 12-bit data in a 16-bit file comes out dark.
     - Colour becomes 0.299 R + 0.587 G + 0.114 B; alpha is ignored.
     - EXIF and TIFF orientation are not applied: rows and columns stay the sensor's own.
-    - Of colour or 16 bit it takes fewer pixels: 2 * max_pixels bytes when decoded.
+    - An image of colour or 16 bit may have fewer pixels: 2 * max_pixels bytes when decoded.
 
     Before anything is decoded, `formats.shape` tells its number of pixels and whether it is whole. Damage inside JPEG's or
     LZW's coded data is beyond that: it is decoded as far as it makes sense, and libjpeg says so on stderr.
@@ -254,7 +254,7 @@ def fingerprint(path: str | Path) -> str:
 
 
 def manifest(paths: Sequence[str | Path], root: str | Path) -> list[dict[str, str | int]]:
-    """What was read: for each path, in order, its `path` below root (with slashes), size in `bytes` and `sha256`.
+    """A row for each file, in order: its `path` below root (with slashes), its size in `bytes` and its `sha256`.
 
     Raises:
       InputError: a file cannot be read.

@@ -1,4 +1,4 @@
-"""What sets with defects are made of: good plates, and plates with defects inserted, in batches of files."""
+"""Batches of files for sets with defects: good plates, and plates with defects inserted."""
 
 import collections
 import dataclasses

@@ -78,7 +78,7 @@ def _check_room(path: Path, shape: tuple[int, ...], config: FromVideo) -> None:
 
 
 def _survey(path: Path, kept: Path, config: FromVideo) -> list[Row]:
-    """What each frame measures, and whether it is "good", "blank" or "blurred"; as `kept` has it, where it is there."""
+    """A row for each frame: its size, what it measures, and "good", "blank" or "blurred". The file `kept` is believed if it exists."""
     if kept.exists():
         return _kept(kept)
     rows: list[Row] = []

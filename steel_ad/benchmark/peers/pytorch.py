@@ -24,7 +24,7 @@ _TILES = {"cpu": (8, 16, 25, 50), "cuda": (25, 125, 500, 1000)}
 
 def _torch() -> tuple[Any, str, Callable[[Any], None]]:
     """The module, the device that jax uses too, and how to wait for it."""
-    # Read as torch starts: a program from its cache would be timed as compiled.
+    # PyTorch reads this as it starts: a program from its cache would be timed as compiled.
     os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
     import torch
 
@@ -36,7 +36,7 @@ def _torch() -> tuple[Any, str, Callable[[Any], None]]:
         return torch, "cpu", lambda _: None
     if not torch.cuda.is_available():
         raise Unavailable("this torch sees no GPU")
-    # As jax's default precision.
+    # The precision that jax has by default.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     return torch, "cuda", lambda _: torch.cuda.synchronize()
