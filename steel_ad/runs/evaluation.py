@@ -53,7 +53,7 @@ class Mapper:
           label: of the progress bar.
         """
         results = self._program(state, images, label=label)
-        maps = {n: Maps([m[n].raw for m, _ in results], [m[n].opened for m, _ in results]) for n in names}
+        maps = {n: Maps([m[n].raw for m, _ in results], [m[n].opened for m, _ in results]) for n in self._names}
         return maps, _probabilities(results)
 
     def thresholds(
@@ -66,7 +66,7 @@ class Mapper:
         def keep(result) -> tuple[dict[str, np.float32], Any]:
             maps, probability = result
             for name in self._names:
-                tails.setdefault(name, Tail(pixels, percentile)).add(maps[name].raw)
+                tails[name].add(maps[name].raw)
             return {name: m.score for name, m in maps.items()}, probability
 
         results = self._program(state, images, label=label, keep=keep)
