@@ -10,7 +10,7 @@ import pytest
 from steel_ad import config as configs
 from steel_ad.inspection import session
 from steel_ad.report import detectability as figures
-from steel_ad.research import detectability, results
+from steel_ad.research import detectability, results, results_page
 from steel_ad.runs import autoencoder, export, segmentation, spectrum
 from steel_ad.runs.run import Run
 
@@ -97,11 +97,15 @@ def test_a_detector_of_ones_own_is_exported(fitted, tmp_path):
     assert not program.call(dark)["mask"][0, 30, 30]
 
 
-def test_a_detector_of_ones_own_is_in_the_results(fitted):
-    methods, _ = results.gather([fitted[0].parent], {})
+def test_a_detector_of_ones_own_is_in_the_results(fitted, tmp_path, monkeypatch):
+    monkeypatch.setattr(results_page.figures, "methods", lambda *a, **k: None)
+    methods, found = results.gather([fitted[0].parent])
     (row,) = [r for r in methods if r["map"] == "deviation"]
-    assert row["method"] == "deviation"
     assert row["image_auroc"] == 1.0
+    results_page.write(tmp_path / "results.md", methods, found)
+    page = results_page.render(tmp_path / "results.md").read_text()
+    (line,) = [line for line in page.splitlines() if "deviation" in line and line.startswith("|")]
+    assert "1.000" in line
 
 
 @pytest.mark.slow
