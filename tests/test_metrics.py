@@ -1,5 +1,7 @@
 """Metrics against scikit-learn, against the definition threshold by threshold, and against counting by hand."""
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -257,7 +259,8 @@ def test_false_regions_by_hand():
 
 
 KEYS = {
-    "pixel_auroc", "pixel_auroc_fpr30", "aupro_30", "aupro_05", "pixel_ap", "pixel_iou", "pixel_dice", "image_auroc",
+    "pixel_auroc", "pixel_auroc_fpr30", "aupro_30", "aupro_05", "pixel_ap", "aupimo", "pixel_iou", "pixel_dice",
+    "image_auroc", "found_fpr_01", "found_fpr_05",
     "image_accuracy", "image_accuracy_calibrated", "image_tpr", "image_tnr", "image_f1", "defects_found",
     "false_regions_per_image", "false_regions_per_good_image", "threshold", "image_threshold",
 }  # fmt: skip
@@ -273,6 +276,97 @@ def _maps():
     opened[2, 1, 1] = 0.3  # exactly at the threshold: good
     opened[3, 1, 1] = 0.5  # false alarm
     return raw, opened, masks
+
+
+def _oracle_aupimo(scores, masks, labels, low, high):
+    """Of each defective image, from the definition: thresholds one by one, and the recall between any two rates that they have."""
+    thresholds = [-np.inf, *np.unique(np.concatenate([np.ravel(image) for image in scores]))]
+    good = [image for image, label in zip(scores, labels, strict=True) if not label]
+    rates = np.array([np.mean([np.mean(image > t) for image in good]) for t in thresholds])
+    edges = np.unique([low, high, *rates[(rates > low) & (rates < high)]])
+    areas = []
+    for image in (scores[i][masks[i]] for i in np.flatnonzero(labels)):
+        area = 0.0
+        for a, b in itertools.pairwise(edges):
+            lowest = thresholds[np.flatnonzero(rates <= np.sqrt(a * b))[0]]
+            area += (np.log10(b) - np.log10(a)) * np.mean(image > lowest)
+        areas.append(area / (np.log10(high) - np.log10(low)))
+    return areas
+
+
+# With few pixels the bounds are wide: of three good images one pixel is 1 / 1440 of the rate, or more.
+WIDE = {"low": 0.002, "high": 0.3}
+
+
+@pytest.mark.parametrize("kind", ["distinct", "rounded", "coarse", "float16", "uint8", "constant", "perfect", "sizes"])
+def test_aupimo_is_the_oracles(kind):
+    scores, masks = _case("distinct" if kind == "sizes" else kind)
+    labels = masks.any((1, 2))
+    if kind == "sizes":
+        scores, masks = ([a[i][:, i % 4 * 4 :] for i in range(6)] for a in (scores, masks))
+    found = metrics.aupimo(scores, masks, labels, **WIDE)
+    assert (found.dtype, found.shape) == (np.float64, (6,))
+    assert np.isnan(found[~labels]).all()
+    np.testing.assert_allclose(found[labels], _oracle_aupimo(scores, masks, labels, **WIDE), atol=1e-12)
+    assert found[labels].min() >= 0
+    assert found[labels].max() <= 1
+    assert kind in ("constant", "perfect") or 0.05 < np.mean(found[labels]) < 0.95
+    np.testing.assert_array_equal(metrics.aupimo([*scores], [*masks], labels, **WIDE), found)
+
+
+def test_aupimo_by_hand():
+    # 1e5 good pixels: the strongest one may be counted from 1e-5 on, the second from 2e-5 on, no further one up to 1e-4.
+    good = np.zeros((2, 100, 500))
+    good[0, 3, 4], good[1, 0, 0], good[1, 5:10, 5:10] = 9, 7, 5
+    bad = np.zeros((1, 100, 500))
+    bad[0, 0, :4] = [8, 7, 6, 5]
+    # Neither good pixels of a defective image count, nor what a mask says of a good image.
+    bad[0, 50:] = 20
+    scores, masks = np.concatenate([good, bad]), np.zeros((3, 100, 500), bool)
+    masks[2, 0, :4] = masks[0, 3, 4] = True
+    # Above 7, to be used from 1e-5 to 2e-5, is the 8; above 5, to be used from there on, the 7 and the 6 too.
+    area = np.log10(2) * 1 / 4 + (1 - np.log10(2)) * 3 / 4
+    np.testing.assert_allclose(metrics.aupimo(scores, masks, [0, 0, 1]), [np.nan, np.nan, area])
+    # One good pixel less, and it is more than 1e-5.
+    short = [good[0], good[1, :, :499], bad[0]], [masks[0], masks[1, :, :499], masks[2]]
+    assert np.isnan(metrics.aupimo(*short, [0, 0, 1])).all()
+    assert np.isnan(metrics.aupimo(scores, masks, [1, 1, 1])).all()
+    assert np.isnan(metrics.aupimo(scores, masks & False, [0, 0, 1])).all()
+    results = metrics.evaluate(scores, scores, masks, [0, 0, 1], threshold=0.0, image_threshold=0.0)
+    assert results["aupimo"] == pytest.approx(area)
+    for bounds in ({"low": 0.0}, {"low": 1e-4}, {"high": 1.0}):
+        with pytest.raises(ValueError, match="bounds"):
+            metrics.aupimo(scores, masks, [0, 0, 1], **bounds)
+    with pytest.raises(ValueError, match="One label"):
+        metrics.aupimo(scores, masks, [0, 1])
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        metrics.aupimo(np.where(masks, np.inf, scores), masks, [0, 0, 1])
+
+
+def test_found_at_false_alarms_by_hand():
+    good, bad = np.arange(40.0), np.array([50, 38, 37.5, 37, 1])
+    scores, labels = np.concatenate([good, bad]), np.arange(45) >= 40
+    # 5 % of 40 are two false alarms, 39 and 38.
+    assert metrics.false_alarm_limit(good, 5) == 37
+    assert metrics.found_at_false_alarms(scores, labels, 5) == 3 / 5
+    # 59 images allow no more than 58 at 5 %, and 100 are enough for 1 %, 99 are not.
+    assert [metrics.false_alarm_limit(np.arange(n), 5) for n in (19, 20, 59, 60)] == [
+        pytest.approx(np.nan, nan_ok=True),
+        18,
+        56,
+        56,
+    ]
+    assert metrics.false_alarm_limit(np.arange(100), 1) == 98
+    assert np.isnan(metrics.false_alarm_limit(np.arange(99), 1))
+    # Whole numbers: 2900 * 0.01 is 28.99... in floating point.
+    assert metrics.false_alarm_limit(np.arange(2900), 1) == 2870
+    # Ties: with the third strongest, four images are at the limit or above, but none of the two more is a false alarm.
+    assert metrics.false_alarm_limit(np.array([*range(36), 37, 37, 37, 39]), 5) == 37
+    for none in (np.zeros(45, bool), np.ones(45, bool), np.arange(45) >= 19):
+        assert np.isnan(metrics.found_at_false_alarms(scores, none, 5))
+    found = metrics.image_metrics(scores, labels, 0.5)
+    assert found["found_fpr_05"] == 3 / 5
+    assert np.isnan(found["found_fpr_01"])
 
 
 def evaluate(raw, opened, masks, **thresholds):
@@ -321,7 +415,8 @@ def test_evaluate_takes_images_of_different_sizes():
     flat, _, truth = (np.concatenate([image.ravel() for image in images]) for images in listed)
     assert results["pixel_auroc"] == pytest.approx(sk.roc_auc_score(truth, flat))
     assert results["aupro_30"] == pytest.approx(_oracle_area(*_oracle_pro(listed[0], listed[2]), 0.3))
-    assert evaluate(list(raw), list(opened), list(masks), threshold=0.3, image_threshold=0.45) == stacked
+    again = evaluate(list(raw), list(opened), list(masks), threshold=0.3, image_threshold=0.45)
+    np.testing.assert_equal(again, stacked)
 
 
 def test_thresholds_are_not_rounded_to_the_maps_type():
@@ -338,14 +433,17 @@ def test_image_metrics_are_those_of_evaluate():
     raw, opened, masks = _maps()
     results = evaluate(raw, opened, masks, threshold=0.3, image_threshold=0.3)
     alone = metrics.image_metrics(opened.max((1, 2)), masks.any((1, 2)), 0.3)
-    assert alone == {key: value for key, value in results.items() if key.startswith("image_")}
+    np.testing.assert_equal(
+        alone, {key: value for key, value in results.items() if key.startswith(("image_", "found_"))}
+    )
 
 
 def test_without_defects_or_without_good_images_the_rest_is_still_given():
     raw, opened, masks = _maps()
     no_defect = evaluate(raw, opened, masks & False, threshold=0.3, image_threshold=0.45)
     assert np.isnan(list(no_defect.pop("defects_found").values())).all()
-    both = {"pixel_auroc", "pixel_auroc_fpr30", "aupro_30", "aupro_05", "image_auroc"}
+    both = {"pixel_auroc", "pixel_auroc_fpr30", "aupro_30", "aupro_05", "image_auroc", "aupimo"}
+    both |= {"found_fpr_01", "found_fpr_05"}
     assert {key for key, value in no_defect.items() if np.isnan(value)} == both | {"pixel_ap", "image_tpr"}
     bad = evaluate(raw, opened, masks | True, threshold=0.3, image_threshold=0.45)
     assert bad.pop("defects_found") == {"iou_0": 3 / 4, "iou_30": 0}

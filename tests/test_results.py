@@ -1,5 +1,6 @@
 """The results page: what is gathered, that the page follows from the CSV files alone, and how claims are judged."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -87,6 +88,11 @@ def test_rows_survive_a_file(tmp_path):
     ]
     files.write_csv(tmp_path / "a.csv", rows)
     assert results.read(tmp_path / "a.csv", results.ROW) == rows
+    # Files from before a metric existed have none of it; what is no metric must be there.
+    for lost in ("aupimo", "device"):
+        files.write_csv(tmp_path / "a.csv", [{k: v for k, v in rows[0].items() if k != lost}])
+        with contextlib.nullcontext() if lost == "aupimo" else pytest.raises(InputError, match="damaged"):
+            assert results.read(tmp_path / "a.csv", results.ROW) == [{**rows[0], "aupimo": None}]
     for change, said in (({"seed": "x"}, "seed|invalid"), ({"settings": "[]"}, "list"), ({"experiment": "x"}, "'x'")):
         files.write_csv(tmp_path / "a.csv", [{**rows[0], **change}])
         with pytest.raises(InputError, match=rf"a\.csv is damaged.*({said})"):

@@ -34,8 +34,9 @@ def markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
 
 
 _METRICS = (
-    *("map", "pixel_auroc", "aupro_30", "pixel_ap", "image_auroc", "image_accuracy", "image_accuracy_calibrated"),
-    *("image_tpr", "image_tnr", "found", "false_regions_per_image", "false_regions_per_good_image"),
+    *("map", "pixel_auroc", "aupro_30", "pixel_ap", "aupimo", "image_auroc", "image_accuracy"),
+    *("image_accuracy_calibrated", "image_tpr", "image_tnr", "found", "found_fpr_05"),
+    *("false_regions_per_image", "false_regions_per_good_image"),
 )
 
 

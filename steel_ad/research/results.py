@@ -15,8 +15,9 @@ from steel_ad.errors import InputError
 from steel_ad.runs.run import KINDS, Run
 
 METRICS = (
-    *("pixel_auroc", "pixel_auroc_fpr30", "aupro_30", "aupro_05", "pixel_ap", "pixel_iou", "pixel_dice"),
+    *("pixel_auroc", "pixel_auroc_fpr30", "aupro_30", "aupro_05", "pixel_ap", "aupimo", "pixel_iou", "pixel_dice"),
     *("image_auroc", "image_accuracy", "image_accuracy_calibrated", "image_tpr", "image_tnr", "image_f1"),
+    *("found_fpr_01", "found_fpr_05"),
     *("found_iou_0", "found_iou_30", "false_regions_per_image", "false_regions_per_good_image"),
     *("threshold", "image_threshold"),
 )
@@ -66,18 +67,22 @@ def _number(value: Any) -> float | None:
 def read(path: Path, columns: Iterable[str]) -> list[dict[str, Any]]:
     """Rows of a CSV file that `files.write_csv` wrote; metrics and costs as floats, empty ones as None, the rest as text.
 
+    A metric that did not exist when the file was written is None too.
+
     Raises:
-      InputError: no such file, damaged, or without one of the columns.
+      InputError: no such file, damaged, or without one of the other columns.
     """
+    columns = list(columns)
     if not path.exists():
         raise InputError(f"there is no {path}")
     with files.understood(path, "delete it and make it again"):
-        rows = files.read_csv(path, columns)
+        rows = files.read_csv(path, set(columns) - set(METRICS))
         for row in rows:
             files.check(json.loads(row["settings"]), dict, "settings")
             int(row["seed"])
             if row["experiment"] not in KINDS:
                 raise ValueError(f"there is no experiment {row['experiment']!r}")
+        rows = [{**dict.fromkeys(columns, ""), **row} for row in rows]
         return [{k: (float(v) if v else None) if k in _NUMBERS else v for k, v in row.items()} for row in rows]
 
 

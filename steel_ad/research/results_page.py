@@ -12,11 +12,13 @@ from steel_ad.research import claims, results, study_rows, wording
 
 _METHODS, _STUDIES = "methods.csv", "studies.csv"
 Rows = Sequence[Mapping[str, Any]]
-# Column -> header of the tables of methods.
+# Column -> header of the tables of methods; a column is left out where no method of the table has a number.
 _COLUMNS = {
     "pixel_auroc": "pixel AUROC",
     "aupro_30": "AU-PRO",
+    "aupimo": "AUPIMO",
     "image_auroc": "image AUROC",
+    "found_fpr_05": "found at 5 % false alarms",
     "accuracy": "accuracy",
     "image_accuracy_calibrated": "accuracy, calibrated",
     "false_regions_per_image": "false regions an image",
@@ -30,6 +32,8 @@ Written by `python -m experiments.report` from the CSV files in `{folder}/`; no 
 from these files: `python -m experiments.report --out={out}`.
 
 A cell is the median over seeds, in brackets the least and the greatest. AU-PRO is taken up to a false-positive rate of 0.3.
+AUPIMO is the recall of each defect's pixels where good images have a false-positive rate of 1e-5 to 1e-4, averaged over both. "found
+at 5 % false alarms" is the share of defective images with a score above all but 5 % of the good test images.
 "accuracy" is the thesis' rule: an image is defective where anything is left after threshold and opening, the threshold being the
 98th percentile of good residuals for an autoencoder or a detector without training, 0.5 for a network trained on defects.
 "calibrated" calls an image defective where its score is above the 98th percentile of good images' scores. Of runs with another
@@ -115,8 +119,9 @@ def _methods(methods: Rows, folder: Path, commands: _Commands) -> list[str]:
     shown = {"pixel_auroc": "pixel AUROC", "aupro_30": "AU-PRO to FPR 0.3", "image_auroc": "image AUROC"}
     for (dataset,), of_dataset in sorted(results.series(rows, "dataset").items()):
         lines = []
+        columns = {m: label for m, label in _COLUMNS.items() if any(row[m] is not None for row in of_dataset)}
         for (method, _), same in results.series(of_dataset, "method", "seedless").items():
-            line = {"method": method, **{label: results.spread(same, m) for m, label in _COLUMNS.items()}}
+            line = {"method": method, **{label: results.spread(same, m) for m, label in columns.items()}}
             lines.append(
                 {**line, "seeds": len({row["seed"] for row in same}), "by": commands.of([wording.run_command(same[0])])}
             )
