@@ -15,6 +15,7 @@ from steel_ad import config as configs
 from steel_ad import files, metrics
 from steel_ad.data import datasets, patches
 from steel_ad.data import plates as drawn
+from steel_ad.data.images import Images
 from steel_ad.detectors import Detector, autoencoder, phase_only, segmentation
 from steel_ad.errors import InputError
 from steel_ad.models import compact_cnn, unet
@@ -381,9 +382,21 @@ def test_lines_vary_about_their_pattern():
         assert 0.03 <= own["grain"] <= 0.06
 
 
-def test_uses_of_images():
-    found = datasets.uses([{"file": name} for name in "abc"], np.array([2]), np.array([0]))
-    assert found == [{"file": n, "use": use} for n, use in zip("abc", ("validation", "none", "train"), strict=True)]
+def test_a_line_is_divided_with_the_use_of_each_image():
+    images = [np.full((8, 8), i, np.uint8) for i in range(9)]
+    dataset = datasets.Dataset("x", Images(images), [{"file": i} for i in range(9)], [])
+    line = datasets.divided(dataset, 0.3, 5, 4)
+    train, validation = datasets.split(9, 0.3, 5)
+    train = datasets.chosen(train, 4, 5)
+    assert line.dataset is dataset
+    assert [int(i[0, 0]) for i in line.training] == train.tolist()
+    assert [int(i[0, 0]) for i in line.validation] == validation.tolist()
+    assert [row["file"] for row in line.manifest] == list(range(9))
+    use = np.array([row["use"] for row in line.manifest])
+    for name, indices in (("train", train), ("validation", validation)):
+        np.testing.assert_array_equal(np.flatnonzero(use == name), indices)
+    assert (use == "none").sum() == 9 - 4 - 3
+    assert len(datasets.divided(dataset, 0.3, 5).training) == 6
 
 
 def test_steps_follow_the_epochs_unless_they_are_given():
@@ -396,7 +409,7 @@ def test_steps_follow_the_epochs_unless_they_are_given():
 
 def stage_of(objective, rule, steps, **settings):
     """A stage of that objective and rule."""
-    stage = segmentation.segmentation_stage(segmentation_settings(**settings), steps)
+    stage = segmentation.stage(segmentation_settings(**settings), steps)
     return dataclasses.replace(stage, objective=objective, optimizer=rule)
 
 

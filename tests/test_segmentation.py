@@ -278,7 +278,7 @@ def test_every_stage_draws_samples_of_its_own(good, library):
     for stage in ("train", "classifier", "adapt"):
         rule = segmentation.optimizer(tiny(), 2)
         state = create({"w": jnp.ones(1)}, rule)
-        spied = dataclasses.replace(segmentation.segmentation_stage(tiny(), 2), objective=spy(stage))
+        spied = dataclasses.replace(segmentation.stage(tiny(), 2), objective=spy(stage))
         segmentation.train(spied, samples, state, seed=0, name=stage)
     jax.effects_barrier()
     assert len({tuple(k.tolist()) for k in seen.values()}) == 3

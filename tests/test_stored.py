@@ -24,6 +24,7 @@ from steel_ad.errors import InputError
 from steel_ad.ops import convolution
 from steel_ad.runs import evaluation
 from steel_ad.train import feed, fit, loop, state, step
+from steel_ad.train.stage import Stage
 
 TINY = Autoencoder(
     patch_size=32,
@@ -138,13 +139,12 @@ def test_the_stream_depends_on_the_step_alone(files, images, monkeypatch):
 
     for first in (0, 4):
         data = autoencoder.good(config, files, root)
-        _, calls, per_call = fit.prepare(autoencoder.stage(config), data, root, first=first, mesh=mesh)
-        assert per_call == 1
-        read = [call.images.pixels[0] for call in calls]
+        calls = feed.calls(autoencoder.stage(config), data, root, first=first, mesh=mesh)
+        read = np.concatenate([call.images.pixels for call in calls])
         np.testing.assert_array_equal(read, [expected(s) for s in range(first, 7)])
 
 
-def test_sets_in_files_are_cut_where_a_sample_looks_and_nowhere_else(here, files, images):
+def test_sets_in_files_are_cut_where_a_sample_looks_and_nowhere_else(here, files, images, monkeypatch):
     """Two sets of which a sample looks at one or none, several steps a call; one more set on the device; other data as it is."""
 
     class Two(NamedTuple):
@@ -163,8 +163,9 @@ def test_sets_in_files_are_cut_where_a_sample_looks_and_nowhere_else(here, files
         }
 
     data = Two(files, Images(images), files.take(np.array([1, 4, 2])), np.int32(3))
-    options = {"first": 2, "total": 6, "per_call": 2, "batch_size": 3, "patch_size": 30, "mesh": parallel.mesh()}
-    found = list(feed.calls(data, choose, jax.random.key(0), **options))
+    of = dataclasses.replace(autoencoder.stage(TINY), choose=choose, steps=6, batch_size=3, patch_size=30)
+    monkeypatch.setattr(Stage, "steps_per_call", 2)
+    found = list(feed.calls(of, data, jax.random.key(0), first=2, mesh=parallel.mesh()))
     assert [call.a.pixels.shape for call in found] == [(2, 3, 30, 30)] * 2
     assert all(isinstance(call.resident, patches.Plates) and int(call.numbers) == 3 for call in found)
     np.testing.assert_array_equal(found[0].b.sizes, [[48, 48]] * 3)

@@ -123,11 +123,9 @@ def test_the_samples_are_those_of_images_in_memory(root, library, what, monkeypa
     resident, there = samples(root, library, what)
     resident = feed.on_device(resident, mesh)
     draw = jax.jit(lambda data, step: segmentation.draw(TINY, share, data, step, ROOT))
-    stage = segmentation.segmentation_stage(dataclasses.replace(TINY, ratio="1:1"), 8)
+    stage = segmentation.stage(dataclasses.replace(TINY, ratio="1:1"), 8)
     for first in (0, 5):
-        _, calls, per_call = fit.prepare(stage, there, ROOT, first=first, mesh=mesh)
-        assert per_call == 1
-        for s, call in enumerate(calls, first):
+        for s, call in enumerate(feed.calls(stage, there, ROOT, first=first, mesh=mesh), first):
             now = jax.tree.map(
                 lambda read, a: a[0] if read else a, feed.streamed(there), call, is_leaf=lambda x: isinstance(x, bool)
             )
@@ -147,7 +145,7 @@ def test_worker_processes_give_the_steps_of_images_in_memory(root, library, monk
     monkeypatch.setattr(fit, "_step", lambda *a, **k: compiled.append(make(*a, **k)) or compiled[-1])
     monkeypatch.setattr(workers, "_workers", lambda: 2)
     config = dataclasses.replace(TINY, model="compact_cnn")  # it compiles in half the time
-    stage, ends = segmentation.segmentation_stage(config, 4), []
+    stage, ends = segmentation.stage(config, 4), []
     for data in samples(root, library, "labelled, new line"):
         state, rows = segmentation.initial_segmentation(config, 4), []
         rest = {"seed": 0, "name": "train", "on_step": lambda *row, rows=rows: rows.append(row)}

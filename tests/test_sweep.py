@@ -228,8 +228,7 @@ def test_an_interrupted_study_goes_on(data, tmp_path, monkeypatch):
     assert rows[0]["pixel_auroc"] != rows[2]["pixel_auroc"]
     # One step for all seeds, traced once.
     assert fit._step.cache_info().misses == 1
-    stage, fed = detector.stage(tiny()), detector.Good(False, False)
-    step = fit._step(stage.objective, stage.optimizer, steps_per_call=1, mesh=parallel.mesh(), streamed=fed)
+    step = fit.step_of(detector.stage(tiny()), detector.Good(None), parallel.mesh())
     assert step._cache_size() == 1
     assert fit._step.cache_info().misses == 1
 

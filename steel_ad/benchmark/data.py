@@ -20,7 +20,8 @@ from steel_ad.data import images as data_images
 from steel_ad.detectors import autoencoder
 from steel_ad.detectors.autoencoder import Good
 from steel_ad.ops.convolution import cpu_compiler_options
-from steel_ad.train.fit import prepare
+from steel_ad.train import feed
+from steel_ad.train.fit import step_of
 
 LINE = "teardrop1"
 
@@ -110,7 +111,8 @@ def _from_files(config: configs.Autoencoder, files: int, side: int) -> Program:
     images = data_images.read(paths, min_size=config.patch_size, resident=-1)
     root = jax.random.key(0)
     state, data = autoencoder.initial_state(config, root), autoencoder.good(config, images, root)
-    step, batches, per_call = prepare(autoencoder.stage(config), data, root, first=0, mesh=parallel.mesh(1))
+    stage, mesh = autoencoder.stage(config), parallel.mesh(1)
+    step, batches = step_of(stage, data, mesh), feed.calls(stage, data, root, first=0, mesh=mesh)
     program, compile_s, _ = compiled(step, state, next(batches), root)
 
     def call():
@@ -122,7 +124,7 @@ def _from_files(config: configs.Autoencoder, files: int, side: int) -> Program:
         batches.close()
         folder.cleanup()
 
-    return Program(call=call, works=per_call, compile_s=compile_s, close=close)
+    return Program(call=call, works=stage.steps_per_call, compile_s=compile_s, close=close)
 
 
 def _in_memory(config: configs.Autoencoder, files: int, side: int) -> Program:

@@ -209,13 +209,9 @@ def _procedural(data: str, *, min_size: int, train: bool, resident: float) -> Da
     return Dataset(data.replace("/", "_"), Images(list(good)), manifest, test)
 
 
-def _is_procedural(data: str) -> bool:
-    return data.startswith("procedural/") and not Path(data).is_dir()
-
-
 # The first that recognises a data set reads it; the last one takes what no other does.
 LAYOUTS = {
-    "procedural": Layout(_is_procedural, _procedural),
+    "procedural": Layout(lambda data: data.startswith("procedural/") and not Path(data).is_dir(), _procedural),
     "dagm": Layout(_is_dagm, _dagm),
     "folder": Layout(lambda data: True, _folder),
 }
@@ -271,7 +267,21 @@ def split(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarra
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-def uses(manifest: Sequence[dict], train: np.ndarray, validation: np.ndarray) -> list[dict]:
-    """Manifest rows with a column `use`: "train", "validation" or "none"."""
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line's data set; of its good images those to train on and those to calibrate with; `manifest`: the data set's, with a
+    column `use`, "train", "validation" or "none"."""
+
+    dataset: Dataset
+    training: Images
+    validation: Images
+    manifest: list[dict]
+
+
+def divided(dataset: Dataset, fraction: float, seed: int, count: int = 0) -> Line:
+    """The data set with its good images divided by `split`, and of those to train on `count` `chosen`; raises as both."""
+    train, validation = split(len(dataset.train), fraction, seed)
+    train = chosen(train, count, seed)
     use = dict.fromkeys(train.tolist(), "train") | dict.fromkeys(validation.tolist(), "validation")
-    return [{**row, "use": use.get(i, "none")} for i, row in enumerate(manifest)]
+    manifest = [{**row, "use": use.get(i, "none")} for i, row in enumerate(dataset.manifest)]
+    return Line(dataset, dataset.train.take(train), dataset.train.take(validation), manifest)

@@ -24,7 +24,8 @@ from steel_ad.ops import sliding
 from steel_ad.ops.ssim import CONSTANTS, ssim_residual
 from steel_ad.train import checkpoint, feed, optimizers
 from steel_ad.train.feed import Set
-from steel_ad.train.fit import Stage, fit
+from steel_ad.train.fit import fit
+from steel_ad.train.stage import Stage
 from steel_ad.train.state import TrainState, create, first, stream
 
 # Contrast of a reconstruction, as a share of the target's, below which it shows nothing.

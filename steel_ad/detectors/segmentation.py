@@ -22,9 +22,9 @@ from steel_ad.detectors import Detector
 from steel_ad.models import compact_cnn
 from steel_ad.train import checkpoint, feed, optimizers
 from steel_ad.train.feed import Set
-from steel_ad.train.fit import Stage, fit
+from steel_ad.train.fit import fit
+from steel_ad.train.stage import Stage
 from steel_ad.train.state import TrainState, create, first, stream
-from steel_ad.train.step import Objective
 
 
 class Samples(NamedTuple):
@@ -224,22 +224,14 @@ def variables(state: TrainState) -> dict:
 
 
 @functools.lru_cache(maxsize=16)
-def segmentation_stage(config: configs.Segmentation, steps: int) -> Stage:
-    """What training the segmentation stage is; the settings' seed does not matter."""
-    return _stage(config, config.ratio, segmentation_objective(config), steps)
-
-
-@functools.lru_cache(maxsize=16)
-def classifier_stage(config: configs.Segmentation) -> Stage:
-    """What training the classification stage is; the settings' seed does not matter."""
-    return _stage(config, config.classifier_ratio, classifier_objective(config), config.total_classifier_steps)
-
-
-def _stage(config: configs.Segmentation, ratio: str, objective: Objective, steps: int) -> Stage:
+def stage(config: configs.Segmentation, steps: int, *, classifier: bool = False) -> Stage:
+    """What training the segmentation stage, or the classification stage, is; the settings' seed does not matter."""
+    objective = classifier_objective if classifier else segmentation_objective
+    share = configs.defective_share(config.classifier_ratio if classifier else config.ratio)
     return Stage(
-        objective=objective,
+        objective=objective(config),
         optimizer=optimizer(config, steps),
-        choose=functools.partial(choose, config, configs.defective_share(ratio)),
+        choose=functools.partial(choose, config, share),
         steps=steps,
         batch_size=config.batch_size,
         patch_size=config.patch_size,
@@ -247,9 +239,9 @@ def _stage(config: configs.Segmentation, ratio: str, objective: Objective, steps
     )
 
 
-def train(stage: Stage, data: Samples, state: TrainState, *, seed: int, name: str, **options: Any) -> TrainState:
+def train(what: Stage, data: Samples, state: TrainState, *, seed: int, name: str, **options: Any) -> TrainState:
     """`train.fit.fit` with `options`; every stage, by its `name`, draws samples of its own."""
-    return fit(stage, data, state, stream(jax.random.key(seed), name), **options)
+    return fit(what, data, state, stream(jax.random.key(seed), name), **options)
 
 
 def _padded(image: Array) -> Array:
@@ -286,9 +278,9 @@ class SegmentationDetector(Detector):
         config = self.config
         if self.library is None:
             raise ValueError("fit needs a library of defects to insert into the good images")
-        stage = segmentation_stage(dataclasses.replace(config, seed=0), config.total_steps)
+        what = stage(dataclasses.replace(config, seed=0), config.total_steps)
         start = initial_segmentation(config, config.total_steps)
-        trained = train(stage, Samples(Images(images), self.library), start, seed=config.seed, name="train")
+        trained = train(what, Samples(Images(images), self.library), start, seed=config.seed, name="train")
         return {"segmenter": variables(trained)}
 
     def residual(self, state: Any, image: Array) -> Array:

@@ -51,39 +51,36 @@ def run(
     if not evaluate_only and (record := this.finished()):
         return record
     dataset = load(data, min_size=config.patch_size, resident=config.resident_bytes)
-    train_indices, validation_indices = datasets.split(len(dataset.train), config.validation_fraction, config.seed)
-    train_indices = datasets.chosen(train_indices, config.train_images, config.seed)
+    line = datasets.divided(dataset, config.validation_fraction, config.seed, config.train_images)
     this.claim()
-    this.keep("manifest.json", datasets.uses(dataset.manifest, train_indices, validation_indices), "good images")
-    training, validation = (dataset.train.take(i) for i in (train_indices, validation_indices))
+    this.keep("manifest.json", line.manifest, "good images")
     state, seconds = fit(
-        functools.partial(autoencoder.train, config, training),
+        this,
+        functools.partial(autoencoder.train, config, line.training),
         autoencoder.initial_state(config, jax.random.key(config.seed)),
-        workdir,
         total_steps=config.total_steps,
-        settings=this.settings,
         evaluate_only=evaluate_only,
     )
     record = {
         "finished": int(state.step) >= config.total_steps,
         "steps": int(state.step),
-        "images": {"train": len(training), "validation": len(validation), "test": len(dataset.test)},
+        "images": {"train": len(line.training), "validation": len(line.validation), "test": len(dataset.test)},
         "train_seconds": seconds,
         "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
     }
-    return _evaluate(this, config, dataset, state.params, validation, record)
+    return _evaluate(this, config, line, state.params, record)
 
 
 def _evaluate(
     this: Run,
     config: configs.Autoencoder,
-    dataset: datasets.Dataset,
+    line: datasets.Line,
     params: Any,
-    validation: Any,
     record: dict[str, Any],
 ) -> dict[str, Any]:
+    dataset = line.dataset
     mapper = evaluation.Mapper(AutoencoderDetector(config), config.radius)
-    limits, _ = mapper.thresholds(params, validation, config.percentile, label="calibrate")
+    limits, _ = mapper.thresholds(params, line.validation, config.percentile, label="calibrate")
     images = datasets.images_of(dataset.test)
     start = time.perf_counter()
     maps, _ = mapper(params, images, label="test")

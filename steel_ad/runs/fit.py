@@ -1,38 +1,34 @@
 """A run's training, and the picture of it."""
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
 from steel_ad import parallel
+from steel_ad.runs.run import Run
 from steel_ad.train.resume import resume
 from steel_ad.train.state import TrainState
 
 
 def fit(
+    this: Run,
     train: Callable[..., TrainState],
     state: TrainState,
-    workdir: Path,
     *,
     total_steps: int,
-    settings: Mapping[str, Any],
     stage: str = "train",
     evaluate_only: bool = False,
 ) -> tuple[TrainState, float]:
-    """`train.resume.resume`, and `figures/training.png` (or `training_STAGE.png`) when a stage has been trained.
-
-    Returns:
-      The trained state, and the seconds that its training has taken over all starts.
-
-    Raises:
-      InputError: as `resume`.
-    """
+    """The trained state and the seconds that it took over all starts: `resume` in the run's folder, with a picture when it is
+    done."""
     state, seconds, history = resume(
-        train, state, workdir, total_steps=total_steps, settings=settings, stage=stage, evaluate_only=evaluate_only
+        *(train, state, this.folder),
+        total_steps=total_steps,
+        settings=this.settings,
+        stage=stage,
+        evaluate_only=evaluate_only,
     )
-    picture = workdir / "figures" / ("training.png" if stage == "train" else f"training_{stage}.png")
+    picture = this.folder / "figures" / ("training.png" if stage == "train" else f"training_{stage}.png")
     if history and parallel.is_main() and not picture.exists() and not evaluate_only:
         from steel_ad.report import training  # not before the first step
 

@@ -16,8 +16,7 @@ import numpy as np
 from steel_ad import config as configs
 from steel_ad import files, losses, metrics, parallel
 from steel_ad.data import datasets, defects
-from steel_ad.data.datasets import Dataset
-from steel_ad.data.images import Images
+from steel_ad.data.datasets import Line
 from steel_ad.detectors import segmentation
 from steel_ad.detectors.segmentation import Samples, SegmentationDetector
 from steel_ad.errors import InputError
@@ -101,22 +100,9 @@ def check_loss(config: configs.Segmentation) -> None:
     losses.check(loss, config.loss, logits.shape[1])
 
 
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """A line's data set, its training and validation images, and the manifest of both."""
-
-    dataset: Dataset
-    training: Images
-    validation: Images
-    manifest: list[dict[str, Any]]
-
-
 def load_line(config: configs.Segmentation, data: str, load: datasets.Load = datasets.load) -> Line:
     dataset = load(data, min_size=config.patch_size, resident=config.resident_bytes)
-    train, validation = datasets.split(len(dataset.train), config.validation_fraction, config.seed)
-    train = datasets.chosen(train, config.train_images, config.seed)
-    manifest = datasets.uses(dataset.manifest, train, validation)
-    return Line(dataset, dataset.train.take(train), dataset.train.take(validation), manifest)
+    return datasets.divided(dataset, config.validation_fraction, config.seed, config.train_images)
 
 
 def samples_of(
@@ -188,13 +174,12 @@ def stage_1(
 ) -> tuple[TrainState, float]:
     """The trained segmentation stage, and the seconds that it took over all starts."""
     steps = config.total_adapt_steps if stage == "adapt" else config.total_steps
-    trained = segmentation.segmentation_stage(dataclasses.replace(config, seed=0), steps)
+    trained = segmentation.stage(dataclasses.replace(config, seed=0), steps)
     return fit(
+        this,
         functools.partial(segmentation.train, trained, samples, seed=config.seed, name=stage),
         segmentation.initial_segmentation(config, steps) if start is None else start,
-        this.folder,
         total_steps=steps,
-        settings=this.settings,
         stage=stage,
         evaluate_only=evaluate_only,
     )
@@ -211,19 +196,19 @@ def stage_2(
 ) -> tuple[dict[str, Any], float, bool]:
     """The detector's state with both stages, the seconds that the classification stage took, and whether it is finished."""
     frozen = segmentation.variables(first)
-    trained = segmentation.classifier_stage(dataclasses.replace(config, seed=0))
+    steps = config.total_classifier_steps
+    trained = segmentation.stage(dataclasses.replace(config, seed=0), steps, classifier=True)
     samples = samples._replace(frozen=frozen)
     state, seconds = fit(
+        this,
         functools.partial(segmentation.train, trained, samples, seed=config.seed, name=stage),
         segmentation.initial_classifier(config, parallel.local(frozen)),
-        this.folder,
-        total_steps=config.total_classifier_steps,
-        settings=this.settings,
+        total_steps=steps,
         stage=stage,
         evaluate_only=evaluate_only,
     )
     stages = {"segmenter": frozen, "classifier": segmentation.variables(state)}
-    return stages, seconds, int(state.step) >= config.total_classifier_steps
+    return stages, seconds, int(state.step) >= steps
 
 
 def evaluate(

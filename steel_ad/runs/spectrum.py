@@ -60,16 +60,15 @@ def run(config: configs.Spectrum, *, data: Sequence[str], workdir: Path) -> dict
     for folder, source in places.items():
         dataset = datasets.load(source)
         _check_sizes(detectors, dataset)
-        split = datasets.split(len(dataset.train), config.validation_fraction, config.seed)
-        good = [dataset.train[i] for i in split[0]]
-        views.append(_view(dataset.name, good, config.images))
+        line = datasets.divided(dataset, config.validation_fraction, config.seed)
+        views.append(_view(dataset.name, line.training, config.images))
         # Before anything of the others is written.
-        fitted = [] if finished[folder] else _fit_all(detectors, good, dataset.name)
-        looked[folder] = dataset, split, views[-1].lattice, fitted
+        fitted = [] if finished[folder] else _fit_all(detectors, line.training, dataset.name)
+        looked[folder] = line, views[-1].lattice, fitted
     results = {}
-    for folder, (dataset, split, lattice, fitted) in looked.items():
+    for folder, (line, lattice, fitted) in looked.items():
         done = finished[folder]
-        results[folder] = done or _evaluate(config, runs[folder], dataset, split, lattice, fitted), done is not None
+        results[folder] = done or _evaluate(config, runs[folder], line, lattice, fitted), done is not None
     spectra.phases(workdir / "figures" / "phases.png", views)
     # Last, since its presence says that the pictures are complete.
     spectra.spectra(figure, views)
@@ -152,26 +151,25 @@ def _view(name: str, plates: Sequence[np.ndarray], count: int) -> View:
 def _evaluate(
     config: configs.Spectrum,
     this: Run,
-    dataset: datasets.Dataset,
-    split: tuple[np.ndarray, np.ndarray],
+    line: datasets.Line,
     lattice: spectrum.Lattice | None,
     fitted: Sequence[_Fit],
 ) -> dict[str, Any]:
     """Calibrates and tests every detector, and writes what `evaluation.report` writes and the detectors' states."""
-    good, test = [dataset.train[i] for i in split[1]], [t.image for t in dataset.test]
+    dataset, test = line.dataset, datasets.images_of(line.dataset.test)
     limits: dict[str, evaluation.Thresholds] = {}
     maps: dict[str, evaluation.Maps] = {}
     speed = {}
     for detector, state, _ in fitted:
         mapper = evaluation.Mapper(detector, config.radius)
-        limits |= mapper.thresholds(state, good, config.percentile, label=f"{detector.name}: calibrate")[0]
+        limits |= mapper.thresholds(state, line.validation, config.percentile, label=f"{detector.name}: calibrate")[0]
         start = time.perf_counter()
         maps |= mapper(state, test, label=f"{detector.name}: test")[0]
         elapsed = time.perf_counter() - start
         speed[detector.name] = sum(image.size for image in test) / 1e6 / elapsed if test else None
     # Once nothing that could be wrong with the data is left.
     this.claim()
-    this.keep("manifest.json", datasets.uses(dataset.manifest, *split), "good images")
+    this.keep("manifest.json", line.manifest, "good images")
     for detector, state, _ in fitted:
         detector.save(state, this.folder)
     vectors = None if lattice is None else spectrum.pitch_and_angle(lattice)
@@ -184,7 +182,7 @@ def _evaluate(
             "experiment": "spectrum",
             "finished": True,
             "dataset": dataset.name,
-            "images": {"train": len(split[0]), "validation": len(good), "test": len(test)},
+            "images": {"train": len(line.training), "validation": len(line.validation), "test": len(test)},
             "lattice": lattice and {"vectors": vectors, "echo": float(lattice.echo)},
             "config": this.settings,
             "percentile": config.percentile,

@@ -7,7 +7,7 @@ steps at once, and worker processes cut.
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from steel_ad import parallel
 from steel_ad.data import patches, workers
 from steel_ad.data.images import Images
 from steel_ad.data.patches import Crops, Plates
+from steel_ad.train.stage import Stage
 
 # Steps whose places are chosen at once for the workers.
 _AT_ONCE = 64
@@ -38,10 +39,8 @@ class Streamed(NamedTuple):
     sizes: Array | np.ndarray
 
 
-# A set that `choose` and the objective get, and what `calls` takes it from.
+# A set in the data that training is given, or in what `choose` and the objective get.
 Set = Plates | Streamed | Images
-# (data, step, root) -> places of the patches of each set, by its field's name; `image` is -1 where a sample does not look at it.
-Choose = Callable[[Any, Array, Array], dict[str, Crops]]
 
 
 def stored(data: Any) -> dict[str, Images]:
@@ -82,19 +81,8 @@ def streamed(data: Any) -> Any:
     return type(data)(*(here.get(name, False) for name in data._fields))
 
 
-def calls(
-    data: Any,
-    choose: Choose,
-    root: Array,
-    *,
-    first: int,
-    total: int,
-    per_call: int,
-    batch_size: int,
-    patch_size: int,
-    mesh: Mesh,
-) -> Generator[Any]:
-    """What each call of a step takes, from step `first` to `total`; each process reads its part of a batch.
+def calls(stage: Stage, data: Any, root: Array, *, first: int, mesh: Mesh) -> Generator[Any]:
+    """What each call of a stage's step takes, from step `first` to the last one; each process reads its part of a batch.
 
     Args:
       data: a NamedTuple; its fields that are Images are put on the device, or read while training goes on.
@@ -103,7 +91,7 @@ def calls(
     sets = stored(data)
     if not sets:
         yield from itertools.repeat(here)
-    mine = parallel.part(batch_size, mesh)
+    per_call, mine = stage.steps_per_call, parallel.part(stage.batch_size, mesh)
     starts = np.cumsum([0, *map(len, sets.values())], dtype=np.int32)[:-1]
     sized = parallel.local(
         type(data)(*(Streamed(None, f.sizes) if isinstance(f, Plates | Images) else f for f in data))
@@ -112,7 +100,7 @@ def calls(
     @functools.partial(jax.jit, static_argnames="count")
     def draw(sized, root, first, count) -> Array:
         def one(step):
-            places = choose(sized, step, root)
+            places = stage.choose(sized, step, root)
             return jnp.stack([jnp.stack(places[name], -1) for name in sets])
 
         return jax.lax.map(one, first + jnp.arange(count, dtype=jnp.int32), batch_size=_AT_ONCE)
@@ -126,9 +114,9 @@ def calls(
         Images(*sets.values()),
         places_of,
         first=first // per_call,
-        total=total // per_call,
-        size=len(sets) * per_call * batch_size,
-        patch_size=patch_size,
+        total=stage.steps // per_call,
+        size=len(sets) * per_call * stage.batch_size,
+        patch_size=stage.patch_size,
     )
     with contextlib.closing(batches):
         for batch in batches:

@@ -1,51 +1,19 @@
 """One training, whatever it trains: the loop around a detector's pure functions."""
 
 import contextlib
-import dataclasses
 import functools
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from steel_ad import parallel
 from steel_ad.train import feed, loop
+from steel_ad.train.stage import OnStep, Row, Stage
 from steel_ad.train.state import TrainState
-from steel_ad.train.step import Objective, make_step, steps_per_call
-
-# Metrics of a step by name.
-Row = Mapping[str, float]
-OnStep = Callable[[int, Row], None]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage:
-    """What is trained and how, but for its images, its first state and its seed.
-
-    Stages with the same `objective` and `optimizer` share a compiled step, so both should come from a cache.
-
-    Attributes:
-      objective: (params, extra, data, step, root) -> (loss, (extra, metrics)).
-      choose: (data, step, root) -> the places that a step's patches are cut at: see `train.feed`.
-      steps: of the whole stage.
-      batch_size: patches of a step, over all devices.
-      patch_size: pixels.
-      checkpoint_every: steps.
-      watch: called with the rows of the steps before, gives a function of (step, row) that may end training by an InputError.
-    """
-
-    objective: Objective
-    optimizer: optax.GradientTransformation
-    choose: feed.Choose
-    steps: int
-    batch_size: int
-    patch_size: int
-    checkpoint_every: int
-    watch: Callable[[Sequence[Row]], OnStep] | None = None
-
+from steel_ad.train.step import make_step
 
 # The seed comes in as data, so that runs which differ in it alone share a step, on each device.
 _step = functools.lru_cache(maxsize=16)(make_step)
@@ -88,37 +56,22 @@ def fit(
                 if look is not None:
                     look(first + i + 1, row)
 
-    step, calls, per_call = prepare(stage, data, root, first=int(state.step), mesh=mesh)
+    calls = feed.calls(stage, data, root, first=int(state.step), mesh=mesh)
     with contextlib.closing(calls):
         return loop.run(
-            step,
+            step_of(stage, data, mesh),
             state,
             calls,
             root,
             steps=stage.steps,
-            steps_per_call=per_call,
+            steps_per_call=stage.steps_per_call,
             on_metrics=on_metrics,
             save=save,
             save_every=stage.checkpoint_every,
         )
 
 
-def prepare(
-    stage: Stage, data: Any, root: jax.Array, *, first: int, mesh: Mesh
-) -> tuple[Callable, Generator[Any], int]:
-    """The jitted step of `train.step`, what each of its calls takes from step `first` on, and the steps of a call."""
-    per_call = steps_per_call(stage.steps, stage.checkpoint_every)
-    streamed = feed.streamed(data)
-    step = _step(stage.objective, stage.optimizer, steps_per_call=per_call, mesh=mesh, streamed=streamed)
-    calls = feed.calls(
-        data,
-        stage.choose,
-        root,
-        first=first,
-        total=stage.steps,
-        per_call=per_call,
-        batch_size=stage.batch_size,
-        patch_size=stage.patch_size,
-        mesh=mesh,
-    )
-    return step, calls, per_call
+def step_of(stage: Stage, data: Any, mesh: Mesh) -> Callable:
+    """The stage's jitted step, which takes what `feed.calls` of such data yields: see `train.step.make_step`."""
+    per_call, streamed = stage.steps_per_call, feed.streamed(data)
+    return _step(stage.objective, stage.optimizer, steps_per_call=per_call, mesh=mesh, streamed=streamed)

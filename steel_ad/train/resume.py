@@ -3,20 +3,12 @@
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from steel_ad import files, parallel
 from steel_ad.errors import InputError
 from steel_ad.progress import progress
 from steel_ad.train.state import TrainState
-
-
-class Trained(NamedTuple):
-    """`state` after training; `seconds` that it took over all starts; `history`: a row of metrics a step, with its "step" from 1."""
-
-    state: TrainState
-    seconds: float
-    history: list[dict[str, float]]
 
 
 def resume(
@@ -28,7 +20,7 @@ def resume(
     settings: Mapping[str, Any],
     stage: str = "train",
     evaluate_only: bool = False,
-) -> Trained:
+) -> tuple[TrainState, float, list[dict[str, float]]]:
     """Trains from the newest checkpoint of a stage to its end, or only restores it.
 
     Writes `checkpoints/` and `train.csv` for the stage "train", and for another one the same with its name.
@@ -39,6 +31,9 @@ def resume(
       state: the initial state; training donates it.
       settings: kept with each checkpoint.
       evaluate_only: restores, and does not train.
+
+    Returns:
+      The state, the seconds that its training took over all starts, and a row of metrics a step, with its "step" from 1.
 
     Raises:
       InputError: as `train`; a damaged checkpoint; a full disk; `evaluate_only` and no checkpoint.
@@ -59,7 +54,7 @@ def resume(
         if evaluate_only and done == 0:
             raise InputError(f"there is no checkpoint in {workdir} to evaluate: train first, without --evaluate_only")
         if evaluate_only or done >= total_steps:
-            return Trained(state, seconds, history)
+            return state, seconds, history
         start = time.perf_counter()
         with progress(stage, total_steps, "steps", done=done) as update:
 
@@ -74,7 +69,7 @@ def resume(
                 checkpoints.save(step, state, {"seconds": seconds, "settings": settings})
 
             state = train(state=state, history=tuple(history), on_step=on_step, save=save)
-    return Trained(state, seconds, history)
+    return state, seconds, history
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
