@@ -1,10 +1,8 @@
 """Convolutions and SSIM compiled for this machine's CPU, and SSIM for its NVIDIA GPU, called from inside of XLA's programs.
 
-The sources beside this file are compiled once by the machine's C++ compiler and kept. XLA's own convolutions on CPU copy
-images into other layouts for filter gradients and reach half of the rate of matrix products; these reach nine tenths, and for
-3x3 kernels and strided ones more, as they need fewer products. SSIM on a GPU reads each pixel once, where XLA's passes read
-it ten times. Nothing here is needed to run: without a compiler, with several devices, in other precisions and on other
-accelerators `ops.convolution` and `ops.ssim` use XLA.
+README.md beside this file says what is compiled and why, how to debug it and how to add to it; `ops.forms` says which programs
+use it. Nothing here is needed to run: without a compiler, with several devices, in other precisions and on other accelerators
+`ops` use XLA alone.
 """
 
 import contextlib
@@ -29,9 +27,10 @@ import numpy as np
 from jax import Array
 from jax.custom_batching import custom_vmap
 
-SOURCES = [Path(__file__).parent / name for name in ("convolution.cc", "ssim.cc")]
-_CUDA_SOURCE = Path(__file__).parent / "ssim.cu"
-_HEADER = Path(__file__).parent / "common.h"
+_HERE = Path(__file__).parent
+SOURCES = [_HERE / name for name in ("convolution.cc", "ssim.cc")]
+_CUDA_SOURCE = _HERE / "ssim.cu"
+_HEADERS = sorted(_HERE.glob("*.h"))
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
 _TARGETS = (
     *("steel_ad_convolve", "steel_ad_double", "steel_ad_double_to_one", "steel_ad_filter_gradient"),
@@ -172,7 +171,7 @@ def build(folder: Path, flags: tuple[str, ...] = _FLAGS) -> Path:
 
 
 def _build(folder: Path, compiler: list[str], flags: tuple[str, ...], sources: list[Path], machine: str) -> Path:
-    key = hashlib.sha256(b"".join(path.read_bytes() for path in (_HEADER, *sources)))
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in (*_HEADERS, *sources)))
     for part in (*compiler, *flags, jax.lib.__version__, platform.machine(), machine):
         key.update(b"\0" + part.encode())
     library = folder / f"native-{key.hexdigest()[:16]}.so"

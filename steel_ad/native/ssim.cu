@@ -5,6 +5,8 @@
 // again. Sums across columns come from the neighbours by shuffles, so that the outer lanes have no results. The
 // gradient does the same a second time, with three factors of every window. Each pixel is read once, but for the
 // strips' edges (of the gradient a third of the columns, which the second cache has).
+//
+// Map and gradient are one file, longer than most: they are one kernel template, whose parts make sense together alone.
 
 #ifndef STEEL_AD_EMULATED
 #include <cuda_runtime_api.h>
