@@ -123,20 +123,18 @@ def test_costs_of_each_map_survive_a_file(tmp_path):
 
 def row_of(experiment, preset, *, name="ssim", **changed):
     """A row of methods with a preset's settings and changes, of the map `name`."""
-    return {
-        "experiment": experiment,
-        "map": name,
-        **results._named(experiment, settings(experiment, preset, **changed)),
-    }
+    made_with = results._complete("p", experiment, settings(experiment, preset, **changed))
+    return {"experiment": experiment, "map": name, **results._named(experiment, made_with)}
 
 
 def test_a_row_says_its_settings_by_what_differs_from_the_defaults():
     row = row_of("autoencoder", "quick", data="/x/lens", loss_options={"weight": 0.3})
     changed = json.loads(row["settings"])
-    assert (changed["data"], changed["steps"], changed["loss_options"]) == ("lens", 1500, {"weight": 0.3})
+    assert (changed["data"], changed["steps"], changed["loss_options.weight"]) == ("lens", 1500, 0.3)
     assert "latent" not in changed
     # A setting that came later has its default in rows of before, and the identity of these stays.
-    assert results.settings(row) == settings("autoencoder", "quick", data="lens", loss_options={"weight": 0.3})
+    every = settings("autoencoder", "quick", data="lens") | {"loss_options.weight": 0.3}
+    assert results.settings(row) == {k: v for k, v in every.items() if k != "loss_options"}
     later = row_of(
         "autoencoder", "quick", data="lens", loss_options={"weight": 0.3}, latent=100, validation_fraction=0.2
     )
@@ -200,7 +198,7 @@ def test_a_method_is_its_settings_and_its_map():
 def test_the_command_of_a_run_and_of_a_study():
     row = row_of("autoencoder", "quick", loss="l2", seed=2, loss_options={"weight": 0.3}, data="a b", flips=True)
     assert wording.run_command(row) == (
-        "python -m experiments.autoencoder --config=quick --config.flips=true --loss_option=weight=0.3 --config.loss=l2 "
+        "python -m experiments.autoencoder --config=quick --config.flips=true --config.loss=l2 --loss_option=weight=0.3 "
         "'--data=a b' --workdir=W"
     )
 
@@ -217,7 +215,7 @@ def test_the_command_of_a_run_and_of_a_study():
     found = rows("ratio", ("1:0", "1:1"), "ab", (3, 4), steps=5) + rows("ratio", ("1:1",), "c", (0,), steps=5)
     start = "python -m experiments.sweep --study=ratio"
     assert wording.study_commands(found) == [
-        f"{start} --values=1:0,1:1 --experiment=segmentation --config=quick --config.seed=3 --config.steps=5 --seeds=2 "
+        f"{start} --values=1:0,1:1 --experiment=segmentation --config=quick --config.steps=5 --config.seed=3 --seeds=2 "
         "--data=a,b --defects=steel --workdir=W",
         f"{start} --values=1:1 --experiment=segmentation --config=quick --config.steps=5 --data=c --defects=steel --workdir=W",
     ]
@@ -233,8 +231,7 @@ def test_the_command_of_a_run_and_of_a_study():
     ]
     (line,) = wording.study_commands([row for some in windows for row in some])
     assert line == (
-        "python -m experiments.sweep --study=window --values=3,7 --config=quick --loss_option=alpha=2 --data=a "
-        "--defects=steel --workdir=W"
+        "python -m experiments.sweep --study=window --values=3,7 --config=quick --loss_option=alpha=2 --data=a --workdir=W"
     )
 
 

@@ -195,7 +195,7 @@ def test_reconstructions_share_windows_of_any_image(monkeypatch):
 
 def test_what_remembers_data_is_asked_for_it_as_load_is():
     """Whoever gives no further argument gets the same images from either."""
-    asked = [inspect.signature(f).parameters.values() for f in (datasets.Load.__call__, sweep._Loader.__call__)]
+    asked = [inspect.signature(f).parameters.values() for f in (datasets.Load.__call__, sweep._loader(1, 1))]
     whole = inspect.signature(datasets.load).parameters
     for parameters in asked:
         left_out = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}

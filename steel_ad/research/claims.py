@@ -9,6 +9,7 @@ A claim is confirmed if it holds on every data set with at least three seeds, re
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -43,7 +44,6 @@ class Judged:
     """Of one data set: the number of seeds, mean difference, its interval, and "holds", "fails" or "open"."""
 
     dataset: str
-    shared: str
     seeds: int
     mean: float
     low: float
@@ -55,7 +55,7 @@ def judge(claim: Claim, methods: Rows, studies: Rows) -> tuple[str, list[Judged]
     """ "confirmed", "refuted" or "undecided", and what each data set says."""
     found = []
     differences = claim.differences(methods, studies, claim.metric)
-    for (dataset, shared), pairs in sorted(differences.items(), key=lambda item: item[0][0]):
+    for (dataset, _), pairs in sorted(differences.items(), key=lambda item: item[0][0]):
         n = len(next(iter(pairs.values())))
         intervals = {pair: _interval(values, 1 - 0.05 / len(pairs)) for pair, values in pairs.items()}
         # The best of A against each of B, then the hardest of B; of means and of either bound alike.
@@ -64,7 +64,7 @@ def judge(claim: Claim, methods: Rows, studies: Rows) -> tuple[str, list[Judged]
         verdict = "open"
         if n >= _SEEDS:
             verdict = "holds" if low > -claim.margin else "fails" if high < -claim.margin else "open"
-        found.append(Judged(dataset, shared, n, mean, low, high, verdict))
+        found.append(Judged(dataset, n, mean, low, high, verdict))
     enough = [j for j in found if j.seeds >= _SEEDS]
     if any(j.verdict == "fails" for j in enough):
         return "refuted", found
@@ -192,14 +192,14 @@ _COMPACT, _UNET = (
     {"experiment": "segmentation", "model": model, "map": "segmentation"} for model in ("compact_cnn", "unet")
 )
 PUBLISHED = (
-    Published("CompactCNN", "data set 1, 256x256", 0.9942, _THESIS, _COMPACT),
-    Published("CompactCNN", "data set 1, 512x512", 0.9889, _THESIS, _COMPACT),
-    Published("CompactCNN", "data set 2, 256x256", 0.9912, _THESIS, _COMPACT),
-    Published("CompactCNN", "data set 2, 512x512", 0.9958, _THESIS, _COMPACT),
-    Published("U-Net", "data set 1, 256x256", 0.9986, _THESIS, _UNET),
-    Published("U-Net", "data set 1, 512x512", 0.9967, _THESIS, _UNET),
-    Published("U-Net", "data set 2, 256x256", 0.9993, _THESIS, _UNET),
-    Published("U-Net", "data set 2, 512x512", 0.9976, _THESIS, _UNET),
+    *(
+        Published(method, f"data set {number}, {side}x{side}", value, _THESIS, ours)
+        for method, ours, values in (
+            ("CompactCNN", _COMPACT, (0.9942, 0.9889, 0.9912, 0.9958)),
+            ("U-Net", _UNET, (0.9986, 0.9967, 0.9993, 0.9976)),
+        )
+        for (number, side), value in zip(itertools.product((1, 2), (256, 512)), values, strict=True)
+    ),
     *(
         Published(method, f"MVTec AD, {data}", value, _BERGMANN, ours)
         for data, ssim, l2 in (

@@ -193,20 +193,9 @@ def _write(
             size = scale * np.array([t["length_px"] for t in own], np.float64)
             hit = np.array([t["found"] for t in own], bool)
             curve = detectability.fit(size, hit)
-            rows.append(
-                {
-                    "kind": kind,
-                    "contrast": contrast,
-                    "trials": curve.trials,
-                    "found": curve.hits,
-                    "b0": curve.b0,
-                    "b1": curve.b1,
-                    "a50": curve.a50,
-                    "a90": curve.a90,
-                    "a90/95": curve.a90_95,
-                    "note": curve.note,
-                }
-            )
+            named = {"hits": "found", "a90_95": "a90/95"}
+            numbers = {named.get(k, k): v for k, v in dataclasses.asdict(curve).items()}
+            rows.append({"kind": kind, "contrast": contrast, **numbers})
             fitted = curve if curve.b1 is not None else None
             panels.setdefault(kind, []).append(
                 figures.Detection(name=f"contrast {contrast:g}", size=size, hit=hit, curve=fitted, a90_95=curve.a90_95)

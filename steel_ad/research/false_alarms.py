@@ -4,6 +4,7 @@ A score is the maximum of a plate's opened map, as an inspection scores a tile; 
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,11 +26,13 @@ from steel_ad.inspection import calibration
 from steel_ad.ops.convolution import cpu_compiler_options
 from steel_ad.progress import progress
 from steel_ad.report import studies
+from steel_ad.research import results
 
 COLUMNS = ("plates", "calibrated_on", "form", "rate", "cases", "promised", "observed", "error", "held", "bar", "kept")
 _BATCH = 128
 _STRIP = 8  # frames
 _CONFIDENCE = 0.95
+_FORMS = {"confidence": _CONFIDENCE, "average": None}
 _FIT, _CALIBRATION, _FRESH = range(3)
 
 
@@ -138,28 +141,16 @@ def cases(
     size = np.bincount(groups)
     if size.max() > 1:
         chosen["all frames"] = calibrate[size[groups] == size.max()]
-    found = []
-    for name, scores in chosen.items():
-        for form, confidence in (("confidence", _CONFIDENCE), ("average", None)):
-            for rate in rates:
-                promised = calibration.promise(scores, rate, confidence)
-                alarms = np.bincount(strips, fresh > promised.threshold)
-                found.append(
-                    {
-                        "calibrated_on": name,
-                        "form": form,
-                        "rate": rate,
-                        "promised": rate if confidence else promised.average_rate,
-                        "threshold": promised.threshold,
-                        "rank": promised.rank,
-                        "count": promised.count,
-                        "fresh": fresh.size,
-                        "alarms": int(alarms.sum()),
-                        "squares": float((alarms**2).sum()),
-                        "strips": alarms.size,
-                    }
-                )
-    return found
+    records = []
+    for (name, scores), (form, confidence), rate in itertools.product(chosen.items(), _FORMS.items(), rates):
+        promised = calibration.promise(scores, rate, confidence)
+        alarms = np.bincount(strips, fresh > promised.threshold)
+        record = {"calibrated_on": name, "form": form, "rate": rate}
+        record |= {"promised": rate if confidence else promised.average_rate}
+        record |= {k: getattr(promised, k) for k in ("threshold", "rank", "count")}
+        record |= {"fresh": fresh.size, "alarms": int(alarms.sum()), "squares": float((alarms**2).sum())}
+        records.append({**record, "strips": alarms.size})
+    return records
 
 
 def verdicts(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -177,13 +168,9 @@ def verdicts(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     Raises:
       ValueError: cases of a single line.
     """
-    rows: dict[tuple, list[Mapping[str, Any]]] = {}
-    for case in found:
-        rows.setdefault(tuple(case[k] for k in ("plates", "calibrated_on", "form", "rate")), []).append(case)
-    return [
-        dict(zip(("plates", "calibrated_on", "form", "rate"), name, strict=True)) | _verdict(name[2], some)
-        for name, some in rows.items()
-    ]
+    keys = COLUMNS[:4]
+    groups = results.series(found, *keys)
+    return [dict(zip(keys, name, strict=True)) | _verdict(name[2], some) for name, some in groups.items()]
 
 
 def design_effect(found: Sequence[Mapping[str, Any]]) -> float:
@@ -194,10 +181,8 @@ def design_effect(found: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _verdict(form: str, some: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    by_line: dict[int, list[float]] = {}
-    for case in some:
-        by_line.setdefault(case["line"], []).append(case["alarms"] / case["fresh"])
-    means = np.array([np.mean(observed) for observed in by_line.values()])
+    by_line = results.series(some, "line").values()
+    means = np.array([np.mean([case["alarms"] / case["fresh"] for case in of_line]) for of_line in by_line])
     if means.size < 2:
         raise ValueError("a verdict takes cases of two lines or more")
     promised = float(np.mean([case["promised"] for case in some]))
@@ -251,14 +236,16 @@ def run(config: configs.FalseAlarms, out: Path) -> dict[str, Any]:
         raise InputError(f"{out} holds results of other settings: use a new --out")
     simulation = _Simulation(known, settings)
     of_a_line = sum(role.size for kind in simulation.groups.values() for role in kind.values())
-    finished = len(done["lines"])
-    with progress("plates", lines * of_a_line, "plates", done=finished * of_a_line) as update:
-        for number in range(finished, lines):
+    seen = len(done["lines"]) * of_a_line
+    with progress("plates", lines * of_a_line, "plates", done=seen) as update:
 
-            def seen(plates: int, number: int = number) -> None:
-                update(number * of_a_line + plates, f"line {number + 1}")
+        def advance(plates: int) -> None:
+            nonlocal seen
+            seen += plates
+            update(seen, f"line {len(done['lines']) + 1}")
 
-            done["lines"].append(simulation.line(number, seen))
+        while len(done["lines"]) < lines:
+            done["lines"].append(simulation.line(len(done["lines"]), advance))
             files.write_json(out, done)
     found = [{"line": i, **case} for i, record in enumerate(done["lines"]) for case in record["cases"]]
     done["verdicts"] = verdicts(found)
@@ -284,8 +271,8 @@ class _Simulation:
             "in strips": {_CALIBRATION: strips, _FRESH: np.repeat(np.arange(math.ceil(fresh / _STRIP)), _STRIP)},
         }
 
-    def line(self, number: int, update: Callable[[int], None]) -> dict[str, Any]:
-        """The parameters and cases of a line; `update` is told how many plates have been scored."""
+    def line(self, number: int, advance: Callable[[int], None]) -> dict[str, Any]:
+        """The parameters and cases of a line; `advance` is told of plates that have been scored."""
         seed, size = self._settings["seed"], self._settings["size"]
         base, own = line(np.random.default_rng([seed, 0xFA, number]), number, size)
         root = jax.random.fold_in(jax.random.key(seed), number)
@@ -295,29 +282,18 @@ class _Simulation:
 
         good = np.asarray(self._render(jax.random.fold_in(root, _FIT), base, same(_BATCH), size))[:24]
         states = {name: detector.fit(list(good)) for name, detector in self._detectors.items()}
-        found, seen = [], 0
+        found = []
         for k, (kind, roles) in enumerate(self.groups.items()):
             scores: dict[int, dict[str, np.ndarray]] = {}
             for role, groups in roles.items():
                 stream = 2 * k + role
                 rng = np.random.default_rng([seed, 0xF8, number, stream])
                 values = same(groups.size) if kind == "independent" else frames(rng, own, groups)
-                before = seen
-
-                def scored(plates: int, before: int = before) -> None:
-                    update(before + plates)
-
-                scores[role] = self._score(jax.random.fold_in(root, stream), base, values, states, scored)
-                seen += groups.size
+                scores[role] = self._score(jax.random.fold_in(root, stream), base, values, states, advance)
             for name in states:
-                some = cases(
-                    scores[_CALIBRATION][name],
-                    roles[_CALIBRATION],
-                    scores[_FRESH][name],
-                    roles[_FRESH],
-                    self._settings["rates"],
-                    seed=number,
-                )
+                calibrate, fresh = scores[_CALIBRATION][name], scores[_FRESH][name]
+                rates = self._settings["rates"]
+                some = cases(calibrate, roles[_CALIBRATION], fresh, roles[_FRESH], rates, seed=number)
                 found += [{"map": name, "plates": kind, **case} for case in some]
         return {"pattern": base.pattern, "parameters": own, "cases": found}
 
@@ -327,28 +303,19 @@ class _Simulation:
         base: Line,
         values: dict[str, np.ndarray],
         states: Mapping[str, Any],
-        update: Callable[[int], None],
+        advance: Callable[[int], None],
     ) -> dict[str, np.ndarray]:
         """Scores float32 `[n]` of each detector on the same n plates."""
         count = next(iter(values.values())).size
-        waiting: list[tuple[int, dict[str, Array]]] = []
-        found: dict[str, list[np.ndarray]] = {name: [] for name in states}
-
-        def fetch() -> None:
-            end, batch = waiting.pop(0)
-            for name, scores in jax.device_get(batch).items():
-                found[name].append(scores)
-            update(end)
-
+        batches: list[dict[str, Array]] = []
         for start in range(0, count, _BATCH):
             # The last batch goes round, so that all have one shape.
             batch = {name: value.take(range(start, start + _BATCH), mode="wrap") for name, value in values.items()}
             images = self._render(jax.random.fold_in(key, start), base, batch, self._settings["size"])
             radius = configs.Spectrum().radius
-            scored = {name: self._scores(d, states[name], images, radius) for name, d in self._detectors.items()}
-            waiting.append((min(start + _BATCH, count), scored))
-            if len(waiting) > 1:
-                fetch()
-        while waiting:
-            fetch()
-        return {name: np.concatenate(parts)[:count] for name, parts in found.items()}
+            batches.append({name: self._scores(d, states[name], images, radius) for name, d in self._detectors.items()})
+            # The device works on this batch while the one before is waited for.
+            jax.block_until_ready(batches[-2:-1])
+            advance(min(_BATCH, count - start))
+        scores = jax.device_get(batches)
+        return {name: np.concatenate([batch[name] for batch in scores])[:count] for name in states}

@@ -64,24 +64,10 @@ def fit(size: ArrayLike, hit: ArrayLike) -> Curve:
     if a.ndim != 1 or a.shape != y.shape or not a.size or not (np.isfinite(a) & (a > 0)).all():
         raise ValueError(f"trials need sizes above 0 and hits, both [n], not {a.shape} and {y.shape}")
     n, hits = a.size, int(y.sum())
-    if hits in (0, n):
-        word, where = ("all", "below the smallest") if hits else ("none", "above the largest")
-        edge = a.min() if hits else a.max()
-        return Curve(n, hits, note=f"{word} of {n} were found: the curve lies {where} size, {edge:.3g}")
+    if note := _without_a_curve(a, y):
+        return Curve(n, hits, note=note)
     x = np.log(a)
     centre, spread = x.mean(), x.std()
-    if spread == 0:
-        return Curve(n, hits, note=f"all sizes are {a[0]:.3g}: it takes several for a curve")
-    found, missed = a[y], a[~y]
-    # Equal ends are no overlap either: the likelihood grows with the slope without end.
-    if missed.max() <= found.min():
-        return Curve(
-            n,
-            hits,
-            note=f"all below {found.min():.3g} were missed and all above {missed.max():.3g} found: more trials in between are needed",
-        )
-    if found.max() <= missed.min():
-        return Curve(n, hits, note="the larger ones were missed and the smaller ones found: no curve grows with size")
     x = (x - centre) / spread
     sign = np.where(y, 1.0, -1.0)
     best = optimize.minimize(
@@ -94,9 +80,46 @@ def fit(size: ArrayLike, hit: ArrayLike) -> Curve:
     slope = float(best.x[1])
     if slope <= 0:
         return Curve(n, hits, note="larger defects were not found more often: more trials or other sizes are needed")
+    q50, q90 = (float(logit - best.x[0]) / slope for logit in (0.0, _LOGIT_90))
+    bound = _bound(x, sign, 2 * best.fun + _LIMIT, q90)
+    a50, a90, a90_95 = (None if q is None else math.exp(centre + spread * q) for q in (q50, q90, bound))
+    note = (
+        "that the chance grows with size is not certain at 95 %, so a90 has no upper bound: more trials are needed"
+        if bound is None
+        else ""
+    )
+    b1 = slope / spread
+    return Curve(n, hits, float(best.x[0] - b1 * centre), b1, a50, a90, a90_95, note)
 
-    def size_at(logit: float) -> float:
-        return float(math.exp(centre + spread * (logit - best.x[0]) / slope))
+
+def _without_a_curve(a: np.ndarray, y: np.ndarray) -> str:
+    """Why trials of sizes `a`, found or not `y`, have no curve; "" where they may have one."""
+    n, hits = a.size, int(y.sum())
+    if hits in (0, n):
+        word, where = ("all", "below the smallest") if hits else ("none", "above the largest")
+        edge = a.min() if hits else a.max()
+        return f"{word} of {n} were found: the curve lies {where} size, {edge:.3g}"
+    if np.log(a).std() == 0:
+        return f"all sizes are {a[0]:.3g}: it takes several for a curve"
+    found, missed = a[y], a[~y]
+    # Equal ends are no overlap either: the likelihood grows with the slope without end.
+    if missed.max() <= found.min():
+        return f"all below {found.min():.3g} were missed and all above {missed.max():.3g} found: more trials in between are needed"
+    if found.max() <= missed.min():
+        return "the larger ones were missed and the smaller ones found: no curve grows with size"
+    return ""
+
+
+def _bound(x: np.ndarray, sign: np.ndarray, limit: float, q90: float) -> float | None:
+    """The largest place q at which a POD of 0.9 is not refused: where the least deviance of all curves through it is `limit`.
+
+    Args:
+      x: logarithms of the sizes, standardised; `sign`: 1 where the defect was found, -1 where not.
+      q90: where the best curve has 0.9.
+
+    Returns:
+      None where there is none.
+    """
 
     def refused(q: float) -> float:
         """How far the deviance of the best curve through 0.9 at q is above the limit."""
@@ -111,18 +134,9 @@ def fit(size: ArrayLike, hit: ArrayLike) -> Curve:
         found = optimize.minimize_scalar(
             deviance, bounds=(low, 2 * high), method="bounded", options={"xatol": 1e-7 * high}
         )
-        return float(found.fun) - 2 * best.fun - _LIMIT
+        return float(found.fun) - limit
 
-    q90 = (_LOGIT_90 - best.x[0]) / slope
     reach = 1.0
     while reach < 1e3 and refused(q90 + reach) < 0:
         reach *= 2
-    bound, note = None, ""
-    if reach < 1e3:
-        bound = float(math.exp(centre + spread * optimize.brentq(refused, q90, q90 + reach, xtol=1e-6)))
-    else:
-        note = (
-            "that the chance grows with size is not certain at 95 %, so a90 has no upper bound: more trials are needed"
-        )
-    b1 = slope / spread
-    return Curve(n, hits, float(best.x[0] - b1 * centre), b1, size_at(0.0), size_at(_LOGIT_90), bound, note)
+    return float(optimize.brentq(refused, q90, q90 + reach, xtol=1e-6)) if reach < 1e3 else None

@@ -53,15 +53,11 @@ def rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     }
     found = []
     for name, metrics in record["maps"].items():
-        flat = metrics | {f"found_{k}": v for k, v in (metrics.get("defects_found") or {}).items()}
-        numbers = {k: _number(flat.get(k)) for k in METRICS}
+        every = metrics | {f"found_{k}": v for k, v in (metrics.get("defects_found") or {}).items()}
+        numbers = {k: v if (v := every.get(k)) is not None and np.isfinite(v) else None for k in METRICS}
         costs = {k: v.get(name) if isinstance(v := timed.get(k), Mapping) else v for k in COSTS}
         found.append({k: {**common, "map": name, **numbers, **costs}[k] for k in ROW})
     return found
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None or not np.isfinite(value) else value
 
 
 def read(path: Path, columns: Iterable[str]) -> list[dict[str, Any]]:
@@ -74,7 +70,7 @@ def read(path: Path, columns: Iterable[str]) -> list[dict[str, Any]]:
     """
     columns = list(columns)
     if not path.exists():
-        raise InputError(f"there is no {path}")
+        raise InputError(f"there is no {path}: give --runs=FOLDER[,FOLDER...] to make it")
     with files.understood(path, "delete it and make it again"):
         rows = files.read_csv(path, set(columns) - set(METRICS))
         for row in rows:
@@ -118,10 +114,16 @@ def _digits(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}"
 
 
+def flat(config: Any) -> dict[str, Any]:
+    """Settings by name, with each option of the loss as a setting `loss_options.NAME`."""
+    values = configs.to_dict(config)
+    return values | {f"loss_options.{k}": v for k, v in values.pop("loss_options", {}).items()}
+
+
 @functools.cache
 def _defaults(experiment: str) -> dict[str, Any]:
     kind = KINDS[experiment]
-    return {**dict.fromkeys(kind.inputs, ""), **configs.to_dict(kind.config())}
+    return {**dict.fromkeys(kind.inputs, ""), **flat(kind.config())}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -140,17 +142,14 @@ def without(row: Mapping[str, Any], *keys: str) -> str:
 
 
 def method(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a row's method what it is: settings, the map, and of a study whether its defects were labelled."""
-    s = settings(row)
-    if row["experiment"] == "autoencoder":
-        keys = ["model", "loss", *(["constants"] if "ssim" in s["loss"] else [])]
+    """What makes a row's method what it is: its map, some settings, and whether a segmentation's defects were labelled."""
+    made_with, experiment = settings(row), row["experiment"]
+    keys = [k for k in ("model", "loss", "source", "target") if k in made_with]
+    if experiment == "autoencoder":
+        keys += ["constants"] if "ssim" in made_with["loss"] else []
         keys += ["residual_constants"] if row["map"] == "ssim" else []
-    else:
-        keys = {"segmentation": ["model", "loss"], "transfer": ["model", "loss", "source", "target"]}.get(
-            row["experiment"], []
-        )
-    known = {"experiment": row["experiment"], "map": row["map"], **{k: s[k] for k in keys}}
-    return known | ({"labelled": s["defects"] == "labelled"} if row["experiment"] == "segmentation" else {})
+    known = {"experiment": experiment, "map": row["map"], **{k: made_with[k] for k in keys}}
+    return known | ({"labelled": made_with["defects"] == "labelled"} if experiment == "segmentation" else {})
 
 
 # What tells methods apart; a study's runs with other changes are no method of their own.
@@ -168,19 +167,21 @@ def gather(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], list[dict[str
     """
     methods: dict[tuple, dict[str, Any]] = {}
     studies: dict[tuple, dict[str, Any]] = {}
+
+    def add(row: dict[str, Any]) -> None:
+        methods.setdefault(tuple(row[k] for k in ("run", "dataset", "map")), {k: row[k] for k in METHODS})
+
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"there is no folder {folder}: give --runs=FOLDER[,FOLDER...] with runs or studies")
         for path in sorted(folder.rglob("metrics.json")):
             for row in _of_run(path):
-                methods.setdefault(tuple(row[k] for k in ("run", "dataset", "map")), row)
-        for path in sorted(folder.rglob("results.csv")):
-            if (path.parent / "sweep.json").exists():
-                for row, read_again in _of_sweep(path):
-                    studies.setdefault(tuple(row[k] for k in ("study", "value", "run", "dataset", "map", "base")), row)
-                    if read_again:
-                        again = {k: row[k] for k in METHODS}
-                        methods.setdefault(tuple(row[k] for k in ("run", "dataset", "map")), again)
+                add(row)
+        for path in sorted(p for p in folder.rglob("results.csv") if (p.parent / "sweep.json").exists()):
+            for row, read_again in _of_sweep(path):
+                studies.setdefault(tuple(row[k] for k in ("study", "value", "run", "dataset", "map", "base")), row)
+                if read_again:
+                    add(row)
     if not methods and not studies:
         raise InputError(f"there is no finished run below {', '.join(map(str, folders))}: give other --runs")
     return (
@@ -213,7 +214,8 @@ def _of_run(path: Path) -> list[dict[str, Any]]:
     study = path.parents[min(3, len(path.parents) - 1)] / "sweep.json"
     if study.exists():
         base = _complete(study, experiment, files.read_json(study, dict))
-        if {k for k in configs.to_dict(KINDS[experiment].config()) if base[k] != made_with[k]} - _OF_A_METHOD:
+        inputs = KINDS[experiment].inputs
+        if {k for k in base | made_with if k not in inputs and base.get(k) != made_with.get(k)} - _OF_A_METHOD:
             return []
     named = _named(experiment, made_with)
     return [{**named, **row, "seed": str(row["seed"])} for row in rows(record)]
@@ -234,8 +236,7 @@ def _of_sweep(path: Path) -> Iterable[tuple[dict[str, Any], bool]]:
             begun = _complete(folder, experiment, Run.open(folder).settings)
             runs[row["run"]] = begun, _named(experiment, common)["run"]
         begun, identity = runs[row["run"]]
-        changes = json.loads(row["settings"])
-        made_with = {**begun, **{k: v for k, v in changes.items() if k in begun}}
+        made_with = begun | json.loads(row["settings"])
         axis = row["axis"]
         again = axis == "residual_constants" and row["map"] == "ssim" and made_with[axis] != begun[axis]
         made = {**row, **_named(experiment, made_with), "base": identity}
@@ -254,7 +255,7 @@ def _complete(path: Path, experiment: str, recorded: Mapping[str, Any]) -> dict[
         config: Any = configs.from_mapping(kind.config, fields)
     except InputError as error:
         raise InputError(f"{path} is no record of a run ({error}): remove it from --runs") from None
-    return {**configs.to_dict(config), **{k: str(recorded.get(k, "")) for k in kind.inputs}}
+    return flat(config) | {k: str(recorded.get(k, "")) for k in kind.inputs}
 
 
 def _named(experiment: str, made_with: Mapping[str, Any]) -> dict[str, str]:

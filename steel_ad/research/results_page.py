@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from steel_ad import files
-from steel_ad.errors import InputError
 from steel_ad.report import studies as figures
 from steel_ad.report import tables
 from steel_ad.research import claims, results, study_rows, wording
@@ -60,61 +59,39 @@ def render(out: Path) -> Path:
       InputError: a CSV file is missing or damaged, or the page cannot be written.
     """
     folder = out.with_suffix("")
-    for name in (_METHODS, _STUDIES):
-        if not (folder / name).exists():
-            raise InputError(f"there is no {folder / name}: give --runs=FOLDER[,FOLDER...] to make it")
     methods = results.read(folder / _METHODS, results.METHODS)
     studies = results.read(folder / _STUDIES, results.STUDIES)
-    commands = _Commands()
+    commands: dict[str, int] = {}
     # A study that is no longer in the files would be left to speak for them.
     for old in (*folder.glob("study_*.png"), folder / "methods.png"):
         old.unlink(missing_ok=True)
     devices = ", ".join(sorted({row["device"] for row in (*methods, *studies) if row["device"]})) or "not recorded"
     parts = [
-        _HEAD.format(folder=folder.name, out=_relative(out), devices=devices),
+        _HEAD.format(folder=folder.name, out=out.name if out.is_absolute() else out.as_posix(), devices=devices),
         *_methods(methods, folder, commands),
         *_claims(methods, studies),
         *_published(methods),
         *_studies(studies, folder, commands),
-        commands.text(),
+        "## Commands\n\nSeeds other than the first come with `--config.seed=N`; folders are named by their last part.\n",
+        *(f"{number}. `{command}`" for command, number in commands.items()),
+        "",
     ]
     files.write_text(out, "\n".join(parts))
     return out
 
 
-def _relative(out: Path) -> str:
-    return out.name if out.is_absolute() else out.as_posix()
+def _cited(commands: dict[str, int], *cited: str) -> str:
+    """The numbers of command lines, in the order in which they come on the page, in brackets."""
+    return " ".join(f"[{commands.setdefault(command, len(commands) + 1)}]" for command in cited)
 
 
-class _Commands:
-    """Numbers of the commands behind the page, in the order in which they come."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
-
-    def of(self, commands: Sequence[str]) -> str:
-        return " ".join(f"[{self._numbers.setdefault(c, len(self._numbers) + 1)}]" for c in commands)
-
-    def text(self) -> str:
-        lines = [f"{number}. `{command}`" for command, number in self._numbers.items()]
-        return "\n".join(
-            [
-                "## Commands",
-                "",
-                "Seeds other than the first come with `--config.seed=N`; folders are named by their last part.",
-                "",
-                *lines,
-                "",
-            ]
-        )
-
-
-def _methods(methods: Rows, folder: Path, commands: _Commands) -> list[str]:
+def _methods(methods: Rows, folder: Path, commands: dict[str, int]) -> list[str]:
     if not methods:
         return []
-    rows = [{**row, "method": wording.method(row), "seedless": results.without(row, "seed")} for row in methods]
-    rows = sorted(({**row, **_accuracies(row)} for row in rows), key=lambda row: (row["experiment"], row["method"]))
-    parts = ["## Methods\n"]
+    rows = [{**row, "method": wording.method(row), **_accuracies(row)} for row in methods]
+    rows = sorted(rows, key=lambda row: (row["experiment"], row["method"]))
+    rows = [{**row, "seedless": results.without(row, "seed")} for row in rows]
+    parts = []
     drawn: dict[str, dict[str, dict[str, list[float]]]] = {}
     shown = {"pixel_auroc": "pixel AUROC", "aupro_30": "AU-PRO to FPR 0.3", "image_auroc": "image AUROC"}
     for (dataset,), of_dataset in sorted(results.series(rows, "dataset").items()):
@@ -122,21 +99,16 @@ def _methods(methods: Rows, folder: Path, commands: _Commands) -> list[str]:
         columns = {m: label for m, label in _COLUMNS.items() if any(row[m] is not None for row in of_dataset)}
         for (method, _), same in results.series(of_dataset, "method", "seedless").items():
             line = {"method": method, **{label: results.spread(same, m) for m, label in columns.items()}}
-            lines.append(
-                {**line, "seeds": len({row["seed"] for row in same}), "by": commands.of([wording.run_command(same[0])])}
-            )
+            line |= {"seeds": len({row["seed"] for row in same}), "by": _cited(commands, wording.run_command(same[0]))}
+            lines.append(line)
             # Of a method with several settings the figure shows all.
             kept = drawn.setdefault(method, {}).setdefault(dataset, {m: [] for m in shown})
             for m in shown:
                 kept[m] += [row[m] for row in same if row[m] is not None]
         parts.append(f"### {dataset}\n\n{tables.markdown(lines, list(lines[0]))}\n")
-    figures.methods(
-        folder / "methods.png",
-        drawn,
-        metrics=shown,
-        title="Methods: median over seeds and settings, bar from least to greatest",
-    )
-    return [parts[0], f"![Methods]({folder.name}/methods.png)\n", *parts[1:]]
+    title = "Methods: median over seeds and settings, bar from least to greatest"
+    figures.methods(folder / "methods.png", drawn, metrics=shown, title=title)
+    return [f"## Methods\n\n![Methods]({folder.name}/methods.png)\n", *parts]
 
 
 def _accuracies(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,7 +170,7 @@ def _published(methods: Rows) -> list[str]:
     ]
 
 
-def _studies(studies: Rows, folder: Path, commands: _Commands) -> list[str]:
+def _studies(studies: Rows, folder: Path, commands: dict[str, int]) -> list[str]:
     parts = []
     taken: set[str] = set()
     for (experiment, study, _), rows in results.series(studies, "experiment", "study", "base").items():
@@ -208,7 +180,6 @@ def _studies(studies: Rows, folder: Path, commands: _Commands) -> list[str]:
         taken.add(name)
         figures.study(folder / f"{name}.png", **study_rows.figure(rows))
         table = study_rows.markdown(rows).partition("\n\n")[2]
-        parts.append(
-            f"### {experiment}: {study} {commands.of(wording.study_commands(rows))}\n\n![{study}]({folder.name}/{name}.png)\n\n{table}"
-        )
+        head = f"### {experiment}: {study} {_cited(commands, *wording.study_commands(rows))}"
+        parts.append(f"{head}\n\n![{study}]({folder.name}/{name}.png)\n\n{table}")
     return ["## Studies\n", *parts] if parts else []

@@ -59,9 +59,9 @@ def run(config: configs.SimulatedRolls, out: Path) -> dict[str, Any]:
       Kolmogorov and Smirnov's test that the p-values of the strips without one are uniform.
     """
     strips, rng = config.strips, np.random.default_rng([config.seed, 0x57])
-    right = {True: 0, False: 0}
-    wrong, errors, p_values = 0, [], []
-    by_turns: dict[int, list[int]] = {}
+    wrong = quiet = 0
+    p_values: list[float] = []
+    by_turns: dict[int, list[float]] = {}  # the errors of the period, infinite where none was found
     with progress("strips", 2 * strips, "strips") as update:
         for i in range(2 * strips):
             periodic = i % 2 == 0
@@ -69,29 +69,25 @@ def run(config: configs.SimulatedRolls, out: Path) -> dict[str, Any]:
             along, across, length, period = simulate(rng, turns, periodic=periodic, same_place=config.same_place)
             found = recurrence.find(along, across, length, seed=i)
             said = found is not None and found.periodic
-            if not periodic:
-                right[False] += not said
-                p_values += [] if found is None else [found.p_value]
-            else:
+            if periodic:
                 error = abs(found.period_mm / period - 1) if found is not None and said else math.inf
-                good = error <= 0.01
-                wrong += said and not good
-                errors += [error] if good else []
-                right[True] += good
-                counts = by_turns.setdefault(turns, [0, 0])
-                counts[0] += good
-                counts[1] += 1
+                wrong += said and error > 0.01
+                by_turns.setdefault(turns, []).append(error)
+            else:
+                quiet += not said
+                p_values += [] if found is None else [found.p_value]
             update(i + 1)
+    right = {turns: [e for e in errors if e <= 0.01] for turns, errors in by_turns.items()}
     result = {
         "strips": {"with a period": strips, "without": strips},
         "turns": [config.least_turns, config.most_turns],
         "false_at_the_same_place": config.same_place,
-        "right_with_a_period": right[True] / strips,
-        "right_without": right[False] / strips,
+        "right_with_a_period": sum(map(len, right.values())) / strips,
+        "right_without": quiet / strips,
         "wrong_periods": wrong,
-        "greatest_error_of_a_right_period": max(errors, default=None),
+        "greatest_error_of_a_right_period": max((e for errors in right.values() for e in errors), default=None),
         "uniform_p_values_ks": float(stats.kstest(p_values, "uniform").pvalue) if p_values else None,
-        "right_by_turns": {str(t): by_turns[t] for t in sorted(by_turns)},
+        "right_by_turns": {str(t): [len(right[t]), len(by_turns[t])] for t in sorted(by_turns)},
     }
     files.write_json(out, result)
     return result

@@ -101,14 +101,8 @@ STUDIES: dict[str, dict[str, Axis]] = {
         "stride": Axis("stride", (128, 64, 32, 16), fits=_stride_fits),
         "map": Axis("residual_constants", ("thesis", "wang")),
     },
-    "segmentation": {
-        **_SUPERVISED,
-        "epochs": Axis("epochs", (25, 100), _epochs("epochs")),
-    },
-    "transfer": {
-        **_SUPERVISED,
-        "epochs": Axis("adapt_epochs", (1, 5, 10), _epochs("adapt_epochs")),
-    },
+    "segmentation": {**_SUPERVISED, "epochs": Axis("epochs", (25, 100), _epochs("epochs"))},
+    "transfer": {**_SUPERVISED, "epochs": Axis("adapt_epochs", (1, 5, 10), _epochs("adapt_epochs"))},
 }
 # Axes of a setting alone that would change nothing without these.
 _CHANGES: dict[str, Change] = {

@@ -67,20 +67,14 @@ class Rows:
 def figure(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Arguments of `report.studies.study` for the rows of one study."""
     found: dict[tuple[str, str], dict[str, dict[str, list[float]]]] = {}
-    for (dataset, name), of_map in results.series(rows, "dataset", "map").items():
-        found[(dataset, name)] = {
-            value: {m: [row[m] for row in same if row[m] is not None] for m in SHOWN}
-            for (value,), same in results.series(of_map, "value").items()
-        }
-    seeds = len({row["seed"] for row in rows})
-    return {
-        "found": found,
-        "values": results.ordered(row["value"] for row in rows),
-        "metrics": SHOWN,
-        "axis": rows[0]["axis"],
-        "title": f"{rows[0]['experiment']}: {rows[0]['study']}"
-        + (f", median and range of {seeds} seeds" if seeds > 1 and rows[0]["axis"] != "seed" else ""),
-    }
+    for (dataset, name, value), same in results.series(rows, "dataset", "map", "value").items():
+        numbers = {m: [row[m] for row in same if row[m] is not None] for m in SHOWN}
+        found.setdefault((dataset, name), {})[value] = numbers
+    seeds, axis = len({row["seed"] for row in rows}), rows[0]["axis"]
+    spread = f", median and range of {seeds} seeds" if seeds > 1 and axis != "seed" else ""
+    title = f"{rows[0]['experiment']}: {rows[0]['study']}{spread}"
+    values = results.ordered(row["value"] for row in rows)
+    return {"found": found, "values": values, "metrics": SHOWN, "axis": axis, "title": title}
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -88,13 +82,12 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for (study,), of_study in results.series(rows, "study").items():
         lines = []
-        groups = results.series(of_study, "dataset", "map", "value")
         order = results.ordered(row["value"] for row in of_study)
-        for dataset, name in results.series(of_study, "dataset", "map"):
-            for value in order:
-                if same := groups.get((dataset, name, value)):
-                    line: dict[str, Any] = {"data": dataset, "map": name, of_study[0]["axis"]: value}
-                    line |= {label: results.spread(same, m) for m, label in SHOWN.items()}
-                    lines.append({**line, "training, s": results.spread(same, "train_seconds"), "seeds": len(same)})
+        for (dataset, name), of_map in results.series(of_study, "dataset", "map").items():
+            of_value = results.series(of_map, "value")
+            for (value,), same in sorted(of_value.items(), key=lambda item: order.index(item[0][0])):
+                line: dict[str, Any] = {"data": dataset, "map": name, of_study[0]["axis"]: value}
+                line |= {label: results.spread(same, m) for m, label in SHOWN.items()}
+                lines.append({**line, "training, s": results.spread(same, "train_seconds"), "seeds": len(same)})
         parts.append(f"## {study}\n\n{tables.markdown(lines, list(lines[0]))}\n")
     return "\n".join(parts)

@@ -65,7 +65,7 @@ class _Sweep:
     studies: Mapping[str, Axis]
     source: str
     defects_from: str
-    load: "_Loader"
+    load: datasets.Load
     rows: Rows
 
 
@@ -117,7 +117,7 @@ def run(
     tried = [config, *(a.apply(config, v) for a in studies.values() if a.fits is None for v in a.values)]
     for c in tried:
         (autoencoder if experiment == "autoencoder" else segmentation).check_loss(c)
-    load = _Loader(max(c.patch_size for c in tried), config.resident_bytes)
+    load = _loader(max(c.patch_size for c in tried), config.resident_bytes)
     sweep = _Sweep(config, experiment, studies, source, defects_from, load, rows)
     jobs = [job for d, folder in folders.items() for job in _plan(sweep, d, folder, range(seeds))]
     if not jobs:
@@ -125,13 +125,8 @@ def run(
     if not all(_finished(job, rows) for job in jobs):
         _check_data(jobs, data, source, load)
     rows.arrange(job.folder for job in jobs)
-    _make_all(sweep, jobs, functools.partial(_claim, path, base))
+    _make_all(sweep, jobs, path, base)
     return rows.all()
-
-
-def _claim(path: Path, base: Mapping[str, Any]) -> None:
-    if not path.exists():
-        files.write_json(path, base)
 
 
 def _folders(data: Sequence[str], workdir: Path, rows: Rows) -> dict[str, Path]:
@@ -153,7 +148,7 @@ def _folders(data: Sequence[str], workdir: Path, rows: Rows) -> dict[str, Path]:
     return folders
 
 
-def _check_data(jobs: Sequence[_Job], data: Sequence[str], source: str, load: "_Loader") -> None:
+def _check_data(jobs: Sequence[_Job], data: Sequence[str], source: str, load: datasets.Load) -> None:
     """Looks at what one of the last runs would lack, after hours of training.
 
     Raises:
@@ -192,25 +187,19 @@ def _plan(sweep: _Sweep, data: str, folder: Path, seeds: range) -> list[_Job]:
     return jobs
 
 
-def _fitting(axis: Axis, data: str, config: Any, load: "_Loader") -> tuple[Any, ...]:
+def _fitting(axis: Axis, data: str, config: Any, load: datasets.Load) -> tuple[Any, ...]:
     """The values that a data set is large enough for; the others are named on stderr."""
     if axis.fits is None:
         return axis.values
     values = tuple(v for v in axis.values if axis.fits(v, load(data), config))
     if left_out := ", ".join(str(v) for v in axis.values if v not in values):
-        print(
-            f"{data} with these settings is too small for {axis.field} {left_out}: left out",
-            file=sys.stderr,
-            flush=True,
-        )
+        said = f"{data} with these settings is too small for {axis.field} {left_out}: left out"
+        print(said, file=sys.stderr, flush=True)
     return values
 
 
-def _make_all(sweep: _Sweep, jobs: Sequence[_Job], begun: Callable[[], object]) -> None:
-    """Makes all rows and writes them after each run.
-
-    Args:
-      begun: called when a run has ended.
+def _make_all(sweep: _Sweep, jobs: Sequence[_Job], path: Path, base: Mapping[str, Any]) -> None:
+    """Makes all rows and writes them after each run; after the first, the studies' settings `base` to `path` too.
 
     Raises:
       InputError: at the end, some runs died.
@@ -236,7 +225,8 @@ def _make_all(sweep: _Sweep, jobs: Sequence[_Job], begun: Callable[[], object]) 
         else:
             for row in made:
                 sweep.rows.put({**row, "run": sweep.rows.name(job.folder)})
-        begun()
+        if not path.exists():
+            files.write_json(path, base)
         sweep.rows.write({study for study, _, _ in job.parts})
     if failed:
         raise InputError(
@@ -321,14 +311,8 @@ def _row(study: str, axis: Axis, value: Any, base: Any, config: Any, row: Mappin
 
 
 def _changes(base: Any, config: Any) -> dict[str, Any]:
-    """Settings that differ, with the options of the loss as settings of their own."""
-
-    def flat(c: Any) -> dict[str, Any]:
-        values = configs.to_dict(c)
-        return {**values, **{f"loss_options.{k}": v for k, v in values.pop("loss_options").items()}}
-
-    ours, theirs = flat(config), flat(base)
-    return {k: v for k, v in ours.items() if v != theirs.get(k)}
+    theirs = results.flat(base)
+    return {k: v for k, v in results.flat(config).items() if v != theirs.get(k)}
 
 
 def _name(base: Any, config: Any) -> str:
@@ -356,15 +340,14 @@ def _finished(job: _Job, rows: Rows) -> bool:
     return not job.read or job.asked <= {(row["study"], row["value"]) for row in rows.of(job.folder, job.asked)}
 
 
-class _Loader:
+def _loader(least: int, resident: float) -> datasets.Load:
     """`datasets.load`, once a data set, however many runs use it."""
+    load = functools.cache(functools.partial(datasets.load, min_size=least, resident=resident))
 
-    def __init__(self, least: int, resident: float):
-        load = functools.partial(datasets.load, min_size=least, resident=resident)
-        self._load = functools.lru_cache(maxsize=None)(load)
+    def remembered(data: str, *, min_size: int = 0, resident: float = math.inf) -> Dataset:
+        return load(data)
 
-    def __call__(self, data: str, *, min_size: int = 0, resident: float = math.inf) -> Dataset:
-        return self._load(data)
+    return remembered
 
 
 class _Clock:

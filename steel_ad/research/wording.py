@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steel_ad import config as configs
 from steel_ad import fields, recipes
 from steel_ad.research import results
 from steel_ad.research.studies import STUDIES
@@ -16,11 +15,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 _NETWORKS = {"unet": "U-Net", "compact_cnn": "CompactCNN"}
 _MAPS = {"segmentation": "map", "classification": "classifier"}
-_DETECTORS = {
-    "phase_only": "Phase-only transform",
-    "whitening": "Spectral whitening",
-    "lattice": "Lattice neighbours",
-}
+_DETECTORS = {"phase_only": "Phase-only transform", "whitening": "Spectral whitening", "lattice": "Lattice neighbours"}
 
 
 def method(row: Mapping[str, Any]) -> str:
@@ -55,15 +50,9 @@ def run_command(row: Mapping[str, Any]) -> str:
 
 def study_commands(rows: Rows) -> list[str]:
     """The command lines of a study, of which `rows` of `results.STUDIES` are; data sets with other values or seeds have their own."""
-    first, of_rows = rows[0], [results.settings(row) for row in rows]
-    experiment, study, axis = first["experiment"], first["study"], first["axis"]
-
-    def common(name: str) -> dict[str, Any]:
-        """What all rows have in `loss_options`, or in all settings with "" for the name."""
-        all_of = [s[name] if name else s for s in of_rows]
-        return {k: v for k, v in all_of[0].items() if k != axis and all(s.get(k) == v for s in all_of)}
-
-    made_with = {**common(""), "loss_options": common("loss_options")}
+    experiment, study, axis = (rows[0][k] for k in ("experiment", "study", "axis"))
+    of_rows = [results.settings(row) for row in rows]
+    made_with = {k: v for k, v in of_rows[0].items() if k != axis and all(s.get(k) == v for s in of_rows)}
     alike: dict[tuple, list[str]] = {}
     for (data,), same in results.series([{**r, "data": _data(r)} for r in rows], "data").items():
         seeds = sorted({int(row["seed"]) for row in same}) if axis != "seed" else []
@@ -88,15 +77,13 @@ def _flags(experiment: str, made_with: Mapping[str, Any]) -> list[str]:
     """The preset that is nearest to settings, and a flag for each that differs from it."""
 
     def differing(preset: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: made_with[k] for k in preset if k in made_with and made_with[k] != preset[k]}
+        return {k: v for k, v in made_with.items() if k not in KINDS[experiment].inputs and preset.get(k) != v}
 
     name, nearest = min(_presets(experiment).items(), key=lambda known: len(differing(known[1])))
     flags = [f"--config={name}"]
     for k, v in differing(nearest).items():
-        if isinstance(v, Mapping):
-            flags += [f"--loss_option={option}={value}" for option, value in v.items()]
-        else:
-            flags.append(f"--config.{k}={fields.said(v)}")
+        option = k.removeprefix("loss_options.")
+        flags.append(f"--config.{k}={fields.said(v)}" if option == k else f"--loss_option={option}={fields.said(v)}")
     return flags
 
 
@@ -104,7 +91,7 @@ def _flags(experiment: str, made_with: Mapping[str, Any]) -> list[str]:
 def _presets(experiment: str) -> dict[str, dict[str, Any]]:
     """Preset -> all its settings."""
     known = recipes.presets("segmentation" if experiment == "transfer" else experiment)
-    return {name: configs.to_dict(KINDS[experiment].config(**changed)) for name, changed in known.items()}
+    return {name: results.flat(KINDS[experiment].config(**changed)) for name, changed in known.items()}
 
 
 def _line(binary: str, asked: Mapping[str, Any], flags: Sequence[str], where: Mapping[str, Any]) -> str:

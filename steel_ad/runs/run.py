@@ -101,10 +101,11 @@ class Run:
           InputError: there is none, or its record is damaged.
         """
         path = folder / "config.json"
-        if not path.exists():
+        # As Path.exists, but False of a name that no file can have.
+        if not os.path.exists(path):
             raise InputError(f"there is no run in {folder}: name the --workdir of an experiment")
         recorded = files.read_json(path, dict)
-        name = recorded.pop("experiment", None) or _kind_of_old(recorded)
+        name = str(recorded.pop("experiment", None) or _kind_of_old(recorded))
         if name not in KINDS:
             raise InputError(
                 f"{path} is of an experiment {name!r}, which this version does not know: use a new --workdir"
