@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 METRICS = {
     *("pixel_auroc", "pixel_auroc_fpr30", "aupro_30", "aupro_05", "pixel_ap", "aupimo", "pixel_iou", "pixel_dice"),
     *("image_auroc", "image_accuracy", "image_accuracy_calibrated", "image_tpr", "image_tnr", "image_f1"),
-    *("found_fpr_01", "found_fpr_05"),
+    *("found_fpr_01", "found_fpr_05", "found_by_contrast"),
     *("defects_found", "false_regions_per_image", "false_regions_per_good_image", "threshold", "image_threshold"),
 }
 

@@ -1,5 +1,6 @@
 """Objectives, first states and maps of the trained detectors, against what they are made of."""
 
+import csv
 import dataclasses
 import functools
 import os
@@ -264,12 +265,13 @@ def test_rows_of_scores_tell_what_each_image_is_and_what_each_map_says_of_it():
         datasets.TestImage("z", "crack", low.astype(np.uint8), ~marked & marked),  # where it is has not been marked
     ]
     limits = {"a": evaluation.Thresholds(0.5, 0.4), "b": evaluation.Thresholds(0.4, 0.6)}
-    assert evaluation.score_rows(maps, test, limits, {"p": np.array([0.25, 0.75, 0.5])}) == [
-        {"image": "x", "kind": "good", "defective": 0}
+    contrasts = np.array([np.nan, 2.5, np.nan])
+    assert evaluation.score_rows(maps, test, limits, {"p": np.array([0.25, 0.75, 0.5])}, contrasts) == [
+        {"image": "x", "kind": "good", "defective": 0, "contrast_to_noise": None}
         | {"score_a": 0.0, "defect_a": 0, "score_b": 0.5, "defect_b": 1, "score_p": 0.25},
-        {"image": "y", "kind": "dent", "defective": 1}
+        {"image": "y", "kind": "dent", "defective": 1, "contrast_to_noise": 2.5}
         | {"score_a": 0.5, "defect_a": 0, "score_b": 0.0, "defect_b": 0, "score_p": 0.75},
-        {"image": "z", "kind": "crack", "defective": 1}
+        {"image": "z", "kind": "crack", "defective": 1, "contrast_to_noise": None}
         | {"score_a": 0.0, "defect_a": 0, "score_b": 0.0, "defect_b": 0, "score_p": 0.5},
     ]
     found = evaluation.measure(maps["a"], test, limits["a"])
@@ -311,6 +313,7 @@ def test_maps_and_their_openings_come_in_the_order_of_images_of_any_shape():
 
 
 def test_a_report_holds_what_was_measured_and_nothing_of_the_one_before(tmp_path, monkeypatch):
+    # Of 4x4 pixels no defect has surroundings, and three good images tell no false alarms of 5 %.
     bright, dark = np.eye(4, dtype=np.float32), np.zeros((4, 4), np.float32)
     grey, marked = np.full((4, 4), 9, np.uint8), np.eye(4) > 0
     # Scores of good images 0.1, 0.3 and 0.2, of dents 1 and 2.
@@ -334,10 +337,11 @@ def test_a_report_holds_what_was_measured_and_nothing_of_the_one_before(tmp_path
     assert found["thresholds"] == {"m": {"pixel": 0.25, "image": 0.5}}
     # What so few images leave undefined is null in the file.
     known = {k: None if v != v else v for k, v in found["maps"]["m"].items()}
+    known["found_by_contrast"] = {key: {"images": 0, "found": None} for key in known["found_by_contrast"]}
     assert files.read_json(tmp_path / "metrics.json") == {**found, "maps": {**found["maps"], "m": known}}
     rows = (tmp_path / "scores.csv").read_text().splitlines()
-    assert rows[0] == "image,kind,defective,score_m,defect_m,score_p"
-    assert [row.split(",")[4] for row in rows[1:]] == ["0", "1", "1", "1", "0"]
+    assert rows[0] == "image,kind,defective,contrast_to_noise,score_m,defect_m,score_p"
+    assert [row.split(",")[5] for row in rows[1:]] == ["0", "1", "1", "1", "0"]
 
     path, (good, bad), how = drawn_["score_histogram"]
     assert path == tmp_path / "figures" / "scores_m.png"
@@ -369,6 +373,41 @@ def test_a_report_holds_what_was_measured_and_nothing_of_the_one_before(tmp_path
     assert evaluation.report(tmp_path, {"m": evaluation.Maps(maps, maps)}, test, **told) == alone
     assert not drawn_
     assert met == ["report"] * 5
+
+
+def test_a_report_tells_what_is_found_by_how_visible_it_is(tmp_path, monkeypatch):
+    rng, drawn_ = np.random.default_rng(0), {}
+    for name in ("examples", "score_histogram", "curves"):
+        monkeypatch.setattr(figures, name, lambda *a, **how: None)
+    monkeypatch.setattr(figures, "found_by_contrast", lambda path, bins, title: drawn_.update({path: (bins, title)}))
+    mask = np.zeros((60, 60), bool)
+    mask[25:35, 25:35] = True
+    noise = rng.normal(100, 5, (26, 60, 60))
+    # Means of 100 pixels vary by 0.5: a hidden defect, one of about 4 and one of about 20.
+    noise[20:] += mask * np.array([0, 0, 2, 2, 10, 10])[:, None, None]
+    kinds = ["good"] * 20 + ["dent"] * 6
+    test = [
+        datasets.TestImage(f"{k}/{i}", k, np.clip(np.round(plate), 0, 255).astype(np.uint8), mask & (k != "good"))
+        for i, (k, plate) in enumerate(zip(kinds, noise, strict=True))
+    ]
+    # At 5 % one good image may be above: the limit is 18, and of the six defective images four are found.
+    maps = [np.full((60, 60), s, np.float32) for s in [*range(20), 3, 18, 18.5, 30, 30, 30]]
+    told = {"limits": {"m": evaluation.Thresholds(0.25, 0.5)}, "record": {"dataset": "line"}}
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "contrast.png").touch()
+    found = evaluation.report(tmp_path, {"m": evaluation.Maps(maps, maps)}, test, **told)
+    bins = found["maps"]["m"]["found_by_contrast"]
+    assert list(bins) == ["<1", "1-2", "2-3", "3-5", ">5"]
+    assert sum(b["images"] for b in bins.values()) == 6
+    assert bins[">5"] == {"images": 2, "found": 1.0}
+    assert (bins["2-3"]["images"] + bins["3-5"]["images"], bins["<1"]["images"] + bins["1-2"]["images"]) == (2, 2)
+    assert sum(b["images"] * b["found"] for b in bins.values() if b["images"]) == 4
+    assert drawn_ == {tmp_path / "figures" / "contrast.png": ({"m": bins}, "line")}
+    assert not (tmp_path / "figures" / "contrast.png").exists()
+    with (tmp_path / "scores.csv").open() as file:
+        cells = [row["contrast_to_noise"] for row in csv.DictReader(file)]
+    assert cells[:20] == [""] * 20
+    assert min(float(c) for c in cells[24:]) > 5
 
 
 def test_lines_vary_about_their_pattern():

@@ -648,3 +648,19 @@ def test_the_inspections_page_has_what_it_was_given_and_one_unit():
     clean = Page(page.inspection(**{**given, "clean": True, "close_ups": {}}, rows=[]))
     assert [attributes["class"] for attributes, _ in clean.of("p")] == ["verdict clean"]
     assert [t for _, t in clean.of("h2")] == ['the "map"', "How it was inspected"]
+
+
+def test_shares_by_contrast_are_bars_with_their_numbers():
+    names = ("<1", "1-2", ">5")
+    maps = {
+        "ssim": {n: {"images": i, "found": f} for n, i, f in zip(names, (4, 0, 2), (0.25, np.nan, 1.0), strict=True)},
+        "l2": {n: {"images": i, "found": f} for n, i, f in zip(names, (4, 0, 2), (0.0, np.nan, 0.5), strict=True)},
+    }
+    figure = figure_of(evaluation.found_by_contrast, maps, title="t")
+    (axes,) = figure.axes
+    assert [[bar.get_height() for bar in bars] for bars in axes.containers] == [[0.25, 0, 1], [0, 0, 0.5]]
+    assert [text.get_text() for text in axes.texts] == ["0.25", "", "1.00", "0.00", "", "0.50"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["<1\n(4)", "1-2\n(0)", ">5\n(2)"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ssim", "l2"]
+    first, second = ([bar.get_x() for bar in bars] for bars in axes.containers)
+    np.testing.assert_allclose(np.subtract(second, first), 0.4)

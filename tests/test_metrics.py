@@ -493,3 +493,82 @@ def test_wrong_shapes_and_types_are_refused():
         metrics.image_auroc(np.zeros(3), np.zeros(4, bool))
     with pytest.raises(ValueError, match="threshold is NaN"):
         evaluate(raw, opened, masks, threshold=float("nan"), image_threshold=0.3)
+
+
+def _oracle_contrast(image, region, touched, reach):
+    """Shift by shift, pixel by pixel."""
+    rows, columns = np.nonzero(region)
+    means = []
+    for down in range(-reach, reach + 1):
+        for right in range(-reach, reach + 1):
+            r, c = rows + down, columns + right
+            inside = (r >= 0) & (r < image.shape[0]) & (c >= 0) & (c < image.shape[1])
+            if inside.all() and not touched[r, c].any():
+                means.append(np.float64(image[r, c]).mean())
+    expected = np.median(means)
+    noise = max(1.4826 * np.median(np.abs(means - expected)), (12 * region.sum()) ** -0.5)
+    return abs(np.float64(image[region]).mean() - expected) / noise
+
+
+@pytest.mark.parametrize("kind", ["blob", "scratch", "border", "flat", "two"])
+def test_contrast_to_noise_is_the_oracles(kind):
+    rng = np.random.default_rng(3)
+    image = rng.integers(90, 110, (70, 81), np.uint8)
+    region = np.zeros(image.shape, bool)
+    if kind == "scratch":
+        region[np.arange(20, 44), np.arange(10, 34)] = True
+    else:
+        region[30:36, 40:49] = True
+        region[36, 41:44] = True
+    if kind == "border":
+        region = np.roll(region, (-30, -40), (0, 1))
+    image[region] += 4
+    mask = region.copy()
+    if kind == "two":
+        # Elsewhere, smaller and much brighter: nothing of it counts.
+        mask[20:25, 30:34] = True
+        image[20:25, 30:34] = 255
+    if kind == "flat":
+        image = np.where(region, 103, 100).astype(np.uint8)
+    reach = {"scratch": 48}.get(kind, 18)
+    found = metrics.contrast_to_noise(image, mask)
+    assert found == pytest.approx(_oracle_contrast(image, region, mask, reach), rel=1e-9)
+    assert metrics.contrast_to_noise(image.T, mask.T) == pytest.approx(found, rel=1e-9)
+    assert metrics.contrast_to_noise(255 - image, mask) == pytest.approx(found, rel=1e-9)
+    if kind == "flat":
+        assert found == pytest.approx(3 * np.sqrt(12 * region.sum()))
+
+
+def test_a_patterns_own_variation_hides_a_defect():
+    """The same step of brightness: far above a plain plate's variation, and not above that of bumps of its own size."""
+    rng, mask = np.random.default_rng(0), np.zeros((96, 96), bool)
+    mask[44:52, 44:52] = True
+    plain = rng.normal(100, 5, mask.shape)
+    bumps = 12 * np.sin(np.arange(96) * np.pi / 8)
+    patterned = plain + bumps * bumps[:, None] / 12
+    steps = [metrics.contrast_to_noise(plate + 3 * mask, mask) for plate in (plain, patterned)]
+    assert steps[0] > 3
+    assert steps[1] < 2
+    # The mean of 64 pixels with a spread of 5 varies by 0.625.
+    found = [metrics.contrast_to_noise(rng.normal(100, 5, mask.shape) + 6.25 * mask, mask) for _ in range(40)]
+    assert np.mean(found) == pytest.approx(10, rel=0.15)
+
+
+def test_contrast_needs_a_region_and_surroundings():
+    image, mask = np.zeros((40, 40), np.uint8), np.zeros((40, 40), bool)
+    assert np.isnan(metrics.contrast_to_noise(image, mask))
+    mask[2:38, 2:38] = True
+    assert np.isnan(metrics.contrast_to_noise(image, mask))
+    with pytest.raises(ValueError, match="differ in shape"):
+        metrics.contrast_to_noise(image[1:], mask)
+
+
+def test_found_by_contrast_by_hand():
+    ratios = np.array([0, 0.99, 1, 2, 2.99, 5, 80, np.nan])
+    found = np.array([0, 1, 1, 0, 1, 1, 1, 1], bool)
+    want = {"<1": (2, 0.5), "1-2": (1, 1.0), "2-3": (2, 0.5), "3-5": (0, np.nan), ">5": (2, 1.0)}
+    want = {name: {"images": n, "found": share} for name, (n, share) in want.items()}
+    np.testing.assert_equal(metrics.found_by_contrast(ratios, found), want)
+    unknown = metrics.found_by_contrast(ratios, None)
+    assert [b["images"] for b in unknown.values()] == [2, 1, 2, 0, 2]
+    assert np.isnan([b["found"] for b in unknown.values()]).all()

@@ -31,10 +31,20 @@ from steel_ad.metrics.ranking import (
     rank,
     thin,
 )
+from steel_ad.metrics.visibility import contrast_to_noise, found_by_contrast
 
-__all__ = ["Confusion", "Curve", "Ranking", "aupimo", "aupro", "average_precision", "confusion", "curve"]
-__all__ += ["defects_found", "evaluate", "false_alarm_limit", "false_regions", "found_at_false_alarms", "image_auroc"]
-__all__ += ["image_metrics", "pixel_auroc", "pixel_auroc_fpr30", "rank", "regions", "thin"]
+__all__ = ["Confusion", "Curve", "Ranking", "aupimo", "aupro", "average_precision", "confusion", "contrast_to_noise"]
+__all__ += ["curve", "defects_found", "evaluate", "false_alarm_limit", "false_regions", "found_at_false_alarms"]
+__all__ += [
+    "found_by_contrast",
+    "image_auroc",
+    "image_metrics",
+    "pixel_auroc",
+    "pixel_auroc_fpr30",
+    "rank",
+    "regions",
+    "thin",
+]
 
 
 def evaluate(

@@ -206,6 +206,33 @@ def curves(path: Path, series: Mapping[str, Mapping[str, Any]], *, title: str) -
     return style.save(figure, path)
 
 
+def found_by_contrast(path: Path, maps: Mapping[str, Mapping[str, Mapping[str, Any]]], *, title: str) -> Path:
+    """Shares of defective images found at 5 % false alarms, as bars by the defects' contrast-to-noise ratio.
+
+    Args:
+        path: the PNG to write.
+        maps: name -> bin -> "images", their number, the same for all maps, and "found", a share in [0, 1] or NaN.
+        title: above the figure.
+    """
+    figure = style.new(4.2, title)
+    axes = figure.subplots()
+    bins = next(iter(maps.values()))
+    width = 0.8 / len(maps)
+    for i, (name, shares) in enumerate(maps.items()):
+        places = np.arange(len(bins)) + (i - (len(maps) - 1) / 2) * width
+        heights = np.nan_to_num([b["found"] for b in shares.values()])
+        look: dict[str, Any] = {"color": SERIES[i % len(SERIES)], "hatch": "/" * (3 * (i // len(SERIES)))}
+        bars = axes.bar(places, heights, width, edgecolor="white", lw=0.5, label=style.short(name, 48), **look)
+        texts = ["" if np.isnan(b["found"]) else f"{b['found']:.2f}" for b in shares.values()]
+        axes.bar_label(bars, texts, fontsize=9)
+    axes.set_xticks(range(len(bins)), [f"{name}\n({b['images']})" for name, b in bins.items()])
+    axes.set(xlabel="contrast-to-noise ratio of the greatest defect (images)", ylim=(0, 1.08))
+    axes.set_ylabel("share found at 5 % false alarms")
+    style.plain(axes)
+    figure.legend(loc="outside lower center", frameon=False, ncols=min(len(maps), 4))
+    return style.save(figure, path)
+
+
 def predictions(path: Path, rows: Sequence[Prediction], *, title: str) -> Path:
     """One image a row: input, truth, and each model's map with its score above; a colour scale for each model.
 

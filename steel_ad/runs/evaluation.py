@@ -140,12 +140,15 @@ def score_rows(
     test: Sequence[TestImage],
     limits: Mapping[str, Thresholds],
     extra_scores: Mapping[str, np.ndarray],
+    contrasts: np.ndarray,
 ) -> list[dict[str, Any]]:
-    """One row an image: name, kind, whether it is defective, of each map its score and the thesis' verdict, further scores."""
+    """One row an image: name, kind, whether it is defective, how visible its greatest defect is (`metrics.contrast_to_noise`, None for
+    NaN), of each map its score and the thesis' verdict, further scores."""
     scores = {name: m.scores for name, m in maps.items()}
     rows = []
     for i, t in enumerate(test):
         row: dict[str, Any] = {"image": t.name, "kind": t.kind, "defective": int(t.defective)}
+        row["contrast_to_noise"] = None if np.isnan(contrasts[i]) else float(contrasts[i])
         for name in maps:
             row[f"score_{name}"] = float(scores[name][i])
             row[f"defect_{name}"] = int(np.float64(scores[name][i]) > limits[name].pixel)
@@ -153,6 +156,13 @@ def score_rows(
             row[f"score_{name}"] = float(values[i])
         rows.append(row)
     return rows
+
+
+def _by_contrast(maps: Maps, test: Sequence[TestImage], contrasts: np.ndarray) -> dict[str, dict[str, Any]]:
+    """Of one map, the share of defective images found at 5 % false alarms, by contrast-to-noise."""
+    scores, defective = maps.scores.astype(np.float64), np.array([t.defective for t in test])
+    limit = metrics.false_alarm_limit(scores[~defective], 5)
+    return metrics.found_by_contrast(contrasts[defective], None if np.isnan(limit) else scores[defective] > limit)
 
 
 def report(
@@ -186,16 +196,24 @@ def report(
 
     folder = workdir / "figures"
     # What an earlier evaluation with other settings left would speak for this one.
-    for old in (workdir / "metrics.json", *folder.glob("examples_*.png"), *folder.glob("scores_*.png")):
+    for old in (
+        workdir / "metrics.json",
+        folder / "contrast.png",
+        *folder.glob("examples_*.png"),
+        *folder.glob("scores_*.png"),
+    ):
         old.unlink(missing_ok=True)
     found = {name: measure(maps[name], test, limits[name]) for name in maps} if test else {}
+    contrasts = np.array([metrics.contrast_to_noise(t.image, t.mask) if t.defective else np.nan for t in test])
+    for name, values in found.items():
+        values["found_by_contrast"] = _by_contrast(maps[name], test, contrasts)
     result = {
         "maps": {**found, **(extra_maps or {})},
         "thresholds": {name: dataclasses.asdict(t) for name, t in limits.items()},
         **record,
     }
     if test:
-        files.write_csv(workdir / "scores.csv", score_rows(maps, test, limits, extra_scores or {}))
+        files.write_csv(workdir / "scores.csv", score_rows(maps, test, limits, extra_scores or {}, contrasts))
         series = {}
         for name, m in maps.items():
             title = f"{record['dataset']}, {name} map"
@@ -219,6 +237,9 @@ def report(
                     "auroc": found[name]["pixel_auroc"],
                     "aupro_30": found[name]["aupro_30"],
                 }
+        if any(b["found"] >= 0 for values in found.values() for b in values["found_by_contrast"].values()):
+            bins = {name: values["found_by_contrast"] for name, values in found.items()}
+            figures.found_by_contrast(folder / "contrast.png", bins, title=str(record["dataset"]))
         if series:
             figures.curves(folder / "curves.png", series, title=str(record["dataset"]))
     # Last, since its presence says that the run is complete.
