@@ -26,11 +26,12 @@ def main() -> None:
     result = autoencoder.run(config, data=_DATA.value, workdir=workdir, evaluate_only=_EVALUATE_ONLY.value)
     if finished:
         print(f"The run in {workdir} was finished already.")
+    where = workdir / result.get("results", ".")
     if result["maps"]:
         print(tables.metrics(result["maps"]))
-        print(f"Pictures: {workdir / 'figures'}; every number: {workdir / 'metrics.json'}")
+        print(f"Pictures: {where / 'figures'}; every number: {where / 'metrics.json'}")
     else:
-        print(f"No test images in {_DATA.value}: thresholds only, in {workdir / 'metrics.json'}")
+        print(f"No test images in {_DATA.value}: thresholds only, in {where / 'metrics.json'}")
 
 
 if __name__ == "__main__":

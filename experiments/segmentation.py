@@ -37,7 +37,8 @@ def main() -> None:
     print(tables.metrics(result["maps"]) if result["maps"] else f"No test images in {_DATA.value}.")
     if _BESIDE.value:
         print(f"Side by side: {segmentation.predictions([workdir, *map(Path, _BESIDE.value)])}")
-    print(f"Pictures: {workdir / 'figures'}; every number: {workdir / 'metrics.json'}")
+    where = workdir / result.get("results", ".")
+    print(f"Pictures: {where / 'figures'}; every number: {where / 'metrics.json'}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,9 @@ def main() -> None:
         for name, values in evaluated["maps"].items()
     }
     print(tables.metrics(found))
-    print(f"Every number: {workdir / 'metrics.json'}; pictures: the folders before_* and after_* beside it")
+    print(
+        f"Every number: {workdir / result.get('results', '.') / 'metrics.json'}; pictures: the folders before_* and after_* beside it"
+    )
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from steel_ad.detectors.whitening import WhiteningDetector
 from steel_ad.errors import InputError
 from steel_ad.ops import filters, spectrum
 from steel_ad.runs import spectrum as study
+from steel_ad.runs.run import Run
 
 ROOT = Path(__file__).parent.parent
 RNG = np.random.default_rng(5)
@@ -423,10 +424,13 @@ def test_several_data_sets_have_a_folder_each_and_one_figure(data, tmp_path):
     with pytest.raises(InputError, match="same name"):
         study.run(tiny(), data=[str(data), str(data)], workdir=tmp_path / "v")
     with pytest.raises(InputError, match=r"no pattern.*--config.maps=phase_only,whitening"):
-        study.run(tiny(), data=[str(other)], workdir=tmp_path / "u")
-    with pytest.raises(InputError, match=r"images of other show no pattern"):
-        study.run(tiny(), data=[str(data), str(other)], workdir=tmp_path / "u")
+        study.run(tiny(maps=("lattice",)), data=[str(other)], workdir=tmp_path / "u")
     assert not (tmp_path / "u").exists()
+    # Beside others it is left out.
+    study.run(tiny(maps=("lattice", "phase_only")), data=[str(other)], workdir=tmp_path / "u")
+    assert Run.open(tmp_path / "u").detector().detector.name == "phase_only"
+    with pytest.raises(InputError, match="there is no fitted detector"):
+        Run.open(tmp_path / "u").detector("lattice")
     # The figure of these two is none of another two.
     before = (workdir / "figures" / "spectra.png").stat().st_mtime_ns
     study.run(tiny(maps=("phase_only",)), data=[str(data), str(other)], workdir=workdir)

@@ -102,6 +102,7 @@ def _evaluate(
             "config": this.settings,
             "percentile": config.percentile,
             "test_megapixels_per_second": megapixels / elapsed if elapsed else None,
+            "results": this.results_name,
             "versions": versions(),
             **record,
         },

@@ -166,6 +166,11 @@ class Run:
         record = self.record()
         return record if record is not None and record.get("finished") else None
 
+    @property
+    def results_name(self) -> str:
+        """The folder of its evaluation, below `folder`; "." where it is the same."""
+        return self.results.relative_to(self.folder).as_posix()
+
     def claim(self) -> None:
         """Records the settings of a new run, once everything that could be wrong with them has been looked at."""
         if not (self.folder / "config.json").exists():
@@ -196,14 +201,16 @@ class Run:
           InputError: no such map, nothing that is trained, or a damaged file.
         """
         known = {d.name: d for d in self.kind.detectors(self.config)}
-        detector = known.get(map_name) or next(iter(known.values()))
         if map_name and len(known) > 1 and map_name not in known:
             raise InputError(f"--map={map_name} is none of the run's maps: use one of {', '.join(known)}")
-        detector = detector.only(map_name) if map_name else detector.only(detector.name)
         record = part = self.record() or {}
         for key in self.kind.evaluated if record else ():
             part = part[key]
-        threshold = part.get("thresholds", {}).get(detector.name, {"pixel": None})["pixel"]
+        limits = part.get("thresholds", {})
+        # A detector that could not be fitted has no threshold.
+        name = map_name or next((name for name in known if name in limits), next(iter(known)))
+        detector = known.get(name, next(iter(known.values()))).only(name)
+        threshold = limits.get(name, {"pixel": None})["pixel"]
         return Fitted(
             detector,
             detector.restore(self.folder),

@@ -71,6 +71,7 @@ def run(
         "experiment": "segmentation",
         "finished": done and int(first.step) >= config.total_steps,
         "config": this.settings,
+        "results": this.results_name,
         "train_seconds": seconds_1 + seconds_2,
     }
     return evaluate(config, state, line, this.results, record)

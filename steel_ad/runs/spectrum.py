@@ -189,6 +189,7 @@ def _evaluate(
             "fit_seconds": {f.detector.name: f.seconds for f in fitted},
             "test_megapixels_per_second": speed,
             "parameters": 0,
+            "results": this.results_name,
             "versions": versions(),
         },
     )

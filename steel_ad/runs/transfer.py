@@ -59,7 +59,7 @@ def run(
         this, config, mixture, "adapt", start=start, evaluate_only=evaluate_only
     )
     whole = int(pretrained.step) >= config.total_steps and int(adapted.step) >= config.total_adapt_steps
-    result: dict[str, Any] = {"experiment": "transfer", "config": this.settings}
+    result: dict[str, Any] = {"experiment": "transfer", "config": this.settings, "results": this.results_name}
     for name, first, data, seconds in (
         ("before", pretrained, samples, pretrain_seconds),
         ("after", adapted, mixture, pretrain_seconds + adapt_seconds),
