@@ -209,20 +209,10 @@ def _write(
         "of the full range. a90/95: upper 95 % confidence bound of a90 by likelihood ratio. " + sentence
     )
     files.write_text(out / "table.md", f"{table}\n\n{note}\n")
-    figures.detectability(
-        out / "detectability.png",
-        panels,
-        unit=unit,
-        title=f"Detection at a false-alarm rate of {how.false_alarm_rate:g} per tile",
-    )
-    summary = {
-        "unit": unit,
-        "curves": rows,
-        "calibration": promised,
-        "defects_left_out": len(skipped),
-        "settings": settings,
-        "versions": versions(),
-    }
+    title = f"Detection at a false-alarm rate of {how.false_alarm_rate:g} per tile"
+    figures.detectability(out / "detectability.png", panels, unit=unit, title=title)
+    summary = {"unit": unit, "curves": rows, "calibration": promised, "defects_left_out": len(skipped)}
+    summary |= {"settings": settings, "versions": versions()}
     # Last, since its presence says that the trials are complete.
     files.write_json(out / "summary.json", summary)
     return summary

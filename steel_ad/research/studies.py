@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from steel_ad import config as configs
-from steel_ad import fields
+from steel_ad import fields, losses, models
 from steel_ad.data import datasets
 from steel_ad.data.datasets import Dataset
 from steel_ad.data.images import Images
@@ -76,9 +76,9 @@ def _stride_fits(value: int, dataset: Dataset, config: Any) -> bool:
 
 _COUNTS = (10, 25, 50, 100, 200, 400, 800, 1600)
 _SUPERVISED = {
-    "model": Axis("model", ("compact_cnn", "unet")),
+    "model": Axis("model", tuple(models.SEGMENTERS)),
     "patch_size": Axis("patch_size", (128, 256, 512), fits=_patch_fits),
-    "loss": Axis("loss", ("mse", "bce", "focal", "dice", "bce_dice", "ssim")),
+    "loss": Axis("loss", tuple(losses.SEGMENTATION_LOSSES)),
     "samples": Axis("train_images", _COUNTS, fits=_count_fits),
     "seeds": Axis("seed", (0, 1, 2)),
     "ratio": Axis("ratio", ("1:0", "1:1", "1:3")),
@@ -90,7 +90,7 @@ STUDIES: dict[str, dict[str, Axis]] = {
         "latent": Axis("latent", (32, 50, 100, 200, 500)),
         "window": Axis("window_size", (3, 7, 11, 15, 19), _window),
         "patch_size": Axis("patch_size", (64, 128, 256, 512), fits=_patch_fits),
-        "loss": Axis("loss", ("l2", "l1", "ssim", "ssim_l2")),
+        "loss": Axis("loss", tuple(losses.LOSSES)),
         "samples": Axis("train_images", _COUNTS, fits=_count_fits),
         "epochs": Axis("epochs", (25, 50, 100, 200), _epochs("epochs")),
         "constants": Axis("constants", ("thesis", "wang")),
@@ -148,21 +148,17 @@ def select(experiment: str, studies: Sequence[str], axis: str, values: Sequence[
         raise InputError("give either --study=NAME or --axis=SETTING with --values")
     known = STUDIES[experiment]
     if unknown := [s for s in studies if s not in known]:
-        raise InputError(
-            f"there is no study {unknown[0]!r} of the experiment {experiment}: use one of {', '.join(known)}"
-        )
+        kinds = ", ".join(known)
+        raise InputError(f"there is no study {unknown[0]!r} of the experiment {experiment}: use one of {kinds}")
     if values and len(studies) > 1:
         raise InputError("--values are those of one study: give one --study with them")
     if axis and not values:
         raise InputError(f"--axis={axis} needs --values, such as --values=1,2,3")
     chosen = {name: known[name] for name in studies} or {axis: Axis(axis, (), _CHANGES.get(axis))}
     if values:
-        chosen = {
-            name: dataclasses.replace(
-                a, fits=None, values=tuple(_parse(KINDS[experiment].config, a.field, v) for v in values)
-            )
-            for name, a in chosen.items()
-        }
+        ((name, one),) = chosen.items()
+        read = tuple(_parse(KINDS[experiment].config, one.field, value) for value in values)
+        chosen = {name: dataclasses.replace(one, fits=None, values=read)}
     return chosen
 
 
