@@ -168,8 +168,9 @@ def define_defects() -> flags.FlagHolder[str]:
     return flags.DEFINE_string(
         "defects",
         "",
-        "Folder of defects on plain steel with masks, procedural, or labelled (the data set's own); by default its own, "
-        "else procedural.",
+        "Folder of defects on plain steel with masks; procedural (drawn ones); line (pieces of the line's good plates, smoothed "
+        "spots and stains); line,FOLDER or line,procedural for both; or labelled (the data set's own). By default its own, else "
+        "procedural.",
     )
 
 

@@ -136,6 +136,9 @@ class Segmentation(Training):
     blend: Literal["paste", "difference"] = "paste"
     augment: Literal["thesis", "strong"] = "thesis"  # Random changes of an inserted defect.
     max_defects: int = 1  # Most defects in a defective sample.
+    # Share of the defective samples that are alterations of the line's own plates, where --defects names line and others.
+    altered: float = 0.5
+    light: float = 0.0  # Strength of random changes of light, focus and noise in every sample, such as 1; 0: none.
     defect_size: int = 208  # Side of the largest defect that is cut out, with its margin, px.
     new_line: float = 0.5  # Share of the new line's good samples while a transfer adapts.
     loss: str = "mse"  # Loss: a name in steel_ad.losses.SEGMENTATION_LOSSES, or your own as module:function.
@@ -156,6 +159,8 @@ class Segmentation(Training):
         self._must_be_at_least(0, "epochs", "classifier_epochs", "classifier_steps", "adapt_epochs", "adapt_steps")
         self._must_be_at_least(64, "defect_size")
         self._must(0 < self.new_line < 1, "new_line", "between 0 and 1")
+        self._must(0 < self.altered < 1, "altered", "between 0 and 1")
+        self._must_be_at_least(0, "light")
         if self.total_steps < 1 or self.total_classifier_steps < 1:
             raise InputError(
                 "no step is asked for: set --config.steps or epochs, and classifier_steps or classifier_epochs"

@@ -150,6 +150,31 @@ def test_inserted_samples_follow_the_ratio(good, library):
     assert set(np.unique(batch.mask)) == {0, 1}
 
 
+def test_alterations_are_a_share_of_the_defective_samples(good, library):
+    """Of black plates: an alteration is all that is not black where nothing else is inserted."""
+    config = tiny(batch_size=8, patch_size=48)
+    plates = jax.tree.map(jnp.asarray, patches.stack(good))
+    plain = batches(config, 0.75, Samples(plates, library))
+    for altered in (0.0, 0.5, 1.0):
+        batch = batches(config, 0.75, Samples(plates, library, altered))
+        np.testing.assert_array_equal(batch.label, batch.mask.any(axis=(1, 2, 3)))
+        other = (batch.image != plain.image).any(axis=(1, 2, 3))
+        assert (other.mean() == 0) == (altered == 0)
+        # Of two samples that are both good neither differs.
+        assert other.mean() <= altered + 0.1
+    alone = batches(config, 0.75, Samples(plates, altered=1.0))
+    np.testing.assert_array_equal(alone.image, batch.image)
+    np.testing.assert_array_equal(alone.mask, batch.mask)
+    assert 0.3 < alone.label.mean() < 0.75
+
+
+def test_light_changes_every_sample_and_no_mask(good, library):
+    samples = Samples(jax.tree.map(jnp.asarray, patches.stack(good)), library)
+    plain, lit = (batches(tiny(light=light), 0.5, samples, num=4) for light in (0.0, 1.0))
+    np.testing.assert_array_equal(plain.mask, lit.mask)
+    assert (plain.image != lit.image).any(axis=(1, 2, 3)).all()
+
+
 def test_labelled_samples_keep_image_and_mask_together(good):
     marked = np.full((80, 70), 100, np.uint8)
     marked[70:72, 5:8] = 255  # small and in a corner: a random crop would nearly always miss it
@@ -171,11 +196,10 @@ def test_the_new_line_is_mixed_in_as_good(good, library):
 
 
 @pytest.mark.slow
-def test_a_detector_learns_from_good_images_and_a_library(good, library):
-    config = tiny()
-    with pytest.raises(ValueError, match="needs a library"):
-        segmentation.SegmentationDetector(config).fit(good)
-    detector = segmentation.SegmentationDetector(config, library)
+@pytest.mark.parametrize("inserted", [True, False])
+def test_a_detector_learns_from_good_images_with_and_without_a_library(good, library, inserted):
+    config = tiny(light=1.0)
+    detector = segmentation.SegmentationDetector(config, library if inserted else None)
     learnt = detector.fit(good)
     untrained = segmentation.variables(segmentation.initial_segmentation(config, 4))
     assert jax.tree.structure(learnt) == jax.tree.structure({"segmenter": untrained})
@@ -561,6 +585,23 @@ def test_defects_kept_for_testing_are_not_trained_on(data, tmp_path):
         study.samples_of(tiny(), line, str(data / "defects"), [str(tmp_path / "line")])
     with pytest.raises(InputError, match="kept for testing"):
         defects.without(library, library.sha256)
+
+
+def test_alterations_of_the_line_alone_and_with_others(data):
+    line = study.load_line(tiny(), str(data / "line"), datasets.load)
+    folder = str(data / "defects")
+    alone, record = study.samples_of(tiny(), line, "line", [])
+    assert alone.library is None
+    assert alone.altered == 1
+    assert record == [{"source": "line"}]
+    inserted, others = study.samples_of(tiny(), line, folder, [])
+    assert inserted.altered is None
+    both, record = study.samples_of(tiny(altered=0.3), line, f"line,{folder}", [])
+    assert both.altered == 0.3
+    assert record == [{"source": "line"}, *others]
+    assert both.library.sources == inserted.library.sources
+    drawn, _ = study.samples_of(tiny(), line, "line,procedural", [])
+    assert drawn.library.sources[0].startswith("procedural/")
 
 
 def test_one_picture_in_two_file_formats_is_one_source(data, tmp_path):

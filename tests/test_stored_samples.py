@@ -103,14 +103,14 @@ def samples(root, library, what):
             labelled = datasets.images_of(data.labelled), datasets.masks_of(data.labelled)
             made = segmentation.labelled(good, *labelled, seed=0)
         else:
-            made = Samples(good, library)
+            made = Samples(good, library, 0.5 if "altered" in what else None)
         found.append(made._replace(new_line=new_line) if "new line" in what else made)
     if "some" in what:  # the labelled images alone, or the good ones of the new line alone, do not fit
         found[1] = found[1]._replace(good=found[0].good)
     return found
 
 
-KINDS = ["inserted, new line", "labelled", "labelled, new line, some in memory"]
+KINDS = ["inserted, new line", "inserted, altered, new line", "labelled", "labelled, new line, some in memory"]
 
 
 @pytest.mark.slow

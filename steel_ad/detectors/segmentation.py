@@ -14,7 +14,7 @@ from jax import Array
 
 from steel_ad import config as configs
 from steel_ad import losses, models
-from steel_ad.data import defects, patches
+from steel_ad.data import defects, light, patches
 from steel_ad.data.defects import Library
 from steel_ad.data.images import Images
 from steel_ad.data.patches import Crops, Plates
@@ -33,6 +33,8 @@ class Samples(NamedTuple):
     Attributes:
       good: the line's good images.
       library: defects to insert into them.
+      altered: share of the defective samples that are alterations of the good images (`defects.alter`), `[]` in 0..1: 1 where
+        there is no library.
       labelled: defective training images; `masks` are theirs, 0 and 1; `marks` int32 `[n, k, 2]` are k places (row, column)
         of defective pixels of each.
       new_line: good images of another line, mixed in while adapting.
@@ -41,6 +43,7 @@ class Samples(NamedTuple):
 
     good: Set
     library: Library | None = None
+    altered: Array | float | None = None
     labelled: Set | None = None
     masks: Set | None = None
     marks: Array | np.ndarray | None = None
@@ -80,7 +83,8 @@ def choose(config: configs.Segmentation, share: float, data: Samples, step: Arra
         places = {"good": only(~defective, places["good"]), "labelled": marked, "masks": marked}
     if data.new_line is not None:
         new = chance("line", config.new_line)
-        places = {name: only(~new, at) for name, at in places.items()}
+        if data.altered is None:  # otherwise every good patch is another sample's other plate
+            places = {name: only(~new, at) for name, at in places.items()}
         places["new_line"] = only(new, crops("new line", data.new_line))
     return places
 
@@ -99,14 +103,15 @@ def _around_a_mark(config: configs.Segmentation, images: Any, marks: Any, key: A
 def draw(config: configs.Segmentation, share: float, data: Samples, step: Array, root: Array) -> Batch:
     """A batch of the patches that `choose` chooses, good ones flipped and with defects inserted; pure and jittable.
 
-    With a library, a good sample is made a defective one with probability `share`.
+    With a library or alterations, a good sample is made a defective one with probability `share`. The light of every sample changes
+    by `config.light`.
     """
     places = choose(config, share, data, step, root)
     pixels = feed.cut(data, places, patch_size=config.patch_size)
     image = patches.scaled(pixels["good"])
     if config.flips:
         image = patches.random_flips(stream(root, "flips", step), image)
-    mask = jnp.zeros_like(image)
+    good, mask = image, jnp.zeros_like(image)
     if data.library is not None:
         image, inserted = defects.insert(
             stream(root, "defects", step),
@@ -118,11 +123,20 @@ def draw(config: configs.Segmentation, share: float, data: Samples, step: Array,
             augment=config.augment,
         )
         mask = inserted.astype(jnp.float32)
+    if data.altered is not None:
+        others = jnp.roll(good, 1, axis=0)
+        key = stream(root, "alterations", step)
+        altered, changed = defects.alter(key, good[..., 0], others[..., 0], most=config.max_defects, probability=share)
+        chosen = jax.random.bernoulli(stream(root, "altered", step), data.altered, (config.batch_size, 1, 1, 1))
+        image = jnp.where(chosen, altered[..., None], image)
+        mask = jnp.where(chosen, changed.astype(jnp.float32)[..., None], mask)
     for name in ("labelled", "new_line"):
         if name in places:
             chosen = (places[name].image >= 0)[:, None, None, None]
             marked = pixels["masks"].astype(jnp.float32)[..., None] if name == "labelled" else jnp.zeros_like(mask)
             image, mask = jnp.where(chosen, patches.scaled(pixels[name]), image), jnp.where(chosen, marked, mask)
+    if config.light:
+        image = light.changed(stream(root, "light", step), image[..., 0], strength=config.light)[..., None]
     return Batch(image, mask, jnp.any(mask > 0.5, axis=(1, 2, 3)).astype(jnp.float32))
 
 
@@ -130,7 +144,7 @@ def labelled(good: Plates | Images, images: Images, masks: Images, *, seed: int,
     """Samples of labelled images with masks of 0 and 1, none of them empty."""
     rng = np.random.default_rng([seed, 0x3A])
     places = np.array([rng.choice(np.argwhere(mask), marks) for mask in masks], np.int32)
-    return Samples(good, None, images, masks, places)
+    return Samples(good, labelled=images, masks=masks, marks=places)
 
 
 def network(config: configs.Segmentation) -> Any:
@@ -257,7 +271,7 @@ class SegmentationDetector(Detector):
     The state has the variables of "segmenter" and, where that stage is trained, of "classifier".
 
     Attributes:
-      library: defects that `fit` inserts.
+      library: defects that `fit` inserts; None: alterations of the good images.
       stages: names of the stages of a run that `restore` reads, segmentation and classification.
     """
 
@@ -274,13 +288,12 @@ class SegmentationDetector(Detector):
         return getattr(network(self.config), "side_multiple", 0)
 
     def fit(self, images: Sequence[np.ndarray]) -> Any:
-        """The segmentation stage trained on good images with the library's defects inserted."""
+        """The segmentation stage trained on good images with defects inserted."""
         config = self.config
-        if self.library is None:
-            raise ValueError("fit needs a library of defects to insert into the good images")
         what = stage(dataclasses.replace(config, seed=0), config.total_steps)
         start = initial_segmentation(config, config.total_steps)
-        trained = train(what, Samples(Images(images), self.library), start, seed=config.seed, name="train")
+        samples = Samples(Images(images), self.library, altered=1.0 if self.library is None else None)
+        trained = train(what, samples, start, seed=config.seed, name="train")
         return {"segmenter": variables(trained)}
 
     def residual(self, state: Any, image: Array) -> Array:

@@ -1,4 +1,6 @@
-"""Linear smoothing of one map."""
+"""Linear smoothing."""
+
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +39,22 @@ def _run_sum(x: Array, size: int, axis: int) -> Array:
             run *= 2
     assert total is not None
     return total
+
+
+@functools.lru_cache(maxsize=16)
+def _gaussian_weights(size: int, spread_px: float) -> np.ndarray:
+    at = np.arange(size)
+    weights = np.exp(-0.5 * np.square((at[:, None] - at[None, :]) / spread_px))
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def gaussian_mean(images: Array, spread_px: float) -> Array:
+    """Mean of images float32 `[b, h, w]` under a Gaussian around every pixel, cut off at the borders.
+
+    By two products of matrices: the fastest form on CPU for patches.
+    """
+    rows, columns = (_gaussian_weights(size, spread_px) for size in images.shape[1:])
+    return jnp.einsum("yi,bij,xj->byx", rows, images, columns)
 
 
 def sample(x: Array, y_px: Array, x_px: Array) -> Array:

@@ -17,6 +17,7 @@ from steel_ad import config as configs
 from steel_ad import files, losses, metrics, parallel
 from steel_ad.data import datasets, defects
 from steel_ad.data.datasets import Line
+from steel_ad.data.defects import Library
 from steel_ad.detectors import segmentation
 from steel_ad.detectors.segmentation import Samples, SegmentationDetector
 from steel_ad.errors import InputError
@@ -29,6 +30,8 @@ from steel_ad.train.state import TrainState
 from steel_ad.versions import versions
 
 _PROCEDURAL_DEFECTS = 600
+_LINE_AND = "line,"
+_ALTERATIONS = {"source": "line"}  # in the record of defects; what they are made of is in the manifest
 _SENTENCES = 10  # about defects left out
 
 
@@ -45,8 +48,8 @@ def run(
 
     Args:
       data: as `datasets.load`'s.
-      defects_from: folder of defects on plain steel, "procedural", "labelled" (the data set's own), or "": its own where it
-        has such, else procedural.
+      defects_from: folder of defects on plain steel, "procedural", "line" (alterations of the good images), "line,FOLDER" or
+        "line,procedural" for both, "labelled" (the data set's own), or "": its own where it has such, else procedural.
       load: reads the data set, for callers that have it already.
 
     Returns:
@@ -118,6 +121,19 @@ def samples_of(
             )
         images, masks = datasets.images_of(labelled), datasets.masks_of(labelled)
         return segmentation.labelled(good, images, masks, seed=config.seed), _labelled(labelled)
+    if defects_from == "line":
+        return Samples(good, altered=1.0), [_ALTERATIONS]
+    by_line = defects_from.startswith(_LINE_AND)
+    library, record = _library(config, defects_from.removeprefix(_LINE_AND), tested_on)
+    if by_line:
+        return Samples(good, library, config.altered), [_ALTERATIONS, *record]
+    return Samples(good, library), record
+
+
+def _library(
+    config: configs.Segmentation, defects_from: str, tested_on: Sequence[str]
+) -> tuple[Library, list[dict[str, str]]]:
+    """Defects to insert, and the record of them, as `samples_of`."""
     skipped: list[str] = []
     if defects_from in ("", "procedural"):
         key = jax.random.fold_in(jax.random.key(config.seed), 7)
@@ -136,7 +152,7 @@ def samples_of(
         {"source": library.sources[s], "sha256": library.sha256[s], "mask_sha256": mask}
         for s, mask in zip(np.asarray(library.source).tolist(), drawn, strict=True)
     ]
-    return Samples(good, library), record
+    return library, record
 
 
 def _labelled(labelled: Sequence[datasets.TestImage]) -> list[dict[str, str]]:
