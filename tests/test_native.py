@@ -455,6 +455,31 @@ def test_ssim_equals_the_form_of_xla(h, w, k, window, padding):
         np.testing.assert_allclose(a, b, atol=2e-3 * np.abs(b).max())
 
 
+@pytest.mark.parametrize("level", [0, 0.5, 0.97])
+@pytest.mark.parametrize("window", ["uniform", "gaussian"])
+def test_ssim_of_narrow_ranges_keeps_its_digits(level, window):
+    """Of two images at once, the other one of full contrast; a lone dark pixel costs no more than full contrast does."""
+    x, y, g = np.random.default_rng(0).random((3, 2, 40, 43), np.float32)
+    x[0], y[0] = level + 0.03 * x[0], level + 0.03 * y[0]
+    residual = jax.vmap(functools.partial(ssim.ssim_residual, window=window, c1=1e-4, c2=9e-4))
+
+    def compared(x, y):
+        found, back = jax.vjp(residual, x, y)
+        with jax.enable_x64(True):
+            exact, exactly_back = jax.vjp(residual, *map(np.float64, (x, y)))
+            expected = exactly_back(np.float64(g))
+        pairs = [tuple(map(np.asarray, pair)) for pair in ((found, exact), *zip(back(g), expected, strict=True))]
+        value, *gradients = (np.abs(a - b).max((1, 2)) for a, b in pairs)
+        return value, [error / np.abs(b).max((1, 2)) for error, (_, b) in zip(gradients, pairs[1:], strict=True)]
+
+    value, gradients = compared(x, y)
+    assert value[0] <= 2e-6
+    assert max(a[0] for a in gradients) <= 1e-5
+    x[0, 20, 20] = y[0, 20, 20] = 0
+    value, gradients = compared(x, y)
+    assert value[0] <= 5e-5
+
+
 @pytest.mark.parametrize("padding", ["reflect", "valid"])
 @pytest.mark.parametrize(
     ("h", "w", "k", "window"), [(33, 150, 11, "uniform"), (20, 37, 11, "gaussian"), (9, 16, 4, "uniform")]

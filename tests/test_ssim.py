@@ -64,6 +64,17 @@ def test_equals_the_definition(name, constants):
     np.testing.assert_allclose(ours, oracle(np.float32(x), np.float32(y), weights=uniform(11), c1=c1, c2=c2), atol=1e-5)
 
 
+@pytest.mark.parametrize("beta", [1, 1 + 1e-12])
+@pytest.mark.parametrize("window", ["uniform", "gaussian"])
+@pytest.mark.parametrize("level", [0, 0.5, 0.97])
+def test_narrow_ranges_keep_their_digits(level, window, beta):
+    """Of bright images too, where a variance of 7e-5 is what is left of squares of 1."""
+    x, y = (np.float32(level + 0.03 * a) for a in np.random.default_rng(0).random((2, 40, 40)))
+    c1, c2 = CONSTANTS["wang"]
+    exact = oracle(x, y, weights={"uniform": uniform, "gaussian": gaussian}[window](11), c1=c1, c2=c2)
+    np.testing.assert_allclose(ssim_map(x, y, window=window, c1=c1, c2=c2, beta=beta), exact, atol=2e-6)
+
+
 @pytest.mark.parametrize("window_size", [1, 2, 7, 10])
 @pytest.mark.parametrize("padding", ["reflect", "valid"])
 @pytest.mark.parametrize("window", ["uniform", "gaussian"])

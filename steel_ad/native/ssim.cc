@@ -11,32 +11,37 @@ int64_t Reflected(int64_t i, int64_t n) {
   return i >= n ? 2 * (n - 1) - i : i;
 }
 
+// What is subtracted from an image's sums and differences before they are squared.
+struct Offset {
+  float sum, difference;
+};
+
 struct Pair {
   const float *x, *y;
   int64_t height, width;
   int64_t before;  // rows and columns that padding puts before the image, 0 if it is not padded
-  float offset;    // subtracted from the difference
+  Offset offset;
 };
 
-// Sum less 1 and difference, row `p` of the padded images, to `columns` values each.
+// Sum and difference less their offsets, row `p` of the padded images, to `columns` values each.
 void SumAndDifference(const Pair& pair, int64_t p, int64_t columns, float* __restrict sum, float* __restrict difference) {
   const int64_t row = Reflected(p - pair.before, pair.height) * pair.width;
   const float *__restrict x = pair.x + row, *__restrict y = pair.y + row;
+  const Offset offset = pair.offset;
   for (int64_t i = 0; i < pair.before; ++i) {
     int64_t from = Reflected(i - pair.before, pair.width);
-    sum[i] = x[from] + y[from] - 1.0f;
-    difference[i] = x[from] - y[from] - pair.offset;
+    sum[i] = x[from] + y[from] - offset.sum;
+    difference[i] = x[from] - y[from] - offset.difference;
   }
   float *__restrict sums = sum + pair.before, *__restrict differences = difference + pair.before;
-  const float offset = pair.offset;
   for (int64_t i = 0; i < pair.width; ++i) {
-    sums[i] = x[i] + y[i] - 1.0f;
-    differences[i] = x[i] - y[i] - offset;
+    sums[i] = x[i] + y[i] - offset.sum;
+    differences[i] = x[i] - y[i] - offset.difference;
   }
   for (int64_t i = pair.before + pair.width; i < columns; ++i) {
     int64_t from = Reflected(i - pair.before, pair.width);
-    sum[i] = x[from] + y[from] - 1.0f;
-    difference[i] = x[from] - y[from] - pair.offset;
+    sum[i] = x[from] + y[from] - offset.sum;
+    difference[i] = x[from] - y[from] - offset.difference;
   }
 }
 
@@ -44,8 +49,9 @@ inline Vec Positive(Vec v) { return v > 0.0f ? v : Vec{}; }
 
 // The residual, from the means of a window: of the terms 1 - a / b and 1 - c / d it is 1 - (1 - a / b) (1 - c / d), with one
 // division where b d is `safe` from being rounded to zero.
-inline Vec ResidualOf(const Window& w, const float* means, int64_t pitch, float offset, bool safe) {
-  const Vec t = Load(means), d = Load(means + pitch), mean_t = t + 1.0f, mean_d = d + offset, square = mean_d * mean_d;
+inline Vec ResidualOf(const Window& w, const float* means, int64_t pitch, Offset offset, bool safe) {
+  const Vec t = Load(means), d = Load(means + pitch), mean_t = t + offset.sum, mean_d = d + offset.difference;
+  const Vec square = mean_d * mean_d;
   const Vec var_t = Positive(Load(means + 2 * pitch) - t * t), var_d = Positive(Load(means + 3 * pitch) - d * d);
   const Vec luminance = mean_t * mean_t + square + 2 * w.c1, structure = var_t + var_d + 2 * w.c2;
   const Vec a = 2.0f * square, c = 2.0f * var_d;
@@ -61,15 +67,15 @@ struct Terms {
   Vec raw_var_t, raw_var_d;
 };
 
-inline Terms TermsOf(const Window& w, const float* means, int64_t pitch, float offset) {
+inline Terms TermsOf(const Window& w, const float* means, int64_t pitch, Offset offset) {
   Terms s;
   Vec t = Load(means), d = Load(means + pitch);
   s.raw_var_t = Load(means + 2 * pitch) - t * t;
   s.raw_var_d = Load(means + 3 * pitch) - d * d;
   s.var_t = Positive(s.raw_var_t);
   s.var_d = Positive(s.raw_var_d);
-  s.mean_t = t + 1.0f;
-  s.mean_d = d + offset;
+  s.mean_t = t + offset.sum;
+  s.mean_d = d + offset.difference;
   s.luminance_scale = 1.0f / (s.mean_t * s.mean_t + s.mean_d * s.mean_d + 2 * w.c1);
   s.structure_scale = 1.0f / (s.var_t + s.var_d + 2 * w.c2);
   s.luminance = 2.0f * s.mean_d * s.mean_d * s.luminance_scale;
@@ -82,26 +88,52 @@ int64_t Pitch(int64_t n) { return CeilDiv(n, kLanes) * kLanes + 3 * kLanes; }
 
 constexpr int64_t kBand = 128;  // rows of a piece of work, an even number
 
-// Mean of x - y of each image, in a fixed order.
-std::vector<float> Offsets(ffi::ThreadPool& pool, const float* x, const float* y, int64_t images, int64_t rows, int64_t n) {
-  std::vector<double> sums(images * rows);
-  ParallelFor(pool, CeilDiv(images * rows, kBand), [&](int64_t item) {
-    for (int64_t row = item * kBand; row < std::min((item + 1) * kBand, images * rows); ++row) {
+// Of each image the middle of the range of x + y and the mean of x - y, in a fixed order.
+std::vector<Offset> Offsets(ffi::ThreadPool& pool, const float* x, const float* y, int64_t images, int64_t rows, int64_t n) {
+  struct Part {
+    double difference;
+    float least, greatest;  // of the sums
+  };
+  const int64_t bands = CeilDiv(rows, kBand);
+  std::vector<Part> parts(images * bands);
+  ParallelFor(pool, images * bands, [&](int64_t item) {
+    const int64_t first = item / bands * rows + item % bands * kBand;
+    const int64_t last = std::min(first + kBand, (item / bands + 1) * rows);
+    const float any = x[first * n] + y[first * n];
+    Part part{0, any, any};
+    Vec least = Vec{} + any, greatest = least;
+    for (int64_t row = first; row < last; ++row) {
       const float *__restrict a = x + row * n, *__restrict b = y + row * n;
-      Vec sum{};
+      Vec difference{};
       int64_t i = 0;
-      for (; i + kLanes <= n; i += kLanes) sum += Load(a + i) - Load(b + i);
-      double total = 0;
-      for (int l = 0; l < kLanes; ++l) total += sum[l];
-      for (; i < n; ++i) total += a[i] - b[i];
-      sums[row] = total;
+      for (; i + kLanes <= n; i += kLanes) {
+        const Vec of_x = Load(a + i), of_y = Load(b + i), sum = of_x + of_y;
+        difference += of_x - of_y;
+        least = sum < least ? sum : least;
+        greatest = sum > greatest ? sum : greatest;
+      }
+      for (int l = 0; l < kLanes; ++l) part.difference += difference[l];
+      for (; i < n; ++i) {
+        part.difference += a[i] - b[i];
+        part.least = std::min(part.least, a[i] + b[i]);
+        part.greatest = std::max(part.greatest, a[i] + b[i]);
+      }
     }
+    for (int l = 0; l < kLanes; ++l) {
+      part.least = std::min(part.least, least[l]);
+      part.greatest = std::max(part.greatest, greatest[l]);
+    }
+    parts[item] = part;
   });
-  std::vector<float> offsets(images);
+  std::vector<Offset> offsets(images);
   for (int64_t b = 0; b < images; ++b) {
-    double total = 0;
-    for (int64_t r = 0; r < rows; ++r) total += sums[b * rows + r];
-    offsets[b] = static_cast<float>(total / (rows * n));
+    Part all = parts[b * bands];
+    for (int64_t i = b * bands + 1; i < (b + 1) * bands; ++i) {
+      all.difference += parts[i].difference;
+      all.least = std::min(all.least, parts[i].least);
+      all.greatest = std::max(all.greatest, parts[i].greatest);
+    }
+    offsets[b] = {0.5f * (all.least + all.greatest), static_cast<float>(all.difference / (rows * n))};
   }
   return offsets;
 }
@@ -220,7 +252,7 @@ struct Same {
 
 // Factors of row `p`'s windows for x itself, for the sum and for the difference, `[3, pitch]`, spread over the columns.
 template <typename K, typename Of>
-void Factors(K kind, const Window& window, const Sizes& s, Of& of, const float* means, int64_t pitch, float offset, float* factors,
+void Factors(K kind, const Window& window, const Sizes& s, Of& of, const float* means, int64_t pitch, Offset offset, float* factors,
              int64_t wide, float* to) {
   for (int64_t i = 0; i < s.columns; i += kLanes) {
     Terms t = TermsOf(window, means + i, pitch, offset);

@@ -83,7 +83,7 @@ def _unpadded(g: Array, k: int, padding: str) -> Array:
 
 
 class _Moments(NamedTuple):
-    """Window means and variances of the sum (less 1) and the difference of two images."""
+    """Window means and variances of the sum and the difference of two images."""
 
     mean_t: Array
     mean_d: Array
@@ -93,14 +93,20 @@ class _Moments(NamedTuple):
 
 def _of_moments(m: _Moments, c1: float, c2: float) -> Array:
     """1 - luminance * contrast * structure, without cancellation where the images are alike."""
-    var_t, var_d, mean_t = jnp.maximum(m.var_t, 0), jnp.maximum(m.var_d, 0), m.mean_t + 1
-    luminance = 2 * m.mean_d * m.mean_d / (mean_t * mean_t + m.mean_d * m.mean_d + 2 * c1)  # 1 - luminance term
+    var_t, var_d = jnp.maximum(m.var_t, 0), jnp.maximum(m.var_d, 0)
+    luminance = 2 * m.mean_d * m.mean_d / (m.mean_t * m.mean_t + m.mean_d * m.mean_d + 2 * c1)  # 1 - luminance term
     structure = 2 * var_d / (var_t + var_d + 2 * c2)  # 1 - contrast term * structure term
     return luminance + structure - luminance * structure
 
 
-# Sum and difference carry all five moments in four filters. Variances do not know of an offset: the sum of images in [0, 1] is
-# taken less 1 and the difference less its mean, which keeps the digits of E[a^2] - E[a]^2 on bright and flat images.
+def _middle(x: Array) -> Array:
+    """Middle of the range of values, without a gradient: `[]`."""
+    return lax.stop_gradient((jnp.min(x) + jnp.max(x)) / 2)
+
+
+# Sum and difference carry all five moments in four filters. A variance is the same with any offset: the sum is taken less the middle
+# of its range in the image and the difference less its mean, so that what is squared is small and E[a^2] - E[a]^2 keeps its digits
+# on bright, dark and flat images.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
 def _plain_residual(x, y, k, sigma, c1, c2, padding):
     return _plain_forward(x, y, k, sigma, c1, c2, padding)[0]
@@ -108,24 +114,24 @@ def _plain_residual(x, y, k, sigma, c1, c2, padding):
 
 def _plain_forward(x, y, k, sigma, c1, c2, padding):
     mean = functools.partial(_window_mean, k=k, sigma=sigma)
-    offset = jnp.mean(x - y)
+    offset_t, offset_d = _middle(x + y), jnp.mean(x - y)
     x, y = _padded(x, k, padding), _padded(y, k, padding)
-    total, difference = x + y - 1, x - y - offset
+    total, difference = x + y - offset_t, x - y - offset_d
     mean_t, mean_d = mean(total), mean(difference)
     var_t, var_d = mean(total * total) - mean_t * mean_t, mean(difference * difference) - mean_d * mean_d
-    m = _Moments(mean_t, mean_d + offset, var_t, var_d)
-    return _of_moments(m, c1, c2), (total, difference, mean_d, m)
+    m = _Moments(mean_t + offset_t, mean_d + offset_d, var_t, var_d)
+    return _of_moments(m, c1, c2), (total, difference, mean_t, mean_d, m)
 
 
 def _plain_backward(k, sigma, c1, c2, padding, saved, g):
     """Three filters where only one image's gradient is asked for, four for both."""
-    total, difference, mean_d, m = saved
+    total, difference, mean_t, mean_d, m = saved
     (g_m,) = jax.vjp(functools.partial(_of_moments, c1=c1, c2=c2), m)[1](g)
 
     def spread(a):  # the taps are symmetric, so the filter is its own transpose
         return _window_mean(jnp.pad(a, k - 1), k, sigma)
 
-    of_t, of_d = g_m.mean_t - 2 * g_m.var_t * m.mean_t, g_m.mean_d - 2 * g_m.var_d * mean_d
+    of_t, of_d = g_m.mean_t - 2 * g_m.var_t * mean_t, g_m.mean_d - 2 * g_m.var_d * mean_d
     square_t, square_d = 2 * total * spread(g_m.var_t), 2 * difference * spread(g_m.var_d)
     of_x = spread(of_t + of_d) + square_t + square_d
     of_y = spread(of_t - of_d) + square_t - square_d
@@ -182,10 +188,11 @@ def _taps(k: int, sigma: float | None) -> np.ndarray:
 
 def _general_residual(x, y, k, sigma, c1, c2, padding, alpha, beta, gamma):
     mean = functools.partial(_window_mean, k=k, sigma=sigma)
-    x, y = _padded(x, k, padding) - 0.5, _padded(y, k, padding) - 0.5
+    offset_x, offset_y = _middle(x), _middle(y)
+    x, y = _padded(x, k, padding) - offset_x, _padded(y, k, padding) - offset_y
     (mean_x, var_x), (mean_y, var_y) = _mean_and_variance(x, mean), _mean_and_variance(y, mean)
     covariance = mean(x * y) - mean_x * mean_y
-    mean_x, mean_y = mean_x + 0.5, mean_y + 0.5
+    mean_x, mean_y = mean_x + offset_x, mean_y + offset_y
     luminance = (2 * mean_x * mean_y + c1) / (mean_x * mean_x + mean_y * mean_y + c1)
     both = 2 * _root(var_x) * _root(var_y) + c2
     contrast = both / (var_x + var_y + c2)
