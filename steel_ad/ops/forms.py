@@ -86,7 +86,8 @@ FORMS: dict[str, tuple[Form, ...]] = {
     "max_pool": (Form("slices", _BOTH), Form("plain")),
     # Argument: x.
     "channel_sum": (Form("in two steps", _CPU, lambda x: x.shape[2] % PARTIAL_SUM == 0), Form("plain")),
-    # SSIM, with its gradient. Arguments: images x and y, whether all exponents are 1, whether the window is uniform, and its size.
+    # SSIM, with its gradient; the mean of a map has its gradient from the same pass in the form "native", and from the map's in the
+    # others. Arguments: images x and y, whether all exponents are 1, whether the window is uniform, and its size.
     "ssim": (
         Form("native", _CPU, lambda x, y, plain, *_: plain and native.ready(x, y)),
         Form("cuda", _GPU, lambda x, y, plain, uniform, k: plain and uniform and native.cuda_ready(k, x, y)),
