@@ -192,60 +192,66 @@ def report(
     if not parallel.is_main():
         parallel.barrier("report")
         return files.read_json(workdir / "metrics.json")
-    from steel_ad.report import evaluation as figures
-
     folder = workdir / "figures"
-    # What an earlier evaluation with other settings left would speak for this one.
-    for old in (
-        workdir / "metrics.json",
-        folder / "contrast.png",
-        *folder.glob("examples_*.png"),
-        *folder.glob("scores_*.png"),
-    ):
+    # Stale figures of an earlier evaluation would stand beside the new numbers.
+    stale = [folder / "contrast.png", *folder.glob("examples_*.png"), *folder.glob("scores_*.png")]
+    for old in (workdir / "metrics.json", *stale):
         old.unlink(missing_ok=True)
     found = {name: measure(maps[name], test, limits[name]) for name in maps} if test else {}
     contrasts = np.array([metrics.contrast_to_noise(t.image, t.mask) if t.defective else np.nan for t in test])
     for name, values in found.items():
         values["found_by_contrast"] = _by_contrast(maps[name], test, contrasts)
+    if test:
+        files.write_csv(workdir / "scores.csv", score_rows(maps, test, limits, extra_scores or {}, contrasts))
+        _draw(folder, maps, test, limits, found, reconstruct, title=str(record["dataset"]))
     result = {
         "maps": {**found, **(extra_maps or {})},
         "thresholds": {name: dataclasses.asdict(t) for name, t in limits.items()},
         **record,
     }
-    if test:
-        files.write_csv(workdir / "scores.csv", score_rows(maps, test, limits, extra_scores or {}, contrasts))
-        series = {}
-        for name, m in maps.items():
-            title = f"{record['dataset']}, {name} map"
-            rows = _example_rows(m, test, limits[name].pixel, reconstruct)
-            figures.examples(folder / f"examples_{name}.png", rows, title=title, threshold=limits[name].pixel)
-            kinds = np.array([t.kind for t in test])
-            figures.score_histogram(
-                folder / f"scores_{name}.png",
-                m.scores[kinds == "good"],
-                {k: m.scores[kinds == k] for k in sorted(set(kinds.tolist()) - {"good"})},
-                threshold=limits[name].pixel,
-                calibrated=limits[name].image,
-                title=title,
-            )
-            if any(t.mask.any() for t in test) and not all(t.mask.all() for t in test):
-                curve = metrics.thin(metrics.curve(metrics.rank(m.raw, [t.mask for t in test])), 500)
-                series[name] = {
-                    "fpr": curve.fpr,
-                    "tpr": curve.tpr,
-                    "pro": curve.pro,
-                    "auroc": found[name]["pixel_auroc"],
-                    "aupro_30": found[name]["aupro_30"],
-                }
-        if any(b["found"] >= 0 for values in found.values() for b in values["found_by_contrast"].values()):
-            bins = {name: values["found_by_contrast"] for name, values in found.items()}
-            figures.found_by_contrast(folder / "contrast.png", bins, title=str(record["dataset"]))
-        if series:
-            figures.curves(folder / "curves.png", series, title=str(record["dataset"]))
     # Last, since its presence says that the run is complete.
     files.write_json(workdir / "metrics.json", result)
     parallel.barrier("report")
     return result
+
+
+def _draw(
+    folder: Path,
+    maps: Mapping[str, Maps],
+    test: Sequence[TestImage],
+    limits: Mapping[str, Thresholds],
+    found: Mapping[str, Mapping[str, Any]],
+    reconstruct: Callable[[np.ndarray], np.ndarray] | None,
+    *,
+    title: str,
+) -> None:
+    """The figures of an evaluation with test images; `found` has each map's metrics."""
+    from steel_ad.report import evaluation as figures
+
+    series = {}
+    kinds = np.array([t.kind for t in test])
+    for name, m in maps.items():
+        of_map = f"{title}, {name} map"
+        rows = _example_rows(m, test, limits[name].pixel, reconstruct)
+        figures.examples(folder / f"examples_{name}.png", rows, title=of_map, threshold=limits[name].pixel)
+        figures.score_histogram(
+            folder / f"scores_{name}.png",
+            m.scores[kinds == "good"],
+            {k: m.scores[kinds == k] for k in sorted(set(kinds.tolist()) - {"good"})},
+            threshold=limits[name].pixel,
+            calibrated=limits[name].image,
+            title=of_map,
+        )
+        if any(t.mask.any() for t in test) and not all(t.mask.all() for t in test):
+            curve = metrics.thin(metrics.curve(metrics.rank(m.raw, [t.mask for t in test])), 500)
+            rates = {"fpr": curve.fpr, "tpr": curve.tpr, "pro": curve.pro}
+            areas = {"auroc": found[name]["pixel_auroc"], "aupro_30": found[name]["aupro_30"]}
+            series[name] = {**rates, **areas}
+    if any(b["found"] >= 0 for values in found.values() for b in values["found_by_contrast"].values()):
+        bins = {name: values["found_by_contrast"] for name, values in found.items()}
+        figures.found_by_contrast(folder / "contrast.png", bins, title=title)
+    if series:
+        figures.curves(folder / "curves.png", series, title=title)
 
 
 def _example_rows(maps: Maps, test: Sequence[TestImage], threshold: float, reconstruct) -> list:
