@@ -68,6 +68,19 @@ def test_spots_have_the_sizes_that_are_promised(altered):
     assert areas[areas > 0].min() >= line._LEAST_AREA_PX
 
 
+def test_a_spot_is_labelled_in_a_good_part_of_it_or_left_out(plates, monkeypatch):
+    """Else a large spot of which a corner stands out would be in the picture, and be called good."""
+    shares = {}
+    for least in (0.0, line._LEAST_SHARE):
+        monkeypatch.setattr(line, "_LEAST_SHARE", least)
+        found = [defects.alter(jax.random.key(i), plates, jnp.roll(plates, 1, 0)) for i in range(6)]
+        pairs = [(m, c) for f in found for m, c in zip(np.asarray(f[1]), np.asarray(f[0] != plates), strict=True)]
+        shares[least] = [m.sum() / c.sum() for m, c in pairs if m.any()]
+    few, many = (min(s) for s in (shares[line._LEAST_SHARE], shares[0.0]))
+    assert few > many
+    assert len(shares[0.0]) > len(shares[line._LEAST_SHARE])
+
+
 def test_labels_need_a_change_beyond_the_plate_itself(plates):
     """The same spots on a plate of the same mean and more contrast are labelled on less of their area."""
     shares = []

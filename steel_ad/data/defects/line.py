@@ -27,7 +27,9 @@ _CHANGE = (0.02, 0.5)  # the same difference in grey levels, at least and at mos
 _GRAIN = 0.3  # spread of a stain's grain, relative to its difference
 _VISIBLE = 0.35  # least change that is labelled, in the same standard deviations
 _LEAST_CHANGE = 2.5 / 255  # that is labelled
-_LEAST_AREA_PX = 8  # of a labelled spot; smaller ones are left out of the picture
+# Least area of a spot that is labelled, px, and as a share of the spot: others are left out of the picture.
+_LEAST_AREA_PX = 8
+_LEAST_SHARE = 0.3
 _NUMBERS = 13  # that one spot takes
 
 
@@ -74,7 +76,8 @@ def alter(key: Array, plates: Array, others: Array, *, most: int = 1, probabilit
         change = jnp.clip(images + change, 0, 1) - images
         seen = gaussian_mean(jnp.abs(gaussian_mean(change, 1.0)), 1.5) > jnp.maximum(_VISIBLE * spread, _LEAST_CHANGE)
         seen &= inside & (change != 0)
-        kept = jnp.sum(seen, axis=(1, 2), keepdims=True) >= _LEAST_AREA_PX
+        area, whole = (jnp.sum(part, axis=(1, 2), keepdims=True, dtype=jnp.float32) for part in (seen, inside))
+        kept = area >= jnp.maximum(_LEAST_SHARE * whole, _LEAST_AREA_PX)
         images, masks = jnp.where(kept, images + change, images), masks | (seen & kept)
     return jnp.clip(images, 0, 1), masks
 
