@@ -81,7 +81,7 @@ def losses_in_float64(mesh) -> np.ndarray:
 def samples(mesh) -> segmentation.Batch:
     """A batch of the supervised experiments with every random stream that they have."""
     library, _ = defects.fitting(defects.procedural(jax.random.key(1), 6, size=64), (32, 32))
-    data = parallel.put(segmentation.Samples(plates(), library, new_line=plates()), parallel.replicated(mesh))
+    data = parallel.put(segmentation.Samples(plates(), library, 0.5, new_line=plates()), parallel.replicated(mesh))
 
     def draw(data, root):
         with parallel.inside(mesh):
