@@ -178,7 +178,7 @@ def test_light_changes_every_sample_and_no_mask(good, library):
 def test_labelled_samples_keep_image_and_mask_together(good):
     marked = np.full((80, 70), 100, np.uint8)
     marked[70:72, 5:8] = 255  # small and in a corner: a random crop would nearly always miss it
-    samples = segmentation.labelled(Images(good), Images([marked]), Images([np.uint8(marked > 200)]), seed=0)
+    samples = segmentation.labelled(Images(good), [datasets.TestImage("0", "pit", marked, marked > 200)], seed=0)
     batch = batches(tiny(batch_size=8), 0.75, feed.on_device(samples, parallel.mesh()))
     assert abs(batch.label.mean() - 0.75) < 0.1
     places = {tuple(np.argwhere(m[..., 0])[0]) for m in batch.mask[batch.label > 0]}

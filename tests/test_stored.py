@@ -175,9 +175,6 @@ def test_sets_in_files_are_cut_where_a_sample_looks_and_nowhere_else(here, files
         np.testing.assert_array_equal(b[1], images[[1, 4, 2][(1 + step_) % 3]][:30, 1:31])
         assert not a[:2].any()
         assert not b[[0, 2]].any()
-    assert feed.streamed(data) == Two(feed.Streamed(True, False), False, feed.Streamed(True, False), False)
-    resident = data._replace(a=Images(images), b=Images(images))
-    assert feed.streamed(resident) == Two(False, False, False, False)
 
 
 @pytest.mark.slow
@@ -204,16 +201,18 @@ def test_several_steps_a_call_take_a_batch_each():
     def objective(params, extra, data, step, root):
         batch, (sign, missing) = data
         assert missing is None
-        weight = sign * (step + 1) * jnp.sum(batch, dtype=jnp.int32)
+        assert batch.sizes.shape == (1, 2)
+        weight = sign * (step + 1) * jnp.sum(batch.pixels, dtype=jnp.int32)
         return params["w"] * weight.astype(jnp.float32), (extra, {"number": step.astype(jnp.float32)})
 
     batches = np.arange(6 * 2 * 3, dtype=np.uint8).reshape(6, 2, 3)
     mesh, ends = parallel.mesh(), []
     for per_call in (1, 3):
-        run = step.make_step(objective, optax.sgd(1.0), steps_per_call=per_call, mesh=mesh, streamed=(True, False))
+        run = step.make_step(objective, optax.sgd(1.0), steps_per_call=per_call, mesh=mesh)
         now = state.create({"w": jnp.zeros(())}, optax.sgd(1.0))
         sign = parallel.put(jnp.int32(-1), parallel.replicated(mesh))
-        calls = ((parallel.spread_parts(b, mesh), (sign, None)) for b in np.split(batches, 6 // per_call))
+        parts = (parallel.spread_parts(b, mesh) for b in np.split(batches, 6 // per_call))
+        calls = ((patches.Streamed(part, np.ones((1, 2), np.int32)), (sign, None)) for part in parts)
         numbers = []
         now = loop.run(
             run,

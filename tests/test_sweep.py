@@ -228,7 +228,7 @@ def test_an_interrupted_study_goes_on(data, tmp_path, monkeypatch):
     assert rows[0]["pixel_auroc"] != rows[2]["pixel_auroc"]
     # One step for all seeds, traced once.
     assert fit._step.cache_info().misses == 1
-    step = fit.step_of(detector.stage(tiny()), detector.Good(None), parallel.mesh())
+    step = fit.step_of(detector.stage(tiny()), parallel.mesh())
     assert step._cache_size() == 1
     assert fit._step.cache_info().misses == 1
 

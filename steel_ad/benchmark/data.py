@@ -112,7 +112,7 @@ def _from_files(config: configs.Autoencoder, files: int, side: int) -> Program:
     root = jax.random.key(0)
     state, data = autoencoder.initial_state(config, root), autoencoder.good(config, images, root)
     stage, mesh = autoencoder.stage(config), parallel.mesh(1)
-    step, batches = step_of(stage, data, mesh), feed.calls(stage, data, root, first=0, mesh=mesh)
+    step, batches = step_of(stage, mesh), feed.calls(stage, data, root, first=0, mesh=mesh)
     program, compile_s, _ = compiled(step, state, next(batches), root)
 
     def call():

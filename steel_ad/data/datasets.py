@@ -38,10 +38,6 @@ class TestImage:
     def mask(self) -> np.ndarray:
         return made(self._mask).astype(bool, copy=False)
 
-    def with_mask(self) -> "TestImage":
-        """The same with its mask in memory."""
-        return TestImage(self.name, self.kind, self._image, self.mask)
-
     @property
     def defective(self) -> bool:
         """Whether it counts as defective; what reads a data set checks that the masks of defective kinds mark something."""
@@ -122,34 +118,30 @@ def _dagm(data: str, *, min_size: int, train: bool, resident: float) -> Dataset:
         good, defective = ([p for p in found if (p.stem.lower() in labels) == marked] for marked in (False, True))
         return good, defective, [labels[p.stem.lower()] for p in defective]
 
-    def defects(paths: list[Path], labels: list[Path], items: Sequence[np.ndarray | Later]) -> list[TestImage]:
-        unmarked = "labels no pixel of its image: remove it if the image is good"
-        masks = [
-            Later(item.shape, functools.partial(images.read_mask, label, item.shape, unmarked))
-            for item, label in zip(items, labels, strict=True)
-        ]
-        return [TestImage(f"defect/{p.name}", "defect", i, m) for p, i, m in zip(paths, items, masks, strict=True)]
+    def marked(
+        paths: list[Path], labels: list[Path], items: Sequence[np.ndarray | Later], later: bool
+    ) -> list[TestImage]:
+        found = []
+        for path, label, item in zip(paths, labels, items, strict=True):
+            unmarked = "labels no pixel of its image: remove it if the image is good"
+            mask = functools.partial(images.read_mask, label, item.shape, unmarked)
+            found.append(TestImage(f"defect/{path.name}", "defect", item, Later(item.shape, mask) if later else mask()))
+        return found
 
     good, defective, labels = part("Train") if train else ([], [], [])
     if train and not good:
         raise InputError(f"{root / 'Train'} has no good images: add some without a label")
     read = functools.partial(images.read, min_size=min_size, resident=resident)
     found = read(defective)
-    labelled = defects(defective, labels, found.items)
+    labelled = marked(defective, labels, found.items, found.stored)
     good_test, defective, labels = part("Test")
     items = read(good_test + defective).items
     test = [
         TestImage(f"good/{path.name}", "good", item, np.zeros(item.shape, bool))
         for path, item in zip(good_test, items, strict=False)
     ]
-    test += [t.with_mask() for t in defects(defective, labels, items[len(good_test) :])]
-    return Dataset(
-        root.resolve().name,
-        read(good),
-        folders.manifest(good, root),
-        test,
-        labelled if found.stored else [t.with_mask() for t in labelled],
-    )
+    test += marked(defective, labels, items[len(good_test) :], False)
+    return Dataset(root.resolve().name, read(good), folders.manifest(good, root), test, labelled)
 
 
 _TRAIN, _GOOD, _DEFECTIVE = 300, 60, 60

@@ -21,6 +21,19 @@ class Plates(NamedTuple):
     sizes: Array | np.ndarray
 
 
+class Streamed(NamedTuple):
+    """A set of images in files as a step sees it.
+
+    Attributes:
+      pixels: patches of the set at the step's places, uint8 `[b, p, p]`; of several steps `[k, b, p, p]`; None where only places
+        are chosen.
+      sizes: of all its images, int32 `[n, 2]`.
+    """
+
+    pixels: Array | None
+    sizes: Array | np.ndarray
+
+
 class Crops(NamedTuple):
     """Places of patches: `image`, `top`, `left`, int32 `[n]` each."""
 

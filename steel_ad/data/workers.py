@@ -3,6 +3,7 @@
 The only module that knows grain.
 """
 
+import functools
 import itertools
 import multiprocessing
 import os
@@ -26,23 +27,18 @@ _READY = 4
 _QUIET = "ignore:resource_tracker:UserWarning"
 
 
-class _Cutter:
-    """Places int32 `[..., 3]` (image, top, left) to which of them have an image, bool `[...]`, and these ones' patches, uint8
-    `[n, patch_size, patch_size]`."""
-
-    def __init__(self, images: Images, patch_size: int):
-        self._images, self._side = images, patch_size
-
-    def __call__(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        there = places[..., 0] >= 0
-        patches = np.empty((there.sum(), self._side, self._side), np.uint8)
-        for patch, (image, top, left) in zip(patches, places[there].tolist(), strict=True):
-            patch[:] = self._images[image][top : top + self._side, left : left + self._side]
-        return there, patches
+def _cut(images: Images, side: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the places int32 `[..., 3]` (image, top, left) have an image, bool `[...]`, and these ones' patches, uint8
+    `[n, side, side]`."""
+    there = places[..., 0] >= 0
+    patches = np.empty((there.sum(), side, side), np.uint8)
+    for patch, (image, top, left) in zip(patches, places[there].tolist(), strict=True):
+        patch[:] = images[image][top : top + side, left : left + side]
+    return there, patches
 
 
 def _whole(there: np.ndarray, patches: np.ndarray) -> np.ndarray:
-    """Patches uint8 `[..., p, p]` of what a `_Cutter` returns, zeros where there is none."""
+    """Patches uint8 `[..., p, p]` of what `_cut` returns, zeros where there is none."""
     whole = np.zeros((*there.shape, *patches.shape[1:]), np.uint8)
     whole[there] = patches
     return whole
@@ -75,12 +71,12 @@ def batches(
         flags.FLAGS.mark_as_parsed()
     if _QUIET not in sys.warnoptions:
         sys.warnoptions.append(_QUIET)
-    cutter = _Cutter(images, patch_size)
+    cut = functools.partial(_cut, images, patch_size)
     # Batches come through pipes: shared memory is scarce in containers, and stays behind where a run is killed.
     options = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
     while first < total:
         count = min(max(1, _PLACES // size), total - first)
-        chosen: Any = grain.MapDataset.source(places(first, count)).map(cutter)
+        chosen: Any = grain.MapDataset.source(places(first, count)).map(cut)
         chosen = grain.experimental.WithOptionsIterDataset(
             chosen.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_READY)), options
         )

@@ -147,11 +147,10 @@ class DeadRun:
         for row in history:
             self._look(int(row["step"]), row.get("contrast", 1.0))
 
-    def _look(self, step: int, contrast: float) -> None:
-        if contrast >= _FLAT:
-            self.flat_since = None
-        elif self.flat_since is None:
-            self.flat_since = step
+    def _look(self, step: int, contrast: float) -> int:
+        """Steps since the reconstructions went flat."""
+        self.flat_since = None if contrast >= _FLAT else self.flat_since or step
+        return step - (self.flat_since or step)
 
     def __call__(self, step: int, row: Mapping[str, float]) -> None:
         """Looks at a step, in order.
@@ -159,10 +158,8 @@ class DeadRun:
         Raises:
           InputError: the run is dead.
         """
-        self._look(step, row["contrast"])
-        if self.flat_since is None:
-            return
-        if step - self.flat_since >= self.patience or (step == self.last and step - self.flat_since >= 50):
+        flat = self._look(step, row["contrast"])
+        if flat >= self.patience or (step == self.last and flat >= 50):
             raise InputError(
                 f"training is dead: since step {self.flat_since} every reconstruction is flat; "
                 "lower --config.learning_rate, set --config.clip_norm=1 and --config.warmup_steps=100, "

@@ -14,7 +14,8 @@ from jax import Array
 
 from steel_ad import config as configs
 from steel_ad import losses, models
-from steel_ad.data import defects, light, patches
+from steel_ad.data import datasets, defects, light, patches
+from steel_ad.data.datasets import TestImage
 from steel_ad.data.defects import Library
 from steel_ad.data.images import Images
 from steel_ad.data.patches import Crops, Plates
@@ -140,10 +141,11 @@ def draw(config: configs.Segmentation, share: float, data: Samples, step: Array,
     return Batch(image, mask, jnp.any(mask > 0.5, axis=(1, 2, 3)).astype(jnp.float32))
 
 
-def labelled(good: Plates | Images, images: Images, masks: Images, *, seed: int, marks: int = 64) -> Samples:
-    """Samples of labelled images with masks of 0 and 1, none of them empty."""
+def labelled(good: Plates | Images, defective: Sequence[TestImage], *, seed: int, marks: int = 64) -> Samples:
+    """Samples of good images and of defective ones with masks."""
     rng = np.random.default_rng([seed, 0x3A])
-    places = np.array([rng.choice(np.argwhere(mask), marks) for mask in masks], np.int32)
+    places = np.array([rng.choice(np.argwhere(t.mask), marks) for t in defective], np.int32)
+    images, masks = datasets.images_of(defective), datasets.masks_of(defective)
     return Samples(good, labelled=images, masks=masks, marks=places)
 
 

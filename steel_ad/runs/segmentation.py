@@ -119,8 +119,7 @@ def samples_of(
             raise InputError(
                 "the data set has no labelled training images: give --defects=FOLDER or --defects=procedural"
             )
-        images, masks = datasets.images_of(labelled), datasets.masks_of(labelled)
-        return segmentation.labelled(good, images, masks, seed=config.seed), _labelled(labelled)
+        return segmentation.labelled(good, labelled, seed=config.seed), _labelled(labelled)
     if defects_from == "line":
         return Samples(good, altered=1.0), [_ALTERATIONS]
     by_line = defects_from.startswith(_LINE_AND)

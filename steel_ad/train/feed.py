@@ -8,7 +8,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Generator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,33 +19,15 @@ from jax.sharding import Mesh
 from steel_ad import parallel
 from steel_ad.data import patches, workers
 from steel_ad.data.images import Images
-from steel_ad.data.patches import Crops, Plates
+from steel_ad.data.patches import Crops, Plates, Streamed
 from steel_ad.train.stage import Stage
 
 # Steps whose places are chosen at once for the workers.
 _AT_ONCE = 64
 
 
-class Streamed(NamedTuple):
-    """A set of images in files as a step sees it.
-
-    Attributes:
-      pixels: patches of the set at the step's places, uint8 `[b, p, p]` (of a call's steps `[k, b, p, p]`); None where only
-        places are chosen.
-      sizes: of all its images, int32 `[n, 2]`.
-    """
-
-    pixels: Array | None
-    sizes: Array | np.ndarray
-
-
 # A set in the data that training is given, or in what `choose` and the objective get.
 Set = Plates | Streamed | Images
-
-
-def stored(data: Any) -> dict[str, Images]:
-    """The sets of a NamedTuple that stay in their files, by field."""
-    return {name: f for name, f in data._asdict().items() if isinstance(f, Images) and f.stored}
 
 
 def cut(data: Any, places: Mapping[str, Crops], *, patch_size: int) -> dict[str, Array]:
@@ -75,12 +57,6 @@ def on_device(data: Any, mesh: Mesh) -> Any:
     return parallel.put(type(data)(*map(one, data)), parallel.replicated(mesh))
 
 
-def streamed(data: Any) -> Any:
-    """Which parts of `on_device(data)` are other ones at every step, as `train.step.make_step` takes it."""
-    here: dict[str, Any] = {name: Streamed(True, False) for name in stored(data)}  # type: ignore[arg-type]
-    return type(data)(*(here.get(name, False) for name in data._fields))
-
-
 def calls(stage: Stage, data: Any, root: Array, *, first: int, mesh: Mesh) -> Generator[Any]:
     """What each call of a stage's step takes, from step `first` to the last one; each process reads its part of a batch.
 
@@ -88,7 +64,7 @@ def calls(stage: Stage, data: Any, root: Array, *, first: int, mesh: Mesh) -> Ge
       data: a NamedTuple; its fields that are Images are put on the device, or read while training goes on.
     """
     here = on_device(data, mesh)
-    sets = stored(data)
+    sets = {name: f for name, f in data._asdict().items() if isinstance(f, Images) and f.stored}
     if not sets:
         yield from itertools.repeat(here)
     per_call, mine = stage.steps_per_call, parallel.part(stage.batch_size, mesh)

@@ -59,7 +59,7 @@ def fit(
     calls = feed.calls(stage, data, root, first=int(state.step), mesh=mesh)
     with contextlib.closing(calls):
         return loop.run(
-            step_of(stage, data, mesh),
+            step_of(stage, mesh),
             state,
             calls,
             root,
@@ -71,7 +71,6 @@ def fit(
         )
 
 
-def step_of(stage: Stage, data: Any, mesh: Mesh) -> Callable:
-    """The stage's jitted step, which takes what `feed.calls` of such data yields: see `train.step.make_step`."""
-    per_call, streamed = stage.steps_per_call, feed.streamed(data)
-    return _step(stage.objective, stage.optimizer, steps_per_call=per_call, mesh=mesh, streamed=streamed)
+def step_of(stage: Stage, mesh: Mesh) -> Callable:
+    """The stage's jitted step, which takes what `feed.calls` yields."""
+    return _step(stage.objective, stage.optimizer, steps_per_call=stage.steps_per_call, mesh=mesh)

@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.sharding import Mesh
 
 from steel_ad import parallel
+from steel_ad.data.patches import Streamed
 from steel_ad.ops.convolution import cpu_compiler_options
 from steel_ad.train.state import TrainState
 
@@ -32,7 +33,6 @@ def make_step(
     *,
     steps_per_call: int = 1,
     mesh: Mesh | None = None,
-    streamed: Any = False,
 ) -> Callable:
     """Jitted `(state, data, root) -> (state, metrics)`; metrics are float32 `[steps_per_call]` each.
 
@@ -40,10 +40,9 @@ def make_step(
 
     The state is donated: the one passed in must not be used again.
 
-    Over a `mesh` (of all devices by default) the arguments and results are replicated, and what the objective has passed
-    through `parallel.split_batch` is spread. Where `streamed`, a bool or a tree of them for the parts of `data`, is true, these
-    are arrays of one batch for each of the call's steps, `[steps_per_call, b, ...]`, spread by `parallel.spread_parts`; the
-    objective gets that of its step.
+    Over a `mesh` (of all devices by default) the state and the results are replicated, and what the objective has passed
+    through `parallel.split_batch` is spread. A `Streamed` set in `data` has patches for each of the call's steps,
+    `[steps_per_call, b, p, p]`, spread by `parallel.spread_parts`; the objective gets those of its step.
     """
     mesh = parallel.mesh() if mesh is None else mesh
     whole = parallel.replicated(mesh)
@@ -58,11 +57,12 @@ def make_step(
         return TrainState(state.step + 1, params, opt_state, extra), metrics
 
     def many(state, data, root):
-        batches = jax.tree.map(lambda read, d: d if read else None, streamed, data)
+        sets, tree = jax.tree.flatten(data, is_leaf=lambda d: isinstance(d, Streamed))
+        batches = [d.pixels if isinstance(d, Streamed) else None for d in sets]
 
         def step(state, batch):
-            mine = jax.tree.map(lambda read, d, b: b if read else d, streamed, data, batch)
-            return one(state, mine, root)
+            now = [d if b is None else d._replace(pixels=b) for d, b in zip(sets, batch, strict=True)]
+            return one(state, jax.tree.unflatten(tree, now), root)
 
         with parallel.inside(mesh):
             if steps_per_call == 1:
@@ -73,11 +73,7 @@ def make_step(
     return jax.jit(
         many,
         donate_argnums=0,
-        in_shardings=(
-            whole,
-            jax.tree.map(lambda read: parallel.spread_batches(mesh) if read else whole, streamed),
-            whole,
-        ),
+        in_shardings=(whole, None, whole),
         out_shardings=whole,
         compiler_options=cpu_compiler_options(),
     )
