@@ -89,7 +89,7 @@ def good(config: configs.Autoencoder, images: Plates | Images, root: Array) -> G
 
 
 def choose(config: configs.Autoencoder, data: Good, step: Array, root: Array) -> dict[str, Crops]:
-    """Where the patches of a step are: see `train.feed.Choose`."""
+    """Where the patches of a step are: see `train.stage.Stage`."""
     if data.kept is None:
         key = stream(root, "crops", step)
         crops = patches.random_crops(key, data.images.sizes, num=config.batch_size, patch_size=config.patch_size)

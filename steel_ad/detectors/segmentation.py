@@ -61,7 +61,7 @@ class Batch(NamedTuple):
 
 
 def choose(config: configs.Segmentation, share: float, data: Samples, step: Array, root: Array) -> dict[str, Crops]:
-    """Where the patches of a step are, of each sample in one set and its mask: see `train.feed.Choose`.
+    """Where the patches of a step are, of each sample in one set and its mask: see `train.stage.Stage`.
 
     Where there are labelled images and no library, a sample is a patch of one around a defective pixel with probability `share`.
     Where there is a new line, a sample is one of its good ones with probability `config.new_line`, whatever it was.
