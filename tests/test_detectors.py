@@ -111,14 +111,6 @@ def test_constants_of_the_loss_follow_the_settings_unless_they_are_given():
         np.testing.assert_allclose(found, [want], rtol=1e-5)
 
 
-def test_a_batch_that_the_devices_do_not_divide_is_refused():
-    class Mesh:
-        size = 3
-
-    with pytest.raises(InputError, match="4"):
-        autoencoder.check_batch(autoencoder_settings(), Mesh())
-
-
 @pytest.mark.parametrize(("name", "kind"), [("unet", unet.UNet), ("compact_cnn", compact_cnn.Segmenter)])
 def test_the_settings_name_the_network(name, kind):
     network = segmentation.network(segmentation_settings(model=name, dtype="bfloat16"))

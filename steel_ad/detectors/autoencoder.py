@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.sharding import Mesh
 
 from steel_ad import config as configs
-from steel_ad import losses, models, parallel
+from steel_ad import losses, models
 from steel_ad.data import patches
 from steel_ad.data.images import Images
 from steel_ad.data.patches import Crops, Plates
@@ -123,11 +122,6 @@ def initial_state(config: configs.Autoencoder, root: Array) -> TrainState:
     x = jnp.zeros((1, config.patch_size, config.patch_size, 1))
 
     return first(lambda key: create(network.init(key, x), rule), stream(root, "init"))
-
-
-def check_batch(config: configs.Autoencoder, mesh: Mesh) -> None:
-    """Raises InputError where the devices do not divide the batch."""
-    parallel.check_batch(_batch(config), mesh)
 
 
 def _batch(config: configs.Autoencoder) -> int:

@@ -46,7 +46,7 @@ def run(
     """
     check_loss(config)
     if not evaluate_only:
-        autoencoder.check_batch(config, parallel.mesh())
+        parallel.check_batch(autoencoder.stage(config).batch_size, parallel.mesh())
     this = Run.begin(workdir, "autoencoder", config, {"data": location(data)}, evaluate_only=evaluate_only)
     if not evaluate_only and (record := this.finished()):
         return record
