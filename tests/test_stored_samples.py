@@ -188,7 +188,7 @@ def test_a_run_from_files_goes_on_in_mid_epoch_and_ends_as_one_in_memory(root, t
     again = study.run(grain, **given, workdir=tmp_path / "grain")
     assert again["finished"]
     for key in ("maps", "thresholds", "images", "dataset"):
-        assert again[key] == whole[key]
+        np.testing.assert_equal(again[key], whole[key])
     for name in ("train.csv", "train_classifier.csv", "scores.csv", "manifest.json", "defects.json"):
         assert (tmp_path / "grain" / name).read_bytes() == (tmp_path / "device" / name).read_bytes()
     with pytest.raises(InputError, match="data_path"):
