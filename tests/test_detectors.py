@@ -124,7 +124,8 @@ def supervised(plates):
     config = segmentation_settings(loss="bce", ratio="1:1", classifier_ratio="3:1", batch_size=6)
     marks = np.tile(np.array([[[20, 20]]], np.int32), (3, 4, 1))
     masks = patches.stack([np.eye(40, 48, dtype=np.uint8)] * 3)
-    samples = segmentation.Samples(plates, None, plates, jax.tree.map(jnp.asarray, masks), jnp.asarray(marks))
+    labelled = {"labelled": plates, "masks": jax.tree.map(jnp.asarray, masks), "marks": jnp.asarray(marks)}
+    samples = segmentation.Samples(plates, **labelled)
     first = segmentation.initial_segmentation(config, 4)
     second = segmentation.initial_classifier(config, segmentation.variables(first))
     return config, samples, first, second

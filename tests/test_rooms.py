@@ -129,7 +129,7 @@ def residual_program(kind):
     return jax.jit(jax.vmap(detector.residual, in_axes=(None, 0))), (params, jnp.zeros((2, 48, 40)))
 
 
-IMAGE = jnp.zeros((40, 48))
+IMAGE = np.zeros((40, 48), np.float32)
 PROGRAMS = {
     "train step": step_program,
     "ssim residual": lambda: residual_program("ssim"),
